@@ -1,0 +1,170 @@
+//! How the typed values travel: one carrier in the request's extensions, whatever the number of values.
+//!
+//! A first insert into [`http::Extensions`] costs three allocations, and each further one another; a stack of six layers
+//! writes five values. So the values share one entry, and each is reached by the methods of [`Carried`].
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::Extensions;
+
+use self::sealed::Carrier;
+use crate::{Endpoints, Identity, Moment, Permit, Route};
+
+/// A value that one layer leaves for the next in the request's extensions.
+///
+/// ```
+/// use portcullis_core::{Carried, Destination};
+///
+/// let mut request = http::Request::new(());
+/// Destination::new("orders").attach(request.extensions_mut());
+/// assert_eq!(Destination::of(request.extensions()).unwrap().as_str(), "orders");
+/// ```
+pub trait Carried: Sized + sealed::Field {
+    /// The value that was left, if any.
+    #[must_use]
+    fn of(extensions: &Extensions) -> Option<&Self> {
+        Self::field(extensions.get::<Carrier>()?).as_ref()
+    }
+
+    /// The value that was left, to change it.
+    #[must_use]
+    fn of_mut(extensions: &mut Extensions) -> Option<&mut Self> {
+        Self::field_mut(extensions.get_mut::<Carrier>()?).as_mut()
+    }
+
+    /// Leaves the value, and returns the one that was there.
+    fn attach(self, extensions: &mut Extensions) -> Option<Self> {
+        Self::field_mut(extensions.get_or_insert_default::<Carrier>()).replace(self)
+    }
+
+    /// Takes the value out.
+    fn take(extensions: &mut Extensions) -> Option<Self> {
+        Self::field_mut(extensions.get_mut::<Carrier>()?).take()
+    }
+}
+
+/// The logical name of the service a request asks for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Destination(Arc<str>);
+
+/// When the caller stops waiting, on the stack's [`Clock`](crate::Clock).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Deadline(pub Moment);
+
+/// The address of the connection's other end, put in by the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PeerAddress(pub SocketAddr);
+
+/// The connection is encrypted; the certificates its other end proved to hold, as DER, its own first. Put in by the
+/// server.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PeerTls {
+    certificates: Arc<[Bytes]>,
+}
+
+#[expect(unnameable_types, reason = "what travels is this crate's choice, and so is the carrier")]
+mod sealed {
+    use super::{Deadline, Destination, Endpoints, Identity, PeerAddress, PeerTls, Permit, Route};
+
+    /// What travels with a request.
+    #[derive(Clone, Debug, Default)]
+    pub struct Carrier {
+        pub(super) route: Option<Route>,
+        pub(super) destination: Option<Destination>,
+        pub(super) deadline: Option<Deadline>,
+        pub(super) peer: Option<PeerAddress>,
+        pub(super) tls: Option<PeerTls>,
+        pub(super) identity: Option<Identity>,
+        pub(super) endpoints: Option<Endpoints>,
+        pub(super) permit: Option<Permit>,
+    }
+
+    pub trait Field: Sized {
+        fn field(carrier: &Carrier) -> &Option<Self>;
+        fn field_mut(carrier: &mut Carrier) -> &mut Option<Self>;
+    }
+}
+
+macro_rules! carried {
+    ($($field:ident: $type:ty),* $(,)?) => {$(
+        impl sealed::Field for $type {
+            fn field(carrier: &Carrier) -> &Option<Self> {
+                &carrier.$field
+            }
+
+            fn field_mut(carrier: &mut Carrier) -> &mut Option<Self> {
+                &mut carrier.$field
+            }
+        }
+
+        impl Carried for $type {}
+    )*};
+}
+
+carried! {
+    route: Route,
+    destination: Destination,
+    deadline: Deadline,
+    peer: PeerAddress,
+    tls: PeerTls,
+    identity: Identity,
+    endpoints: Endpoints,
+    permit: Permit,
+}
+
+// === impl Destination ===
+
+impl Destination {
+    /// Names a service.
+    #[must_use]
+    pub fn new(service: impl Into<Arc<str>>) -> Self {
+        Self(service.into())
+    }
+
+    /// The service's name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The service's name, shared.
+    #[must_use]
+    pub fn name(&self) -> &Arc<str> {
+        &self.0
+    }
+}
+
+// === impl PeerTls ===
+
+impl PeerTls {
+    /// An encrypted connection whose other end showed these certificates, verified by the server.
+    #[must_use]
+    pub fn new(certificates: impl Into<Arc<[Bytes]>>) -> Self {
+        Self { certificates: certificates.into() }
+    }
+
+    /// The other end's certificates as DER, its own first; empty when it showed none.
+    #[must_use]
+    pub fn certificates(&self) -> &[Bytes] {
+        &self.certificates
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_share_one_entry() {
+        let mut extensions = Extensions::new();
+        Destination::new("a").attach(&mut extensions);
+        Deadline(Moment::MAX).attach(&mut extensions);
+        assert_eq!(extensions.len(), 1);
+        assert_eq!(Destination::new("b").attach(&mut extensions), Some(Destination::new("a")));
+        assert_eq!(Destination::take(&mut extensions), Some(Destination::new("b")));
+        assert_eq!(Destination::of(&extensions), None);
+        assert_eq!(Deadline::of(&extensions), Some(&Deadline(Moment::MAX)));
+    }
+}

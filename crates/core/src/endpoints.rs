@@ -1,0 +1,195 @@
+//! The endpoints of one service at one time.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::slots::{SlotKey, Slots};
+use crate::{Address, Endpoint, Instance, Moment};
+
+/// The endpoints of one service at one time, behind one pointer. Membership never changes; a change is another snapshot.
+///
+/// ```
+/// use portcullis_core::{Endpoints, Instance, Moment};
+///
+/// let a = Instance::new("a", "10.0.0.1:80".parse::<portcullis_core::Address>().unwrap());
+/// let b = Instance::new("b", "10.0.0.2:80".parse::<portcullis_core::Address>().unwrap());
+/// let one = Endpoints::none("orders").reconcile([a.clone()], Moment::MIN);
+/// let two = one.reconcile([b, a], Moment::MIN);
+/// assert_eq!(two.len(), 2);
+/// assert_eq!(two[1], one[0], "an endpoint that stays keeps its handle");
+/// ```
+#[derive(Clone)]
+pub struct Endpoints(Arc<Snapshot>);
+
+struct Snapshot {
+    service: Arc<str>,
+    version: u64,
+    list: Box<[Endpoint]>,
+    moves: Arc<AtomicU64>,
+    slots: Slots,
+}
+
+// === impl Endpoints ===
+
+impl Endpoints {
+    /// A service without endpoints.
+    #[must_use]
+    pub fn none(service: impl Into<Arc<str>>) -> Self {
+        Self(Arc::new(Snapshot {
+            service: service.into(),
+            version: 0,
+            list: Box::default(),
+            moves: Arc::default(),
+            slots: Slots::default(),
+        }))
+    }
+
+    /// The snapshot after this one, with exactly `instances`: what is still there keeps its handle, what is gone is marked
+    /// [removed](Endpoint::is_removed), what is new [joins](Endpoint::joined) `now`. When nothing differs, this very
+    /// snapshot. Of several instances with one id and address, the first counts.
+    #[must_use]
+    pub fn reconcile(&self, instances: impl IntoIterator<Item = Instance>, now: Moment) -> Self {
+        let key = |id: &Arc<str>, address: &Address| (id.clone(), address.clone());
+        // `None` once it is in the list.
+        let mut known: HashMap<_, _> =
+            self.iter().map(|endpoint| (key(endpoint.id(), endpoint.address()), Some(endpoint))).collect();
+        let (mut list, mut changed) = (Vec::with_capacity(self.len()), false);
+        for instance in instances {
+            match known.insert(key(&instance.id, &instance.address), None) {
+                Some(None) => {}
+                Some(Some(endpoint)) => {
+                    changed |= self.get(list.len()) != Some(endpoint);
+                    if *endpoint.instance() != instance {
+                        changed = true;
+                        endpoint.update(instance);
+                    }
+                    list.push(endpoint.clone());
+                }
+                None => {
+                    changed = true;
+                    list.push(Endpoint::counted(self.0.service.clone(), instance, now, self.0.moves.clone()));
+                }
+            }
+        }
+        for endpoint in known.into_values().flatten() {
+            changed = true;
+            endpoint.remove();
+        }
+        if !changed {
+            return self.clone();
+        }
+        Self(Arc::new(Snapshot {
+            service: self.0.service.clone(),
+            version: self.0.version + 1,
+            list: list.into(),
+            moves: self.0.moves.clone(),
+            slots: Slots::default(),
+        }))
+    }
+
+    /// The service whose endpoints these are.
+    #[must_use]
+    pub fn service(&self) -> &Arc<str> {
+        &self.0.service
+    }
+
+    /// Counts the snapshots of this service.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.0.version
+    }
+
+    /// Counts how often a gate of this service was moved: what was derived from gates is fresh while this stands still.
+    #[must_use]
+    pub fn moves(&self) -> u64 {
+        self.0.moves.load(Ordering::Acquire)
+    }
+
+    /// Whether this is the same snapshot as `other`, not merely an equal one.
+    #[must_use]
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// What the layer with this key derived from this snapshot, derived when it is first asked for.
+    pub fn slot<T: Send + Sync + 'static>(&self, key: &SlotKey<T>, derive: impl FnOnce() -> T) -> &T {
+        self.0.slots.get_or_init(key, derive)
+    }
+}
+
+impl Deref for Endpoints {
+    type Target = [Endpoint];
+
+    fn deref(&self) -> &[Endpoint] {
+        &self.0.list
+    }
+}
+
+impl fmt::Debug for Endpoints {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Endpoints")
+            .field("service", &self.0.service)
+            .field("version", &self.0.version)
+            .field("list", &self.0.list)
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, not(portcullis_loom)))]
+mod tests {
+    use super::*;
+    use std::net::SocketAddr;
+
+    fn instance(id: &str, port: u16) -> Instance {
+        Instance::new(id, SocketAddr::from(([127, 0, 0, 1], port)))
+    }
+
+    #[test]
+    fn nothing_new_is_the_same_snapshot() {
+        let one = Endpoints::none("s").reconcile([instance("a", 1), instance("b", 2)], Moment::MIN);
+        assert!(one.reconcile([instance("a", 1), instance("b", 2)], Moment::MAX).is(&one));
+    }
+
+    #[test]
+    fn a_new_weight_keeps_the_handle() {
+        let one = Endpoints::none("s").reconcile([instance("a", 1)], Moment::MIN);
+        let busy = one[0].begin();
+        let mut heavier = instance("a", 1);
+        heavier.weight = 7;
+        let two = one.reconcile([heavier], Moment::MAX);
+        assert!(!two.is(&one));
+        assert_eq!(two[0], one[0]);
+        assert_eq!((two[0].weight(), two[0].in_flight(), two[0].joined()), (7, 1, Moment::MIN));
+        drop(busy);
+    }
+
+    #[test]
+    fn another_port_is_another_endpoint_and_a_returning_one_starts_anew() {
+        let one = Endpoints::none("s").reconcile([instance("a", 1)], Moment::MIN);
+        let moved = one.reconcile([instance("a", 2)], Moment::MIN);
+        assert_ne!(moved[0], one[0]);
+        assert!(one[0].is_removed() && !moved[0].is_removed());
+        let back = moved.reconcile([instance("a", 1)], Moment::MIN);
+        assert_ne!(back[0], one[0]);
+    }
+
+    #[test]
+    fn of_two_with_one_id_and_address_the_first_counts() {
+        let mut second = instance("a", 1);
+        second.weight = 9;
+        let one = Endpoints::none("s").reconcile([instance("a", 1), second.clone()], Moment::MIN);
+        assert_eq!((one.len(), one[0].weight()), (1, 1));
+        assert!(one.reconcile([instance("a", 1), second], Moment::MIN).is(&one));
+    }
+
+    #[test]
+    fn a_moved_gate_shows_in_the_count() {
+        let one = Endpoints::none("s").reconcile([instance("a", 1)], Moment::MIN);
+        let before = one.moves();
+        one[0].gate().close_for(crate::Mover::new());
+        assert_ne!(one.moves(), before);
+    }
+}

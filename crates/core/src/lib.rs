@@ -1,0 +1,61 @@
+//! The words that Portcullis' layers share.
+//!
+//! Layers never call each other. What one leaves for the next is a typed value in the request's extensions, and those
+//! values live here:
+//!
+//! | value | says | written by | read by |
+//! |---|---|---|---|
+//! | [`PeerAddress`], [`PeerTls`] | who is at the other end of the connection | the server | auth, rate-limit, forward |
+//! | [`Destination`], [`Route`], [`Deadline`] | what is asked for, how, and until when | route | every layer |
+//! | [`Identity`] | who is calling | auth | rate-limit, balance, the application |
+//! | [`Endpoints`] | where the service lives | discovery | balance |
+//! | [`Permit`] | the right to call one [`Endpoint`] | balance | circuit-break, forward |
+//!
+//! They are reached by the methods of [`Carried`] and share one entry in the extensions, however many there are.
+//!
+//! The other things here are what several layers must agree on: the [`Gate`] in front of an endpoint, the [`Outcome`] of a
+//! call and who [`Classify`]s it, the [`Rejection`] that refuses, the [`Body`] that watches, and the [`Clock`].
+//!
+//! # Decisions
+//!
+//! * **One carrier.** A first insert into [`http::Extensions`] allocates three times and each further one once; with one
+//!   shared entry only the first of all writes does.
+//! * **Each layer classifies for itself**, with the same [`Standard`] unless told otherwise. Judging a head costs less than
+//!   handing the outcome out through the response's extensions would.
+//! * **A gate compares generations by order**, not by equality: a result counts for a mover if it entered at or after that
+//!   mover's last move. So movers do not disturb each other's results.
+//! * **`serde_json` is part of the interface** of [`Identity`] alone.
+
+mod body;
+mod carried;
+mod client_address;
+mod clock;
+mod endpoint;
+mod endpoints;
+mod gate;
+mod grpc;
+mod identity;
+mod outcome;
+mod permit;
+mod rejection;
+mod route;
+mod slots;
+mod sync;
+
+pub use body::{Body, Guard};
+pub use carried::{Carried, Deadline, Destination, PeerAddress, PeerTls};
+pub use client_address::{InvalidNetwork, TrustedProxies, canonical_address, ipv6_prefix};
+pub use clock::{Clock, ManualClock, Moment, WallClock};
+pub use endpoint::{Address, Endpoint, InFlight, Instance, InvalidAddress, Protocol, Scheme};
+pub use endpoints::Endpoints;
+pub use gate::{Gate, Generation, Mover, Pass, Ration, Refused};
+pub use grpc::{
+    Dialect, GRPC_MESSAGE, GRPC_RETRY_PUSHBACK, GRPC_STATUS, GRPC_STATUS_DETAILS, GRPC_TIMEOUT, GrpcCode, grpc_timeout,
+    grpc_timeout_value, retry_after,
+};
+pub use identity::{Identity, Proof};
+pub use outcome::{Classify, Head, Judge, Outcome, Report, Standard, Verdict, judge};
+pub use permit::Permit;
+pub use rejection::{Layer, Rejection, Side};
+pub use route::Route;
+pub use slots::SlotKey;

@@ -1,0 +1,86 @@
+//! The right to call one endpoint.
+
+use std::fmt;
+
+use crate::Endpoint;
+use crate::gate::{Entry, Pass};
+
+/// The right to call one endpoint once, as balance leaves it in the request.
+///
+/// Dropping it gives the place at the endpoint's gate back. A clone keeps the endpoint and loses the right.
+pub struct Permit {
+    endpoint: Endpoint,
+    entry: Option<Entry>,
+}
+
+// === impl Permit ===
+
+impl Permit {
+    pub(crate) fn new(endpoint: Endpoint, entry: Entry) -> Self {
+        Self { endpoint, entry: Some(entry) }
+    }
+
+    /// The endpoint, without the right to call it: who guards it must ask its gate.
+    #[must_use]
+    pub fn without_right(endpoint: Endpoint) -> Self {
+        Self { endpoint, entry: None }
+    }
+
+    /// The endpoint that was picked.
+    #[must_use]
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// Takes the right out, if it is still here, and leaves the endpoint.
+    pub fn take_pass(&mut self) -> Option<Pass> {
+        let entry = self.entry.take()?;
+        Some(Pass::of_endpoint(self.endpoint.clone(), entry))
+    }
+}
+
+impl Clone for Permit {
+    fn clone(&self) -> Self {
+        Self::without_right(self.endpoint.clone())
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if let Some(entry) = self.entry.take() {
+            self.endpoint.gate().leave(entry);
+        }
+    }
+}
+
+impl fmt::Debug for Permit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Permit").field("endpoint", &self.endpoint).field("has_right", &self.entry.is_some()).finish()
+    }
+}
+
+#[cfg(all(test, not(portcullis_loom)))]
+mod tests {
+    use super::*;
+    use crate::{Generation, Instance, Moment, Mover, Ration};
+    use std::net::SocketAddr;
+    use std::time::Duration;
+
+    #[test]
+    fn dropping_a_permit_gives_the_place_back_and_a_clone_has_none() {
+        let endpoint = Endpoint::new("s", Instance::new("1", SocketAddr::from(([127, 0, 0, 1], 1))));
+        let one = Ration { until: Moment::MIN, places: 1, every: Duration::from_secs(10) };
+        endpoint.gate().ration(Mover::new(), Generation::FIRST, one).unwrap();
+        let now = || Moment::from_nanos(1);
+        let mut permit = endpoint.permit(now).unwrap();
+        let mut clone = permit.clone();
+        assert!(clone.take_pass().is_none());
+        drop(clone);
+        assert!(endpoint.permit(now).is_err());
+        let pass = permit.take_pass().unwrap();
+        drop(permit);
+        assert!(endpoint.permit(now).is_err(), "the right was taken, not dropped");
+        drop(pass);
+        assert!(endpoint.permit(now).is_ok());
+    }
+}
