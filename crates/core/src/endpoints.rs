@@ -30,6 +30,7 @@ struct Snapshot {
     list: Box<[Endpoint]>,
     moves: Arc<AtomicU64>,
     slots: Slots,
+    kept: Arc<Slots>,
 }
 
 // === impl Endpoints ===
@@ -44,6 +45,7 @@ impl Endpoints {
             list: Box::default(),
             moves: Arc::default(),
             slots: Slots::default(),
+            kept: Arc::default(),
         }))
     }
 
@@ -87,6 +89,7 @@ impl Endpoints {
             list: list.into(),
             moves: self.0.moves.clone(),
             slots: Slots::default(),
+            kept: self.0.kept.clone(),
         }))
     }
 
@@ -117,6 +120,11 @@ impl Endpoints {
     /// What the layer with this key derived from this snapshot, derived when it is first asked for.
     pub fn slot<T: Send + Sync + 'static>(&self, key: &SlotKey<T>, derive: impl FnOnce() -> T) -> &T {
         self.0.slots.get_or_init(key, derive)
+    }
+
+    /// What the layer with this key keeps for the service from one snapshot to the next, made when it is first asked for.
+    pub fn kept<T: Send + Sync + 'static>(&self, key: &SlotKey<T>, make: impl FnOnce() -> T) -> &T {
+        self.0.kept.get_or_init(key, make)
     }
 }
 
@@ -183,6 +191,15 @@ mod tests {
         let one = Endpoints::none("s").reconcile([instance("a", 1), second.clone()], Moment::MIN);
         assert_eq!((one.len(), one[0].weight()), (1, 1));
         assert!(one.reconcile([instance("a", 1), second], Moment::MIN).is(&one));
+    }
+
+    #[test]
+    fn what_is_kept_for_the_service_is_there_in_the_next_snapshot() {
+        let (derived, kept) = (SlotKey::<u8>::new(), SlotKey::<u8>::new());
+        let one = Endpoints::none("s").reconcile([instance("a", 1)], Moment::MIN);
+        assert_eq!((one.slot(&derived, || 1), one.kept(&kept, || 1)), (&1, &1));
+        let two = one.reconcile([instance("a", 2)], Moment::MIN);
+        assert_eq!((two.slot(&derived, || 2), two.kept(&kept, || 2)), (&2, &1));
     }
 
     #[test]

@@ -58,4 +58,4 @@ pub use outcome::{Classify, Head, Judge, Outcome, Report, Standard, Verdict, jud
 pub use permit::Permit;
 pub use rejection::{Layer, Rejection, Side};
 pub use route::Route;
-pub use slots::SlotKey;
+pub use slots::{SlotKey, Slots};

@@ -14,7 +14,7 @@ pub struct SlotKey<T> {
 
 /// A short chain that only grows: one link for each layer that keeps something here. Reading takes no lock.
 #[derive(Default)]
-pub(crate) struct Slots(OnceLock<Box<Link>>);
+pub struct Slots(OnceLock<Box<Link>>);
 
 struct Link {
     id: u64,
@@ -49,7 +49,9 @@ impl<T> fmt::Debug for SlotKey<T> {
 // === impl Slots ===
 
 impl Slots {
-    pub(crate) fn get<T: Any>(&self, key: &SlotKey<T>) -> Option<&T> {
+    /// What is in this key's place, if anything yet.
+    #[must_use]
+    pub fn get<T: Any>(&self, key: &SlotKey<T>) -> Option<&T> {
         let mut slots = self;
         loop {
             let link = slots.0.get()?;
@@ -60,7 +62,8 @@ impl Slots {
         }
     }
 
-    pub(crate) fn get_or_init<T: Any + Send + Sync>(&self, key: &SlotKey<T>, make: impl FnOnce() -> T) -> &T {
+    /// What is in this key's place, made when it is first asked for.
+    pub fn get_or_init<T: Any + Send + Sync>(&self, key: &SlotKey<T>, make: impl FnOnce() -> T) -> &T {
         if let Some(value) = self.get(key) {
             return value;
         }
@@ -80,6 +83,12 @@ impl Slots {
                 None => unreachable!("the slot was just set"),
             }
         }
+    }
+}
+
+impl fmt::Debug for Slots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Slots").finish_non_exhaustive()
     }
 }
 
