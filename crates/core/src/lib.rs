@@ -36,6 +36,7 @@ mod gate;
 mod grpc;
 mod identity;
 mod outcome;
+mod path;
 mod permit;
 mod rejection;
 mod route;
@@ -55,6 +56,7 @@ pub use grpc::{
 };
 pub use identity::{Identity, Proof};
 pub use outcome::{Classify, Head, Judge, Outcome, Report, Standard, Verdict, judge};
+pub use path::{is_normal_path, normal_path};
 pub use permit::Permit;
 pub use rejection::{Layer, Rejection, Side};
 pub use route::Route;
