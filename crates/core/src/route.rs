@@ -26,6 +26,13 @@ impl Route {
         Self(Arc::new(Inner { name: name.into(), policies: Vec::new() }))
     }
 
+    /// The same route under another name.
+    #[must_use]
+    pub fn named(mut self, name: impl Into<Arc<str>>) -> Self {
+        Arc::make_mut(&mut self.0).name = name.into();
+        self
+    }
+
     /// The pattern or name the route was given.
     #[must_use]
     pub fn name(&self) -> &Arc<str> {
