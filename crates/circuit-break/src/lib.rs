@@ -1,1 +1,362 @@
-//! Stub.
+//! Keeps requests away from what keeps failing, and lets a few through to see when it is well again.
+//!
+//! * **Reads** the [`Permit`] that a balancer left, if any.
+//! * **Writes** nothing; it takes the right out of the permit and leaves the endpoint.
+//! * **Refuses** with 503 and `retry-after`, or `UNAVAILABLE` and `RetryInfo`, while open.
+//! * **Alone** it guards the whole service behind it.
+//! * **Cost**: while closed one atomic load before the call and one after it, no lock, no allocation.
+//!
+//! ```
+//! # use http::{Request, Response, StatusCode};
+//! # use portcullis_circuit_break::CircuitBreakLayer;
+//! # use tower::{Layer, ServiceExt};
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), std::convert::Infallible> {
+//! let broken = tower::service_fn(|_: Request<()>| async {
+//!     let mut response = Response::new(http_body_util::Empty::<bytes::Bytes>::new());
+//!     *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+//!     Ok::<_, std::convert::Infallible>(response)
+//! });
+//! let guarded = CircuitBreakLayer::new().failures(1).layer(broken);
+//!
+//! let admitted = guarded.clone().oneshot(Request::new(())).await?;
+//! assert_eq!(admitted.status(), StatusCode::INTERNAL_SERVER_ERROR);
+//! let refused = guarded.oneshot(Request::new(())).await?;
+//! assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+//! assert_eq!(refused.headers()["retry-after"], "60");
+//! # Ok(()) }
+//! ```
+//!
+//! # The idea
+//!
+//! **Position decides scope.** Where the request carries a [`Permit`], that is below a balancer, each endpoint has a breaker
+//! of its own, kept in the endpoint's slot and moving the endpoint's [`Gate`]. The balancer enters that gate while it
+//! picks, so it sees at once what is refused, and a breaker can probe an endpoint that the balancer avoids. Anywhere else
+//! one breaker guards the whole.
+//!
+//! **How a call went is known when its body has ended**: gRPC trailers count, and so does a body cut short. A call the
+//! caller broke off says nothing, and gives its place back. Replace [`Standard`] by [`with_classify`].
+//!
+//! **Nothing can stick.** A probe that does not come back is replaced after the [probe timeout], an ignored one at once; no
+//! timer or task has to run. A result counts only if its call entered in the present period.
+//!
+//! **A balancer that panics is believed**: a forced pass is let through, and its outcome changes nothing; otherwise the
+//! breaker would undo the panic.
+//!
+//! # Defaults
+//!
+//! | setting | default | why |
+//! |---|---|---|
+//! | [`failures`] | 5 in a row | what most breakers use; sees an outage within five calls and needs no window |
+//! | [`window`] | none | a share needs traffic to mean something, and how much is for you to say |
+//! | [`open_for`] | 60 s | the pattern book's; below a balancer nobody waits for it |
+//! | [`probes`] | 1 at a time | the least that tells |
+//! | [`successes`] | 1 | as many as probes, so that closing takes no longer than a call |
+//! | [`probe_timeout`] | 10 s | then a probe is taken for lost |
+//! | asked for rest | up to 5 min | see [`OpenTime::listen_up_to`] |
+//!
+//! # What it does not do
+//!
+//! It does not retry, does not time calls out, and does not limit how many are under way: until the first of many hanging
+//! calls has failed, there is nothing to count. Put a timeout below it, and a limit of calls in flight beside it.
+//!
+//! # When things fail
+//!
+//! | what | the request gets |
+//! |---|---|
+//! | open, or every probe's place is taken | 503 `open`, `retry-after` the time left |
+//! | the gate is refused by another mover, without a time | 503 `open` without `retry-after` |
+//! | the inner service's error | the error, counted as [`Classify::error`] says |
+//!
+//! [`with_classify`]: CircuitBreakLayer::with_classify
+//! [probe timeout]: CircuitBreakLayer::probe_timeout
+//! [`failures`]: CircuitBreakLayer::failures
+//! [`window`]: CircuitBreakLayer::window
+//! [`open_for`]: CircuitBreakLayer::open_for
+//! [`probes`]: CircuitBreakLayer::probes
+//! [`successes`]: CircuitBreakLayer::successes
+//! [`probe_timeout`]: CircuitBreakLayer::probe_timeout
+//! [`Gate`]: portcullis_core::Gate
+
+mod breaker;
+mod handle;
+mod rules;
+mod shared;
+mod sync;
+mod window;
+
+use std::fmt;
+use std::num::NonZeroU16;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use pin_project_lite::pin_project;
+use portcullis_core::{
+    Body, Carried, Classify, Clock, Dialect, Judge, Layer as Name, Moment, Permit, Refused, Rejection, Report,
+    Standard, WallClock, judge,
+};
+
+pub use crate::breaker::{Reason, State};
+pub use crate::handle::{Breaker, Change, Changes, Counts, Handle, Rates, Scope};
+pub use crate::rules::{Error, OpenTime, Share, Window};
+use crate::rules::{Rules, Span};
+use crate::shared::Shared;
+pub use crate::shared::Watch;
+
+/// Applies [`CircuitBreak`]. All services made from one layer share its breakers.
+///
+/// Every setter returns a layer with breakers of its own: set first, then take [handles](Self::handle) and make services.
+#[derive(Debug)]
+pub struct CircuitBreakLayer<C = Standard> {
+    shared: Arc<Shared>,
+    classify: Arc<C>,
+}
+
+/// Keeps requests away from what keeps failing.
+pub struct CircuitBreak<S, C = Standard> {
+    inner: S,
+    shared: Arc<Shared>,
+    classify: Arc<C>,
+}
+
+/// The response body of [`CircuitBreak`].
+pub type ResponseBody<B, C = Standard> = Body<B, Judge<C, Watch>>;
+
+pin_project! {
+    /// The response of [`CircuitBreak`].
+    pub struct ResponseFuture<F, C = Standard> {
+        #[pin]
+        state: Step<F, C>,
+    }
+}
+
+pin_project! {
+    #[project = Project]
+    enum Step<F, C> {
+        Called { #[pin] future: F, watch: Option<Watch>, classify: Arc<C> },
+        Refused { rejection: Option<Rejection>, dialect: Dialect },
+    }
+}
+
+// === impl CircuitBreakLayer ===
+
+impl CircuitBreakLayer {
+    /// Opens after five failures in a row, for a minute, and then lets one request at a time see how things are.
+    #[must_use]
+    pub fn new() -> Self {
+        let shared = Shared::new(Rules::new(), Clock::system(), WallClock::system());
+        Self { shared: Arc::new(shared), classify: Arc::new(Standard::default()) }
+    }
+}
+
+impl<C> CircuitBreakLayer<C> {
+    /// Opens after so many failures without a success between. Default 5; 0 does not look at that.
+    #[must_use]
+    pub fn failures(self, failures: u16) -> Self {
+        self.with_rules(|rules| rules.failures = failures)
+    }
+
+    /// Opens by the shares in this window, too. There is one window of calls and one of time; another one of its kind takes
+    /// its place.
+    #[must_use]
+    pub fn window(self, window: Window) -> Self {
+        self.with_rules(|rules| match window.span {
+            Span::Calls(_) => rules.calls = Some(window),
+            Span::Time(_) => rules.time = Some(window),
+        })
+    }
+
+    /// Stays open for so long: a [`Duration`], or an [`OpenTime`] that grows. Default 60 s.
+    #[must_use]
+    pub fn open_for(self, time: impl Into<OpenTime>) -> Self {
+        self.with_rules(|rules| rules.open = time.into())
+    }
+
+    /// Lets so many requests at a time see how things are, when the open time is over. Default 1.
+    #[must_use]
+    pub fn probes(self, probes: NonZeroU16) -> Self {
+        self.with_rules(|rules| rules.probes = probes)
+    }
+
+    /// Closes after so many probes have succeeded; one that fails opens again. Default 1.
+    #[must_use]
+    pub fn successes(self, successes: NonZeroU16) -> Self {
+        self.with_rules(|rules| rules.successes = successes)
+    }
+
+    /// Takes probes for lost that have not come back so long after the last one went in; others go in their place. At least
+    /// a millisecond. Default 10 s.
+    #[must_use]
+    pub fn probe_timeout(self, timeout: Duration) -> Self {
+        self.with_rules(|rules| rules.probe_timeout = timeout)
+    }
+
+    /// Decides by `classify` how calls went, instead of [`Standard`].
+    #[must_use]
+    pub fn with_classify<D: Classify>(self, classify: D) -> CircuitBreakLayer<D> {
+        CircuitBreakLayer { shared: self.with_rules(|_| ()).shared, classify: Arc::new(classify) }
+    }
+
+    /// Reads time from `clock`, which must be the one that moves the gates of the endpoints, if there are any.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Clock) -> Self {
+        self.shared = Arc::new(Shared::new(self.shared.rules, clock, self.shared.wall.clone()));
+        self
+    }
+
+    /// Reads the time of day from `clock`, for a `retry-after` that is a date.
+    #[must_use]
+    pub fn with_wall_clock(mut self, clock: WallClock) -> Self {
+        self.shared = Arc::new(Shared::new(self.shared.rules, self.shared.clock.clone(), clock));
+        self
+    }
+
+    /// Looks into the breakers, and moves them by hand.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        Handle(self.shared.clone())
+    }
+
+    fn with_rules(mut self, set: impl FnOnce(&mut Rules)) -> Self {
+        let mut rules = self.shared.rules;
+        set(&mut rules);
+        self.shared = Arc::new(Shared::new(rules, self.shared.clock.clone(), self.shared.wall.clone()));
+        self
+    }
+}
+
+impl Default for CircuitBreakLayer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<C> Clone for CircuitBreakLayer<C> {
+    fn clone(&self) -> Self {
+        Self { shared: self.shared.clone(), classify: self.classify.clone() }
+    }
+}
+
+impl<S, C> tower_layer::Layer<S> for CircuitBreakLayer<C> {
+    type Service = CircuitBreak<S, C>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        CircuitBreak { inner, shared: self.shared.clone(), classify: self.classify.clone() }
+    }
+}
+
+// === impl CircuitBreak ===
+
+impl<S, C> CircuitBreak<S, C> {
+    /// The service behind it.
+    pub fn inner(&self) -> &S {
+        &self.inner
+    }
+
+    fn admit<B>(&self, request: &mut Request<B>) -> Result<Option<Watch>, Refused> {
+        let started = self.shared.rules.time_calls().then(|| self.shared.clock.now());
+        let Some(permit) = Permit::of_mut(request.extensions_mut()) else {
+            return self.shared.enter(None, started).map(Some);
+        };
+        let pass = permit.take_pass();
+        if pass.as_ref().is_some_and(portcullis_core::Pass::is_forced) {
+            return Ok(None);
+        }
+        self.shared.adopt(permit.endpoint(), pass, started).map(Some)
+    }
+
+    #[cold]
+    fn reject(&self, refused: Refused) -> Rejection {
+        let rejection = Rejection::new(Name::CircuitBreak, StatusCode::SERVICE_UNAVAILABLE, "open")
+            .with_detail("kept failing, and is being left alone");
+        let rejection = match refused.until {
+            Moment::MAX => rejection,
+            until => rejection.with_retry_after(until.since(self.shared.clock.now())),
+        };
+        tracing::debug!(retry_after = ?rejection.retry_after(), "refused: circuit open");
+        rejection
+    }
+}
+
+impl<S, C, B, R> tower_service::Service<Request<B>> for CircuitBreak<S, C>
+where
+    S: tower_service::Service<Request<B>, Response = Response<R>>,
+    R: http_body::Body<Data = Bytes>,
+    C: Classify,
+{
+    type Response = Response<ResponseBody<R, C>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future, C>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        let state = match self.admit(&mut request) {
+            Ok(watch) => Step::Called { future: self.inner.call(request), watch, classify: self.classify.clone() },
+            Err(refused) => {
+                Step::Refused { rejection: Some(self.reject(refused)), dialect: Dialect::of(request.headers()) }
+            }
+        };
+        ResponseFuture { state }
+    }
+}
+
+impl<S: Clone, C> Clone for CircuitBreak<S, C> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), shared: self.shared.clone(), classify: self.classify.clone() }
+    }
+}
+
+impl<S: fmt::Debug, C> fmt::Debug for CircuitBreak<S, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CircuitBreak").field("inner", &self.inner).finish_non_exhaustive()
+    }
+}
+
+// === impl ResponseFuture ===
+
+impl<F, C, R, E> Future for ResponseFuture<F, C>
+where
+    F: Future<Output = Result<Response<R>, E>>,
+    R: http_body::Body<Data = Bytes>,
+    C: Classify,
+{
+    type Output = Result<Response<ResponseBody<R, C>>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project().state.project() {
+            Project::Called { future, watch, classify } => {
+                let result = ready!(future.poll(cx));
+                let Some(mut watch) = watch.take() else { return Poll::Ready(result.map(|r| r.map(Body::new))) };
+                watch.answered();
+                Poll::Ready(match result {
+                    Ok(response) => {
+                        let judge = judge(classify.clone(), &response, watch);
+                        Ok(response.map(|body| Body::guarded(body, judge)))
+                    }
+                    Err(error) => {
+                        watch.report(classify.error());
+                        Err(error)
+                    }
+                })
+            }
+            Project::Refused { rejection, dialect } => match rejection.take() {
+                Some(rejection) => Poll::Ready(Ok(rejection.into_response(*dialect))),
+                // Polled again after it was ready: a future may do anything but be unsound then.
+                None => Poll::Pending,
+            },
+        }
+    }
+}
+
+impl<F, C> fmt::Debug for ResponseFuture<F, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture").finish_non_exhaustive()
+    }
+}

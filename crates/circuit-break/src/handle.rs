@@ -1,0 +1,208 @@
+//! Looks into the breakers of a layer, and moves them by hand.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use portcullis_core::Endpoint;
+
+use crate::breaker::{Reason, State};
+use crate::shared::{Alone, Shared, Target};
+
+/// Looks into the breakers of one [`CircuitBreakLayer`](crate::CircuitBreakLayer), and moves them by hand.
+#[derive(Clone, Debug)]
+pub struct Handle(pub(crate) Arc<Shared>);
+
+/// One breaker, as a handle sees it.
+#[derive(Clone, Debug)]
+pub struct Breaker {
+    shared: Arc<Shared>,
+    target: Target,
+}
+
+/// A breaker changed its state.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Change {
+    /// Which one.
+    pub scope: Scope,
+    /// What it was.
+    pub from: State,
+    /// What it is.
+    pub to: State,
+    /// Why.
+    pub reason: Reason,
+    /// How long it stays open, if it opened.
+    pub open_for: Option<Duration>,
+}
+
+/// What a breaker guards.
+#[derive(Clone)]
+pub struct Scope(Target);
+
+/// The changes of all breakers of a layer, from now on.
+#[derive(Debug)]
+pub struct Changes(tokio::sync::broadcast::Receiver<Change>);
+
+/// What a breaker counted since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Counts {
+    /// Calls that failed.
+    pub failed: u32,
+    /// Calls that said nothing about what is guarded, such as those the caller broke off.
+    pub ignored: u32,
+    /// Requests refused by this layer. What a balancer avoids is not among them.
+    pub refused: u32,
+}
+
+/// Shares in a window, as they are now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Rates {
+    /// Calls in the window.
+    pub calls: u32,
+    /// Those that failed.
+    pub failed: u32,
+    /// Those that were slow.
+    pub slow: u32,
+}
+
+// === impl Handle ===
+
+impl Handle {
+    /// The breaker of requests that carry no permit: of the whole service behind the layer.
+    #[must_use]
+    pub fn whole(&self) -> Breaker {
+        Breaker { shared: self.0.clone(), target: Target::Alone(self.0.whole.clone()) }
+    }
+
+    /// The breaker of one endpoint.
+    #[must_use]
+    pub fn endpoint(&self, endpoint: &Endpoint) -> Breaker {
+        Breaker { shared: self.0.clone(), target: Target::Endpoint(endpoint.clone()) }
+    }
+
+    /// The changes of all breakers of this layer, from now on.
+    #[must_use]
+    pub fn changes(&self) -> Changes {
+        Changes(self.0.listen())
+    }
+}
+
+// === impl Breaker ===
+
+impl Breaker {
+    /// What it does with requests.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.shared.guard(&self.target).breaker.state()
+    }
+
+    /// How long until it lets a probe pass, if it is open; zero when the next request will be one.
+    #[must_use]
+    pub fn open_for(&self) -> Option<Duration> {
+        Some(self.shared.guard(&self.target).breaker.until()?.since(self.shared.clock.now()))
+    }
+
+    /// How many calls failed since the last that succeeded; not known unless it is closed.
+    #[must_use]
+    pub fn failures_in_a_row(&self) -> Option<u16> {
+        let breaker = &self.shared.guard(&self.target).breaker;
+        (breaker.state() == State::Closed).then(|| breaker.count())
+    }
+
+    /// What it counted since it was made.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        let breaker = &self.shared.guard(&self.target).breaker;
+        Counts { failed: breaker.failed(), ignored: breaker.ignored(), refused: breaker.refused() }
+    }
+
+    /// The shares in its window of calls, if it has one.
+    #[must_use]
+    pub fn call_rates(&self) -> Option<Rates> {
+        self.shared.guard(&self.target).breaker.call_sum().map(Rates::of)
+    }
+
+    /// The shares in its window of time, if it has one.
+    #[must_use]
+    pub fn time_rates(&self) -> Option<Rates> {
+        self.shared.guard(&self.target).breaker.time_sum(self.shared.clock.now()).map(Rates::of)
+    }
+
+    /// Closes it and forgets what it saw.
+    pub fn reset(&self) {
+        self.shared.reset(&self.target);
+    }
+}
+
+// === impl Scope ===
+
+impl Scope {
+    pub(crate) fn endpoint(endpoint: Endpoint) -> Self {
+        Self(Target::Endpoint(endpoint))
+    }
+
+    pub(crate) fn alone(alone: Arc<Alone>) -> Self {
+        Self(Target::Alone(alone))
+    }
+
+    /// The endpoint, if it guards one.
+    #[must_use]
+    pub fn as_endpoint(&self) -> Option<&Endpoint> {
+        match &self.0 {
+            Target::Endpoint(endpoint) => Some(endpoint),
+            Target::Alone(_) => None,
+        }
+    }
+
+    /// The key, if it guards what has this key and the key is of this type.
+    #[must_use]
+    pub fn as_key<T: Any>(&self) -> Option<&T> {
+        match &self.0 {
+            Target::Alone(alone) => alone.key.as_deref()?.downcast_ref(),
+            Target::Endpoint(_) => None,
+        }
+    }
+
+    /// Whether it guards the whole service behind the layer.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        matches!(&self.0, Target::Alone(alone) if alone.key.is_none())
+    }
+}
+
+/// A key is not shown: it may be a secret of the caller's.
+impl fmt::Debug for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            Target::Endpoint(endpoint) => f.debug_tuple("Endpoint").field(endpoint).finish(),
+            Target::Alone(alone) => f.write_str(if alone.key.is_some() { "Key" } else { "Whole" }),
+        }
+    }
+}
+
+// === impl Changes ===
+
+impl Changes {
+    /// The next change; `None` when the layer and its services are gone. Who falls far behind misses the oldest.
+    pub async fn next(&mut self) -> Option<Change> {
+        loop {
+            match self.0.recv().await {
+                Ok(change) => return Some(change),
+                Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
+                Err(tokio::sync::broadcast::error::RecvError::Closed) => return None,
+            }
+        }
+    }
+}
+
+// === impl Rates ===
+
+impl Rates {
+    pub(crate) fn of(sum: crate::window::Sum) -> Self {
+        Self { calls: sum.calls, failed: sum.failed, slow: sum.slow }
+    }
+}
