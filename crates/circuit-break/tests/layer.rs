@@ -1,6 +1,7 @@
 //! The layer through its public interface.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+#![expect(clippy::needless_pass_by_value, reason = "a service is given its request")]
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
