@@ -23,6 +23,14 @@ use tower_service::Service;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Broken(pub &'static str);
 
+impl std::fmt::Display for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Broken {}
+
 /// A body whose frames a test sends one by one.
 pub type ProbeBody = Channel<Bytes, Broken>;
 
