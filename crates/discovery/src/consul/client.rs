@@ -1,0 +1,266 @@
+//! Calls to an agent: one deadline for the whole, a cap on the body, percent-encoding, a token nobody sees.
+
+use std::fmt::{self, Write};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, StatusCode, header};
+use http_body_util::{BodyExt, Full};
+use hyper_util::client::legacy;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use tokio::sync::Semaphore;
+
+use super::connect::Connector;
+use super::{Consistency, ConsulConfig, Origin, index};
+use crate::Error;
+
+pub(super) struct Client {
+    pub(super) config: ConsulConfig,
+    http: legacy::Client<Connector, Full<Bytes>>,
+    /// Places for calls that block, and for those that do not.
+    blocking: Semaphore,
+    prompt: Semaphore,
+}
+
+/// An agent's answer, read to the end.
+pub(super) struct Answer {
+    pub(super) status: StatusCode,
+    headers: HeaderMap,
+    pub(super) body: Bytes,
+}
+
+/// The path and query of a call; names and values are encoded as they are added.
+pub(super) struct Path(String);
+
+/// What RFC 3986 leaves unreserved stays as it is.
+const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
+const TOKEN: HeaderName = HeaderName::from_static("x-consul-token");
+/// Calls that do not block are short, so that few connections do for many.
+const PROMPT: usize = 16;
+
+// === impl Client ===
+
+impl Client {
+    pub(super) fn new(config: ConsulConfig) -> Result<Self, Error> {
+        let tls = match &*config.origin {
+            Origin::Tcp { https: true, .. } => Some(config.tls.client()?),
+            Origin::Tcp { .. } | Origin::Unix(_) => None,
+        };
+        let connector = Connector { origin: config.origin.clone(), tls, timeout: config.connect_timeout };
+        let http = legacy::Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(60))
+            .build(connector);
+        let (blocking, prompt) = (Semaphore::new(config.connections), Semaphore::new(PROMPT));
+        Ok(Self { config, http, blocking, prompt })
+    }
+
+    /// What is known of a service: at once, or with an index when it changed or the wait is over.
+    pub(super) async fn health(&self, service: &str, index: Option<u64>) -> Result<Answer, Error> {
+        let config = &self.config;
+        let mut path = Path::new("/v1/health/service/").segment(service);
+        if !config.selection.warning {
+            path = path.query("passing", "1");
+        }
+        path = self.scope(path).maybe("dc", config.datacenter.as_deref()).maybe("near", config.near.as_deref());
+        path = path.maybe("filter", config.filter.as_deref());
+        for tag in &config.tags {
+            path = path.query("tag", tag);
+        }
+        path = match config.consistency {
+            Consistency::Default => path,
+            Consistency::Consistent => path.query("consistent", ""),
+            Consistency::Stale => path.query("stale", ""),
+            Consistency::Cached => path.query("cached", ""),
+        };
+        let Some(index) = index else { return self.call(Method::GET, path, Bytes::new()).await };
+        path = path.query("index", &index.to_string()).query("wait", &index::wait_parameter(config.wait));
+        let deadline = index::deadline(config.wait, config.timeout);
+        self.run(&self.blocking, deadline, Method::GET, path, Bytes::new()).await
+    }
+
+    /// Whether the token may read the service and at least some node: an old agent answers who may not like one who asks
+    /// for what does not exist.
+    pub(super) async fn may_read(&self, service: &str) -> Result<bool, Error> {
+        let path = self.scope(Path::new("/v1/agent/health/service/name/").segment(service));
+        if self.call(Method::GET, path, Bytes::new()).await?.status == StatusCode::FORBIDDEN {
+            return Ok(false);
+        }
+        let path = Path::new("/v1/catalog/nodes").maybe("dc", self.config.datacenter.as_deref()).query("stale", "");
+        let nodes = self.call(Method::GET, path, Bytes::new()).await?.ok()?;
+        Ok(nodes.body.iter().filter(|byte| !byte.is_ascii_whitespace()).nth(2).is_some())
+    }
+
+    /// The agent's node, if we may know it.
+    pub(super) async fn identity(&self) -> Result<Option<String>, Error> {
+        #[derive(serde::Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct About {
+            config: Config,
+        }
+        #[derive(serde::Deserialize)]
+        struct Config {
+            #[serde(rename = "NodeID")]
+            node_id: String,
+        }
+        let answer = self.call(Method::GET, Path::new("/v1/agent/self"), Bytes::new()).await?;
+        if answer.status == StatusCode::FORBIDDEN {
+            return Ok(None);
+        }
+        let about: Option<About> = serde_json::from_slice(&answer.ok()?.body).ok();
+        Ok(about.map(|about| about.config.node_id))
+    }
+
+    /// A call that does not block.
+    pub(super) async fn call(&self, method: Method, path: Path, body: Bytes) -> Result<Answer, Error> {
+        self.run(&self.prompt, self.config.timeout, method, path, body).await
+    }
+
+    pub(super) fn scope(&self, path: Path) -> Path {
+        path.maybe("ns", self.config.namespace.as_deref()).maybe("partition", self.config.partition.as_deref())
+    }
+
+    async fn run(
+        &self,
+        places: &Semaphore,
+        deadline: Duration,
+        method: Method,
+        path: Path,
+        body: Bytes,
+    ) -> Result<Answer, Error> {
+        let _place = places.acquire().await.map_err(|_| Error::unavailable("the client is closed"))?;
+        let request = self.request(method, &path, body)?;
+        tokio::time::timeout(deadline, self.exchange(request))
+            .await
+            .unwrap_or_else(|_| Err(Error::unavailable("the agent did not answer in time")))
+    }
+
+    fn request(&self, method: Method, path: &Path, body: Bytes) -> Result<Request<Full<Bytes>>, Error> {
+        let mut request = Request::builder().method(method).uri(format!("{}{}", self.config.origin, path.0));
+        if !body.is_empty() {
+            request = request.header(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        }
+        if let Some(token) = &self.config.token {
+            request = request.header(TOKEN, token);
+        }
+        request
+            .body(Full::new(body))
+            .map_err(|error| Error::invalid("the agent cannot be asked that").with_source(error))
+    }
+
+    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<Answer, Error> {
+        let answer = self.http.request(request).await.map_err(|error| {
+            let what = if error.is_connect() { "the agent cannot be reached" } else { "the agent broke off" };
+            Error::unavailable(what).with_source(error)
+        })?;
+        let (head, mut body) = answer.into_parts();
+        let mut read = BytesMut::new();
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|error| Error::unavailable("the agent broke off").with_source(error))?;
+            if let Some(data) = frame.data_ref() {
+                if read.len() + data.len() > self.config.max_body {
+                    return Err(Error::unavailable(format!(
+                        "the answer is larger than {} bytes",
+                        self.config.max_body
+                    )));
+                }
+                read.extend_from_slice(data);
+            }
+        }
+        Ok(Answer { status: head.status, headers: head.headers, body: read.freeze() })
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Client").field(&self.config).finish()
+    }
+}
+
+// === impl Answer ===
+
+impl Answer {
+    /// The answer if its status is 200, else what it says instead.
+    pub(super) fn ok(self) -> Result<Self, Error> {
+        if self.status == StatusCode::OK {
+            return Ok(self);
+        }
+        // The agent's words, as far as they are words.
+        let text = String::from_utf8_lossy(&self.body[..self.body.len().min(200)]);
+        let text: String = text.chars().filter(|c| !c.is_control()).collect();
+        let detail = format!("the agent answered {}: {text}", self.status.as_u16());
+        Err(match self.status {
+            StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED => Error::denied(detail),
+            _ if text.contains("No cluster leader") || text.contains("No known Consul servers") => {
+                Error::no_leader(detail)
+            }
+            _ => Error::unavailable(detail),
+        })
+    }
+
+    pub(super) fn index(&self) -> Option<u64> {
+        self.text("x-consul-index")?.parse().ok()
+    }
+
+    /// Whether a leader is known to whoever answered.
+    pub(super) fn has_leader(&self) -> bool {
+        self.text("x-consul-knownleader") == Some("true")
+    }
+
+    /// Whether something was left out that the token may not read. Old agents do not say so.
+    pub(super) fn is_filtered(&self) -> bool {
+        self.text("x-consul-results-filtered-by-acls") == Some("true")
+    }
+
+    fn text(&self, name: &str) -> Option<&str> {
+        self.headers.get(name)?.to_str().ok()
+    }
+}
+
+// === impl Path ===
+
+impl Path {
+    pub(super) fn new(fixed: &str) -> Self {
+        Self(fixed.to_owned())
+    }
+
+    /// Adds the last segment.
+    pub(super) fn segment(mut self, segment: &str) -> Self {
+        // Writing to a string does not fail.
+        let _ = write!(self.0, "{}", utf8_percent_encode(segment, ENCODED));
+        self
+    }
+
+    pub(super) fn query(mut self, name: &str, value: &str) -> Self {
+        let separator = if self.0.contains('?') { '&' } else { '?' };
+        let _ = write!(self.0, "{separator}{name}");
+        if !value.is_empty() {
+            let _ = write!(self.0, "={}", utf8_percent_encode(value, ENCODED));
+        }
+        self
+    }
+
+    fn maybe(self, name: &str, value: Option<&str>) -> Self {
+        match value {
+            Some(value) => self.query(name, value),
+            None => self,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_and_values_cannot_leave_their_place() {
+        let path =
+            Path::new("/v1/health/service/").segment("web?dc=x/../y").query("filter", "\"v1\" in Service.Tags & a=b");
+        assert_eq!(
+            path.0,
+            "/v1/health/service/web%3Fdc%3Dx%2F..%2Fy?filter=%22v1%22%20in%20Service.Tags%20%26%20a%3Db"
+        );
+        assert_eq!(Path::new("/a").query("stale", "").query("dc", "d").0, "/a?stale&dc=d");
+    }
+}

@@ -1,0 +1,135 @@
+//! Follows one service by blocking queries.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream;
+use portcullis_core::Instance;
+
+use super::Consistency;
+use super::answer;
+use super::client::Client;
+use super::index::{Index, Turn};
+use crate::backoff::{Backoff, Pace};
+use crate::{Error, Watch};
+
+struct Follower {
+    client: Arc<Client>,
+    service: Arc<str>,
+    index: Index,
+    /// The last answer was none, or there was none yet: ask for everything at once.
+    failing: bool,
+    /// The registry showed instances, and no sound "none" since.
+    known: bool,
+    /// The registry's memory began anew while instances were known: "none" proves nothing.
+    reset: bool,
+    /// The agent's node when instances were last seen.
+    identity: Option<String>,
+    pause: Duration,
+    backoff: Backoff,
+    pace: Pace,
+}
+
+/// Queries of one service that may follow each other at once, and how often they may after that.
+const BURST: u32 = 8;
+const EVERY: Duration = Duration::from_millis(250);
+
+pub(super) fn watch(client: Arc<Client>, service: Arc<str>) -> Watch {
+    let follower = Follower {
+        client,
+        service,
+        index: Index::default(),
+        failing: true,
+        known: false,
+        reset: false,
+        identity: None,
+        pause: Duration::ZERO,
+        backoff: Backoff::new(),
+        pace: Pace::new(BURST, EVERY),
+    };
+    Watch::new(stream::unfold(follower, |mut follower| async move {
+        let answer = follower.next().await;
+        Some((answer, follower))
+    }))
+}
+
+// === impl Follower ===
+
+impl Follower {
+    async fn next(&mut self) -> Result<Vec<Instance>, Error> {
+        loop {
+            let pause = self.pace.take(self.client.config.clock.now());
+            tokio::time::sleep(pause.max(std::mem::take(&mut self.pause))).await;
+            match self.ask().await {
+                Ok(None) => {}
+                Ok(Some(instances)) => {
+                    self.failing = false;
+                    self.backoff.reset();
+                    return Ok(instances);
+                }
+                // The agent answers well, only not yet what counts: the next query blocks.
+                Err(error) if error.is_reset() => {
+                    self.backoff.reset();
+                    return Err(error);
+                }
+                Err(error) => {
+                    self.failing = true;
+                    self.pause = self.backoff.next(fastrand::f64());
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// Asks once; `None` when nothing changed.
+    async fn ask(&mut self) -> Result<Option<Vec<Instance>>, Error> {
+        let index = if self.failing { None } else { self.index.value() };
+        let answer = self.client.health(&self.service, index).await?.ok()?;
+        let old = matches!(self.client.config.consistency, Consistency::Stale | Consistency::Cached);
+        if !answer.has_leader() && (!old || self.known) {
+            return Err(Error::no_leader("the registry has no leader"));
+        }
+        let after_failure = self.failing;
+        match self.index.observe(answer.index()) {
+            Turn::Same if !after_failure => return Ok(None),
+            Turn::Same | Turn::Moved => {}
+            Turn::Reset => self.reset = self.known,
+        }
+        let instances = answer::instances(&answer.body, &self.client.config.selection)?;
+        if !instances.is_empty() {
+            self.saw_instances().await;
+            return Ok(Some(instances));
+        }
+        if answer.is_filtered() {
+            return Err(Error::denied("the token may not read the service"));
+        }
+        if !answer.has_leader() {
+            return Err(Error::no_leader("the registry has no leader"));
+        }
+        if self.known && after_failure && !self.reset {
+            self.reset = self.is_another_agent().await?;
+        }
+        if self.reset {
+            self.failing = false;
+            return Err(Error::reset("the registry began anew and does not know the service yet"));
+        }
+        if !self.client.may_read(&self.service).await? {
+            return Err(Error::denied("the token may not read the service"));
+        }
+        self.known = false;
+        Ok(Some(instances))
+    }
+
+    async fn saw_instances(&mut self) {
+        (self.known, self.reset) = (true, false);
+        if self.failing {
+            // Not worth a failure: without it only the index tells a new memory.
+            self.identity = self.client.identity().await.ok().flatten();
+        }
+    }
+
+    async fn is_another_agent(&self) -> Result<bool, Error> {
+        let Some(before) = &self.identity else { return Ok(false) };
+        Ok(self.client.identity().await?.is_some_and(|now| now != *before))
+    }
+}
