@@ -182,7 +182,7 @@ impl Drop for Shared {
     fn drop(&mut self) {
         let rationed = self.rationed.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
         for target in rationed {
-            target.gate().open_for(self.mover);
+            target.gate().forget(self.mover);
         }
     }
 }

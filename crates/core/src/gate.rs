@@ -4,9 +4,9 @@
 //!                     ration(places from `until`, for `every`)
 //!            ┌─────────────────────────────────────────────────────┐
 //!            │                                                     ▼
-//!       ┌─────────┐                                          ┌──────────┐  `until` or `every` is over:
-//!       │ admits  │                                          │ rationed │  whoever looks next starts
-//!       └─────────┘                                          └──────────┘  a fresh round of places
+//!       ┌─────────┐                                          ┌──────────┐  `until` is over, a place came back
+//!       │ admits  │                                          │ rationed │  or was out for `every`: whoever
+//!       └─────────┘                                          └──────────┘  comes next takes it
 //!            ▲                                                     │  ▲ │
 //!            └─────────────────────────────────────────────────────┘  └─┘
 //!                     admit(), when no other mover objects
@@ -19,7 +19,8 @@
 //! looks next; there is no timer and no task, and the clock is read only while the gate is rationed.
 //!
 //! Several movers (two breakers, a health check, an administrator, a drain) each have their own veto: the gate admits
-//! when none objects, and otherwise the strictest ration counts.
+//! when none objects, and otherwise the strictest ration counts. Places that are out stay counted whatever is moved: never
+//! are more out at a time, counting those younger than `every`, than there are places.
 
 use std::fmt;
 use std::sync::Arc;
@@ -30,16 +31,15 @@ use crate::{Endpoint, Moment};
 
 /// The door of one endpoint: it admits every request, or a counted few until a deadline.
 ///
-/// Entering an admitting gate is one atomic load. Nothing waits, and only [moving](Self::ration) the gate and starting a
-/// round take a lock.
+/// Entering an admitting gate is one atomic load, and so, nearly, is being refused. Only [moving](Self::ration) the gate
+/// and taking or giving back a place take a lock.
 pub struct Gate {
-    /// See [`Word`].
+    /// See [`Word`]. Written under the lock, before the deadline that goes with it.
     word: AtomicU64,
-    /// When the current round, or the time without places, is over. Written before the word that it belongs to, under
-    /// the lock; a reader that sees a newer one than its word only looks again.
+    /// When a place may become free by time alone. Within one generation it never goes back while no place is left.
     deadline: AtomicU64,
     moves: Arc<std::sync::atomic::AtomicU64>,
-    movers: Mutex<Vec<Vote>>,
+    book: Mutex<Book>,
 }
 
 /// One who moves gates. Each breaker, health check or administrator has one of its own.
@@ -56,9 +56,10 @@ pub struct Generation(u32);
 pub struct Ration {
     /// No request is admitted before.
     pub until: Moment,
-    /// How many may be inside at a time after that; a place is free again when its [`Pass`] is dropped.
+    /// How many may be inside at a time after that; a place is free again when its [`Pass`] is dropped. Without places
+    /// everybody is refused, and `until` does not matter.
     pub places: u16,
-    /// How long a round of places lasts; what has not come back by then is taken for lost, and a fresh round begins.
+    /// How long a place may be out; what has not come back by then is taken for lost, and its place is free again.
     pub every: Duration,
 }
 
@@ -87,8 +88,8 @@ pub struct Pass {
 enum Kind {
     /// The gate admitted everybody.
     Free,
-    /// One of the places of a round.
-    Place { round: u16 },
+    /// One of the places of a ration.
+    Place { id: u32 },
     /// In without asking.
     Forced,
 }
@@ -98,9 +99,25 @@ enum Guarded {
     Alone(Arc<Gate>),
 }
 
-/// The gate's state: `rationed: 1 | generation: 31 | round: 16 | places left: 16`.
+/// The gate's state: `rationed: 1 | generation: 31 | places left: 32`. There are none left before `until` is over.
 #[derive(Clone, Copy)]
 struct Word(u64);
+
+/// What only those who move the gate, and those who take its places, need.
+#[derive(Default)]
+struct Book {
+    votes: Vec<Vote>,
+    /// The places that are out; of lost ones only those that nobody asked for yet.
+    out: Vec<Out>,
+    next: u32,
+    /// Somebody came when `until` was over, in this generation.
+    begun: bool,
+}
+
+struct Out {
+    id: u32,
+    lost: Moment,
+}
 
 struct Vote {
     mover: Mover,
@@ -123,11 +140,11 @@ impl Gate {
             word: AtomicU64::new(Word::admits(Generation(0)).0),
             deadline: AtomicU64::new(0),
             moves,
-            movers: Mutex::new(Vec::new()),
+            book: Mutex::new(Book::default()),
         }
     }
 
-    /// Whether the gate admits everybody. Looks only: entering is [`enter`](Self::enter).
+    /// Whether the gate admits everybody. Looks only: entering is [`pass`](Self::pass).
     #[must_use]
     pub fn admits(&self) -> bool {
         !self.word().is_rationed()
@@ -141,11 +158,7 @@ impl Gate {
     /// [`Refused`] when it would be.
     pub fn peek(&self, now: impl FnOnce() -> Moment) -> Result<(), Refused> {
         let word = self.word();
-        if !word.is_rationed() || word.left() > 0 {
-            return Ok(());
-        }
-        let until = Moment::from_nanos(self.deadline.load(Ordering::Acquire));
-        if now() < until { Err(Refused { until }) } else { Ok(()) }
+        if word.is_rationed() { self.check(word, now) } else { Ok(()) }
     }
 
     /// Enters a gate of one's own, shared behind an `Arc`.
@@ -176,64 +189,49 @@ impl Gate {
         Entry { generation: self.word().generation(), kind: Kind::Forced }
     }
 
+    /// Whether a rationed gate may have a place, without the lock.
+    fn check(&self, word: Word, now: impl FnOnce() -> Moment) -> Result<(), Refused> {
+        if word.left() > 0 {
+            return Ok(());
+        }
+        let until = Moment::from_nanos(self.deadline.load(Ordering::Acquire));
+        // The deadline may be newer than the word, and belong to one that has places left.
+        if now() < until && self.word().0 == word.0 { Err(Refused { until }) } else { Ok(()) }
+    }
+
     #[cold]
-    fn enter_rationed(&self, mut word: Word, now: Moment) -> Result<Entry, Refused> {
-        loop {
-            if !word.is_rationed() {
-                return Ok(Entry { generation: word.generation(), kind: Kind::Free });
-            }
-            let deadline = Moment::from_nanos(self.deadline.load(Ordering::Acquire));
-            if now >= deadline {
-                if let Some(entry) = self.start_round(word, now) {
-                    return Ok(entry);
-                }
-                let next = self.word();
-                if next.0 == word.0 {
-                    return Err(Refused { until: Moment::from_nanos(self.deadline.load(Ordering::Acquire)) });
-                }
-                word = next;
-                continue;
-            }
-            if word.left() == 0 {
-                return Err(Refused { until: deadline });
-            }
-            match self.word.compare_exchange(word.0, word.one_less().0, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Ok(Entry { generation: word.generation(), kind: Kind::Place { round: word.round() } }),
-                Err(seen) => word = Word(seen),
-            }
+    fn enter_rationed(&self, word: Word, now: Moment) -> Result<Entry, Refused> {
+        self.check(word, || now)?;
+        let book = &mut *lock(&self.book);
+        let generation = self.word().generation();
+        let Some(ration) = strictest(&book.votes) else { return Ok(Entry { generation, kind: Kind::Free }) };
+        if now < ration.until || ration.places == 0 {
+            return Err(Refused { until: ration.until });
         }
+        book.begun = true;
+        book.out.retain(|out| out.lost > now);
+        let places = usize::from(ration.places);
+        let entry = (book.out.len() < places).then(|| {
+            let id = book.next;
+            book.next = id.wrapping_add(1);
+            book.out.push(Out { id, lost: now + ration.every.max(SHORTEST) });
+            Entry { generation, kind: Kind::Place { id } }
+        });
+        let until = book.out.iter().map(|out| out.lost).min().unwrap_or(now);
+        self.publish(Word::rationed(generation, book.left(places)), until);
+        entry.ok_or(Refused { until })
     }
 
-    /// Starts a fresh round and takes its first place, unless somebody else was quicker or the ration has no places.
-    fn start_round(&self, seen: Word, now: Moment) -> Option<Entry> {
-        let movers = lock(&self.movers);
-        let word = self.word();
-        let due = Moment::from_nanos(self.deadline.load(Ordering::Acquire)) <= now;
-        if word.generation() != seen.generation() || !word.is_rationed() || !due {
-            return None;
-        }
-        let ration = strictest(&movers)?;
-        if ration.places == 0 {
-            // Without places there is nothing to come back for; look again after a round.
-            self.deadline.store((now + ration.every.max(MIN_ROUND)).as_nanos(), Ordering::Release);
-            return None;
-        }
-        self.deadline.store((now + ration.every.max(MIN_ROUND)).as_nanos(), Ordering::Release);
-        let fresh = Word::rationed(word.generation(), word.round().wrapping_add(1), ration.places - 1);
-        // Only places of the old round can be taken or given back meanwhile, so storing loses nothing.
-        self.word.store(fresh.0, Ordering::Release);
-        Some(Entry { generation: fresh.generation(), kind: Kind::Place { round: fresh.round() } })
-    }
-
-    /// Gives a place back, if its round still runs.
+    /// Gives a place back.
     pub(crate) fn leave(&self, entry: Entry) {
-        let Kind::Place { round } = entry.kind else { return };
-        let mut word = self.word();
-        while word.is_rationed() && word.generation() == entry.generation && word.round() == round {
-            match self.word.compare_exchange(word.0, word.one_more().0, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return,
-                Err(seen) => word = Word(seen),
-            }
+        let Kind::Place { id } = entry.kind else { return };
+        let book = &mut *lock(&self.book);
+        let Some(index) = book.out.iter().position(|out| out.id == id) else { return };
+        book.out.swap_remove(index);
+        let word = self.word();
+        if let Some(ration) = strictest(&book.votes).filter(|_| book.begun) {
+            let left = book.left(usize::from(ration.places));
+            self.word.store(Word::rationed(word.generation(), left).0, Ordering::Release);
         }
     }
 
@@ -253,54 +251,59 @@ impl Gate {
     /// Refuses everybody until `mover` [`admit`](Self::admit)s again, whatever it had said before.
     pub fn close_for(&self, mover: Mover) {
         let refuse = Ration { until: Moment::MAX, places: 0, every: Duration::MAX };
-        let mut movers = lock(&self.movers);
-        let since = moved(&movers, mover);
-        self.apply(&mut movers, mover, since, Some(refuse));
+        self.apply(&mut lock(&self.book), mover, Some(refuse));
     }
 
     /// Withdraws whatever `mover` had said.
     pub fn open_for(&self, mover: Mover) {
-        let mut movers = lock(&self.movers);
-        let since = moved(&movers, mover);
-        self.apply(&mut movers, mover, since, None);
+        self.apply(&mut lock(&self.book), mover, None);
+    }
+
+    /// As [`open_for`](Self::open_for), and forgets `mover`, which moves this gate no more.
+    pub fn forget(&self, mover: Mover) {
+        let book = &mut *lock(&self.book);
+        let Some(vote) = book.votes.iter().position(|vote| vote.mover == mover) else { return };
+        if book.votes.swap_remove(vote).ration.is_some() {
+            self.move_on(book);
+        }
     }
 
     /// The last move `mover` made, for [`ration`](Self::ration) and [`admit`](Self::admit).
     #[must_use]
     pub fn last_move(&self, mover: Mover) -> Generation {
-        moved(&lock(&self.movers), mover)
+        moved(&lock(&self.book).votes, mover)
     }
 
     fn cast(&self, mover: Mover, since: Generation, ration: Option<Ration>) -> Option<Generation> {
-        self.apply(&mut lock(&self.movers), mover, since, ration)
+        let book = &mut *lock(&self.book);
+        (moved(&book.votes, mover) == since).then(|| self.apply(book, mover, ration))
     }
 
-    /// Called with the lock held.
-    fn apply(
-        &self,
-        movers: &mut Vec<Vote>,
-        mover: Mover,
-        since: Generation,
-        ration: Option<Ration>,
-    ) -> Option<Generation> {
-        if moved(movers, mover) != since {
-            return None;
-        }
+    fn apply(&self, book: &mut Book, mover: Mover, ration: Option<Ration>) -> Generation {
         let next = self.word().generation().next();
-        match movers.iter_mut().find(|vote| vote.mover == mover) {
+        match book.votes.iter_mut().find(|vote| vote.mover == mover) {
             Some(vote) => (vote.moved, vote.ration) = (next, ration),
-            None => movers.push(Vote { mover, moved: next, ration }),
+            None => book.votes.push(Vote { mover, moved: next, ration }),
         }
-        let word = match strictest(movers) {
-            None => Word::admits(next),
-            Some(ration) => {
-                self.deadline.store(ration.until.as_nanos(), Ordering::Release);
-                Word::rationed(next, 0, 0)
-            }
-        };
-        self.word.store(word.0, Ordering::Release);
+        self.move_on(book);
+        next
+    }
+
+    /// Begins the next generation by what the votes now say.
+    fn move_on(&self, book: &mut Book) {
+        let next = self.word().generation().next();
+        book.begun = false;
+        match strictest(&book.votes) {
+            None => self.word.store(Word::admits(next).0, Ordering::Release),
+            Some(ration) => self.publish(Word::rationed(next, 0), ration.until),
+        }
         self.moves.fetch_add(1, std::sync::atomic::Ordering::Release);
-        Some(next)
+    }
+
+    /// The word first: one who sees the new deadline then sees the new word, too, and does not refuse by the old one.
+    fn publish(&self, word: Word, deadline: Moment) {
+        self.word.store(word.0, Ordering::Release);
+        self.deadline.store(deadline.as_nanos(), Ordering::Release);
     }
 
     fn word(&self) -> Word {
@@ -325,20 +328,22 @@ impl fmt::Debug for Gate {
     }
 }
 
-/// A round that lasts no time would let everybody start one.
-const MIN_ROUND: Duration = Duration::from_millis(1);
+/// A place that is lost at once would admit everybody.
+const SHORTEST: Duration = Duration::from_millis(1);
 
-/// What counts when several object: the latest deadline, the fewest places, the longest round.
-fn strictest(movers: &[Vote]) -> Option<Ration> {
-    movers.iter().filter_map(|vote| vote.ration).reduce(|a, b| Ration {
+/// What counts when several object: the latest deadline, the fewest places, the longest time out.
+fn strictest(votes: &[Vote]) -> Option<Ration> {
+    let strictest = votes.iter().filter_map(|vote| vote.ration).reduce(|a, b| Ration {
         until: a.until.max(b.until),
         places: a.places.min(b.places),
         every: a.every.max(b.every),
-    })
+    })?;
+    // Without places there is nothing to wait for.
+    Some(if strictest.places == 0 { Ration { until: Moment::MAX, ..strictest } } else { strictest })
 }
 
-fn moved(movers: &[Vote], mover: Mover) -> Generation {
-    movers.iter().find(|vote| vote.mover == mover).map_or(Generation(0), |vote| vote.moved)
+fn moved(votes: &[Vote], mover: Mover) -> Generation {
+    votes.iter().find(|vote| vote.mover == mover).map_or(Generation(0), |vote| vote.moved)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> crate::sync::MutexGuard<'_, T> {
@@ -447,6 +452,14 @@ impl fmt::Debug for Pass {
     }
 }
 
+// === impl Book ===
+
+impl Book {
+    fn left(&self, places: usize) -> u32 {
+        u32::try_from(places.saturating_sub(self.out.len())).unwrap_or(u32::MAX)
+    }
+}
+
 // === impl Word ===
 
 impl Word {
@@ -456,8 +469,8 @@ impl Word {
         Self((generation.0 as u64) << 32)
     }
 
-    const fn rationed(generation: Generation, round: u16, left: u16) -> Self {
-        Self(Self::RATIONED | (generation.0 as u64) << 32 | (round as u64) << 16 | left as u64)
+    const fn rationed(generation: Generation, left: u32) -> Self {
+        Self(Self::RATIONED | (generation.0 as u64) << 32 | left as u64)
     }
 
     const fn is_rationed(self) -> bool {
@@ -468,212 +481,14 @@ impl Word {
         Generation((self.0 >> 32) as u32 & Generation::MASK)
     }
 
-    const fn round(self) -> u16 {
-        (self.0 >> 16) as u16
-    }
-
-    const fn left(self) -> u16 {
-        self.0 as u16
-    }
-
-    const fn one_less(self) -> Self {
-        Self(self.0 - 1)
-    }
-
-    const fn one_more(self) -> Self {
-        Self(self.0 + 1)
+    const fn left(self) -> u32 {
+        self.0 as u32
     }
 }
 
-#[cfg(all(test, not(portcullis_loom)))]
-mod tests {
-    use super::*;
-
-    const S: Duration = Duration::from_secs(1);
-
-    fn at(seconds: u64) -> Moment {
-        Moment::from_nanos(seconds * 1_000_000_000)
-    }
-
-    fn gate() -> Arc<Gate> {
-        Arc::new(Gate::new())
-    }
-
-    #[test]
-    fn an_admitting_gate_reads_no_clock() {
-        let pass = gate().pass(|| unreachable!("the clock was read")).unwrap();
-        assert!(!pass.is_rationed());
-    }
-
-    #[test]
-    fn a_ration_refuses_until_its_deadline_and_then_has_its_places() {
-        let (gate, mover) = (gate(), Mover::new());
-        let ration = Ration { until: at(10), places: 2, every: 5 * S };
-        gate.ration(mover, Generation::FIRST, ration).unwrap();
-        assert_eq!(gate.pass(|| at(9)).unwrap_err(), Refused { until: at(10) });
-        let first = gate.pass(|| at(10)).unwrap();
-        let second = gate.pass(|| at(11)).unwrap();
-        assert!(first.is_rationed() && second.is_rationed());
-        assert_eq!(gate.pass(|| at(12)).unwrap_err(), Refused { until: at(15) });
-        drop(first);
-        let third = gate.pass(|| at(12)).unwrap();
-        assert!(gate.pass(|| at(12)).is_err());
-        drop((second, third));
-    }
-
-    #[test]
-    fn a_lost_place_is_replaced_after_a_round_and_its_late_return_adds_none() {
-        let (gate, mover) = (gate(), Mover::new());
-        gate.ration(mover, Generation::FIRST, Ration { until: at(0), places: 1, every: 5 * S }).unwrap();
-        let lost = gate.pass(|| at(1)).unwrap();
-        assert!(gate.pass(|| at(5)).is_err());
-        let fresh = gate.pass(|| at(6)).unwrap();
-        drop(lost);
-        assert!(gate.pass(|| at(7)).is_err(), "the late return made a second place");
-        drop(fresh);
-        assert!(gate.pass(|| at(7)).is_ok());
-    }
-
-    #[test]
-    fn only_the_first_of_two_moves_from_one_generation_counts() {
-        let (gate, mover) = (gate(), Mover::new());
-        let ration = Ration { until: at(10), places: 1, every: S };
-        let since = gate.ration(mover, Generation::FIRST, ration).unwrap();
-        assert_eq!(gate.ration(mover, Generation::FIRST, ration), None);
-        assert_eq!(gate.admit(mover, Generation::FIRST), None);
-        assert!(gate.admit(mover, since).is_some());
-        assert!(gate.admits());
-    }
-
-    #[test]
-    fn each_mover_has_its_own_veto() {
-        let (gate, breaker, drain) = (gate(), Mover::new(), Mover::new());
-        let old = gate.pass(|| at(0)).unwrap();
-        gate.close_for(drain);
-        let since =
-            gate.ration(breaker, gate.last_move(breaker), Ration { until: at(10), places: 1, every: S }).unwrap();
-        assert!(!old.generation().reached(since));
-        assert_eq!(gate.pass(|| at(11)).unwrap_err(), Refused { until: Moment::MAX });
-        gate.open_for(drain);
-        let probe = gate.pass(|| at(11)).unwrap();
-        assert!(probe.is_rationed() && probe.generation().reached(since));
-        gate.close_for(drain);
-        assert!(gate.admit(breaker, since).is_some());
-        assert!(!gate.admits());
-        gate.open_for(drain);
-        assert!(gate.admits());
-    }
-
-    #[test]
-    fn a_forced_pass_takes_no_place() {
-        let (gate, mover) = (gate(), Mover::new());
-        gate.ration(mover, Generation::FIRST, Ration { until: at(0), places: 1, every: S }).unwrap();
-        let forced = gate.pass_by_force();
-        assert!(forced.is_forced());
-        let probe = gate.pass(|| at(1)).unwrap();
-        drop(forced);
-        assert!(gate.pass(|| at(1)).is_err());
-        drop(probe);
-    }
-
-    #[test]
-    fn generations_wrap() {
-        let last = Generation::from_bits(Generation::MASK);
-        assert!(last.next().reached(last));
-        assert!(!last.reached(last.next()));
-    }
-
-    proptest::proptest! {
-        /// Whatever happens in whatever order, no more are inside a round than it has places.
-        #[test]
-        fn never_more_inside_than_places(steps in proptest::collection::vec((0_u8..5, 0_usize..8, 0_u64..4), 1..200)) {
-            let (gate, mover) = (gate(), Mover::new());
-            let (mut now, mut inside, places) = (0, Vec::<Pass>::new(), 2);
-            let mut since = Generation::FIRST;
-            for (step, which, wait) in steps {
-                now += wait;
-                match step {
-                    0 | 1 => inside.extend(gate.pass(|| at(now))),
-                    2 if !inside.is_empty() => drop(inside.swap_remove(which % inside.len())),
-                    3 => {
-                        let ration = Ration { until: at(now + wait), places, every: 3 * S };
-                        since = gate.ration(mover, since, ration).unwrap();
-                    }
-                    4 => since = gate.admit(mover, since).unwrap(),
-                    _ => {}
-                }
-                let word = gate.word();
-                let now_inside = inside.iter().filter(|pass| {
-                    pass.generation() == word.generation() && pass.entry.kind == (Kind::Place { round: word.round() })
-                });
-                proptest::prop_assert!(now_inside.count() + usize::from(word.left()) <= usize::from(places));
-            }
-        }
-    }
-}
-
-/// Run by `RUSTFLAGS="--cfg portcullis_loom" cargo test -p portcullis-core --release loom`.
 #[cfg(all(test, portcullis_loom))]
-mod loom_tests {
-    use super::*;
-    use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
-
-    fn at(seconds: u64) -> Moment {
-        Moment::from_nanos(seconds * 1_000_000_000)
-    }
-
-    #[test]
-    fn loom_a_round_has_one_place_for_two_who_look() {
-        loom::model(|| {
-            let (gate, mover) = (Arc::new(Gate::new()), Mover::new());
-            let ration = Ration { until: at(1), places: 1, every: Duration::from_secs(5) };
-            gate.ration(mover, Generation::FIRST, ration).unwrap();
-            let entered = Arc::new(AtomicUsize::new(0));
-            let threads: Vec<_> = (0..2)
-                .map(|_| {
-                    let (gate, entered) = (gate.clone(), entered.clone());
-                    loom::thread::spawn(move || {
-                        if let Ok(entry) = gate.enter(|| at(2)) {
-                            entered.fetch_add(1, SeqCst);
-                            std::mem::forget(entry);
-                        }
-                    })
-                })
-                .collect();
-            threads.into_iter().for_each(|thread| thread.join().unwrap());
-            assert_eq!(entered.load(SeqCst), 1);
-        });
-    }
-
-    #[test]
-    fn loom_a_place_given_back_while_a_new_round_starts_adds_none() {
-        loom::model(|| {
-            let (gate, mover) = (Arc::new(Gate::new()), Mover::new());
-            let ration = Ration { until: at(0), places: 1, every: Duration::from_secs(5) };
-            gate.ration(mover, Generation::FIRST, ration).unwrap();
-            let old = gate.enter(|| at(1)).unwrap();
-            let other = gate.clone();
-            let back = loom::thread::spawn(move || other.leave(old));
-            let fresh = gate.enter(|| at(6));
-            back.join().unwrap();
-            assert!(fresh.is_ok());
-            assert_eq!(gate.word().left(), 0);
-        });
-    }
-
-    #[test]
-    fn loom_two_movers_from_one_generation_make_one_move() {
-        loom::model(|| {
-            let (gate, mover) = (Arc::new(Gate::new()), Mover::new());
-            let ration = Ration { until: at(10), places: 1, every: Duration::from_secs(5) };
-            let threads: Vec<_> = (0..2)
-                .map(|_| {
-                    let gate = gate.clone();
-                    loom::thread::spawn(move || gate.ration(mover, Generation::FIRST, ration).is_some())
-                })
-                .collect();
-            let moved = threads.into_iter().filter(|_| true).map(|thread| thread.join().unwrap());
-            assert_eq!(moved.filter(|moved| *moved).count(), 1);
-        });
-    }
-}
+#[expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+mod loom_tests;
+#[cfg(all(test, not(portcullis_loom)))]
+#[expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+mod tests;
