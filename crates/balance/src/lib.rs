@@ -1,1 +1,236 @@
-//! Stub.
+//! Picks one endpoint for each request, and another when that one cannot be reached.
+
+mod future;
+mod group;
+mod least_connections;
+mod peak_ewma;
+mod pick;
+mod policy;
+mod random;
+mod replay;
+mod round_robin;
+mod served;
+#[cfg(test)]
+mod testing;
+mod view;
+mod watch;
+
+pub use future::ResponseFuture;
+pub use least_connections::{LeastConnections, PowerOfTwo};
+pub use peak_ewma::PeakEwma;
+pub use pick::{Asked, Call, Candidates, Pick};
+pub use policy::{Policy, Reason};
+pub use random::Random;
+pub use replay::{BoxError, Replay};
+pub use round_robin::RoundRobin;
+pub use served::{Failed, Served};
+pub use watch::Watch;
+
+use std::fmt;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use portcullis_core::{Body, Carried, Classify, Clock, Endpoints, SlotKey, Standard, WallClock};
+use tower_layer::Layer;
+use tower_service::Service;
+
+use crate::view::{Shape, Viewed};
+
+/// Applies [`Balance`]. All services made from one layer share one state.
+pub struct BalanceLayer<P> {
+    shared: Arc<Shared<P>>,
+}
+
+/// Picks one endpoint for each request, and another when that one cannot be reached.
+pub struct Balance<S, P> {
+    inner: S,
+    shared: Arc<Shared<P>>,
+}
+
+struct Shared<P> {
+    pick: Arc<P>,
+    shape: Shape,
+    policy: Policy,
+    wait: Option<Duration>,
+    leaves_served: bool,
+    classify: Arc<dyn Classify>,
+    clock: Clock,
+    wall: WallClock,
+    key: SlotKey<Viewed>,
+}
+
+/// Below which share of admitting endpoints, in percent, gates are not obeyed any more.
+pub const PANIC_THRESHOLD: u8 = 50;
+
+// === impl BalanceLayer ===
+
+impl<P: Pick> BalanceLayer<P> {
+    /// Picks by `pick`.
+    #[must_use]
+    pub fn new(pick: P) -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                pick: Arc::new(pick),
+                shape: Shape { panic: PANIC_THRESHOLD },
+                policy: Policy::new(),
+                wait: None,
+                leaves_served: true,
+                classify: Arc::new(Standard::default()),
+                clock: Clock::system(),
+                wall: WallClock::system(),
+                key: SlotKey::new(),
+            }),
+        }
+    }
+
+    /// How requests are attempted whose route does not say otherwise.
+    #[must_use]
+    pub fn policy(mut self, policy: Policy) -> Self {
+        self.change().policy = policy;
+        self
+    }
+
+    /// How often a request is attempted in all, if its route does not say otherwise. Default 2.
+    #[must_use]
+    pub fn attempts(mut self, attempts: u8) -> Self {
+        let shared = self.change();
+        shared.policy = std::mem::take(&mut shared.policy).attempts(attempts);
+        self
+    }
+
+    /// When fewer than so many percent of the endpoints admit, gates are not obeyed: what is refused is likelier to be
+    /// somebody's misjudgement, or an overload that refusing makes worse. Calls that went past a gate change nothing
+    /// there. Default 50; zero never panics. When none admits there is no panic but a refusal.
+    #[must_use]
+    pub fn panic_threshold(mut self, percent: u8) -> Self {
+        self.change().shape.panic = percent;
+        self
+    }
+
+    /// Waits so long for an endpoint to admit before a request is refused. By default it is refused at once.
+    #[must_use]
+    pub fn wait(mut self, longest: Duration) -> Self {
+        self.change().wait = Some(longest);
+        self
+    }
+
+    /// Whether [`Served`] is left in the extensions of responses. Default yes; it costs what one value costs there.
+    #[must_use]
+    pub fn leaves_served(mut self, yes: bool) -> Self {
+        self.change().leaves_served = yes;
+        self
+    }
+
+    /// What counts as a failure, for policies that [observe](Pick::observes). Default [`Standard`].
+    #[must_use]
+    pub fn classify(mut self, classify: impl Classify) -> Self {
+        self.change().classify = Arc::new(classify);
+        self
+    }
+
+    /// The clock that gates and latencies are measured with. Default the system's.
+    #[must_use]
+    pub fn clock(mut self, clock: Clock) -> Self {
+        self.change().clock = clock;
+        self
+    }
+
+    /// The time of day, for `retry-after` with a date. Default the system's.
+    #[must_use]
+    pub fn wall_clock(mut self, clock: WallClock) -> Self {
+        self.change().wall = clock;
+        self
+    }
+
+    fn change(&mut self) -> &mut Shared<P> {
+        let shared = Arc::make_mut(&mut self.shared);
+        // What was derived under other settings is not to be found.
+        shared.key = SlotKey::new();
+        shared
+    }
+}
+
+impl<P> Clone for BalanceLayer<P> {
+    fn clone(&self) -> Self {
+        Self { shared: self.shared.clone() }
+    }
+}
+
+impl<P> fmt::Debug for BalanceLayer<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BalanceLayer").field("policy", &self.shared.policy).finish_non_exhaustive()
+    }
+}
+
+impl<S, P> Layer<S> for BalanceLayer<P> {
+    type Service = Balance<S, P>;
+
+    fn layer(&self, inner: S) -> Balance<S, P> {
+        Balance { inner, shared: self.shared.clone() }
+    }
+}
+
+impl<P> Clone for Shared<P> {
+    fn clone(&self) -> Self {
+        Self {
+            pick: self.pick.clone(),
+            shape: self.shape.clone(),
+            policy: self.policy.clone(),
+            wait: self.wait,
+            leaves_served: self.leaves_served,
+            classify: self.classify.clone(),
+            clock: self.clock.clone(),
+            wall: self.wall.clone(),
+            key: self.key.clone(),
+        }
+    }
+}
+
+impl<P: Pick> Shared<P> {
+    fn viewed<'a>(&self, endpoints: &'a Endpoints) -> &'a Viewed {
+        endpoints.slot(&self.key, || Viewed::new(endpoints, &self.shape, &*self.pick))
+    }
+}
+
+// === impl Balance ===
+
+impl<S, P, B, R> Service<Request<B>> for Balance<S, P>
+where
+    S: Service<Request<Replay<B>>, Response = Response<R>> + Clone,
+    P: Pick,
+    B: http_body::Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+    R: http_body::Body<Data = Bytes>,
+{
+    type Response = Response<Body<R, Watch<P>>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S, P, B, R>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let Some(endpoints) = Endpoints::of(request.extensions()).cloned() else {
+            return ResponseFuture::passed_on(self.inner.call(request.map(Replay::new)));
+        };
+        let not_ready = self.inner.clone();
+        let ready = std::mem::replace(&mut self.inner, not_ready);
+        ResponseFuture::new(ready, self.shared.clone(), request, endpoints)
+    }
+}
+
+impl<S: Clone, P> Clone for Balance<S, P> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone(), shared: self.shared.clone() }
+    }
+}
+
+impl<S: fmt::Debug, P> fmt::Debug for Balance<S, P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Balance").field("inner", &self.inner).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,366 @@
+//! The attempts at one request.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::request::Parts;
+use http::{Request, Response, StatusCode};
+use pin_project_lite::pin_project;
+use portcullis_core::{
+    Body, Carried, Deadline, Dialect, Endpoint, Endpoints, Head, Layer, Moment, Outcome, Rejection, Route,
+};
+use tokio::time::{Sleep, sleep};
+use tower_service::Service;
+
+use crate::Shared;
+use crate::pick::{Asked, Pick, mix};
+use crate::policy::{Policy, Reason};
+use crate::replay::{BoxError, Keeper, Replay};
+use crate::served::{Failed, Served};
+use crate::view::Nobody;
+use crate::watch::{Attempt, Watch};
+
+pin_project! {
+    /// The response of the last attempt, or a refusal.
+    ///
+    /// ```text
+    ///       none admits yet, waits
+    ///             │  ┌──────────────── a reason to try another ◄────────────┐
+    ///             ▼  ▼                                                      │
+    ///         Pausing ──► Readying ──► (pick) ──────────────────────► Calling ──► response
+    ///                                     │
+    ///                                     └─► nobody: the response before, or a refusal
+    /// ```
+    pub struct ResponseFuture<S, P, B, R>
+    where
+        S: Service<Request<Replay<B>>, Response = Response<R>>,
+        P: Pick,
+    {
+        #[pin]
+        state: State<S::Future, Result<Answer<R, P>, S::Error>>,
+        call: Option<Call<S, P, B>>,
+    }
+}
+
+pin_project! {
+    #[project = Project]
+    enum State<F, T> {
+        // Without endpoints there is nothing to pick from.
+        Passing { #[pin] future: F },
+        Calling { #[pin] future: F },
+        Pausing { pause: Pin<Box<Sleep>> },
+        Readying,
+        // Empty once it was returned.
+        Answered { answer: Option<T> },
+    }
+}
+
+/// What the attempts share.
+struct Call<S: Service<Request<Replay<B>>>, P: Pick, B> {
+    shared: Arc<Shared<P>>,
+    service: S,
+    endpoints: Endpoints,
+    /// The request of the next attempt.
+    next: Option<(Parts, Replay<B>)>,
+    /// The request's head for attempts after that; `None` when there will be none.
+    head: Option<Parts>,
+    keeper: Keeper<B>,
+    route: Option<Route>,
+    dialect: Dialect,
+    repeats: bool,
+    attempt: Option<Attempt<P>>,
+    timeout: Option<Pin<Box<Sleep>>>,
+    failed: Vec<Failed>,
+    /// What the attempt before came to, until there is another.
+    last: Option<Last<S::Response, S::Error, P>>,
+    waits_until: Option<Moment>,
+}
+
+enum Last<T, E, P: Pick> {
+    Result(Result<T, E>, Attempt<P>),
+    TimedOut,
+}
+
+/// What follows an attempt, or a pick.
+enum Next<F, T> {
+    Call(F),
+    Pause(Duration),
+    Ready,
+    Return(T),
+}
+
+type Answer<R, P> = Response<Body<R, Watch<P>>>;
+type NextOf<S, P, R, B> =
+    Next<<S as Service<Request<Replay<B>>>>::Future, Result<Answer<R, P>, <S as Service<Request<Replay<B>>>>::Error>>;
+
+/// How often a waiting request looks whether a gate was moved.
+const LOOKS: Duration = Duration::from_millis(20);
+
+// === impl ResponseFuture ===
+
+impl<S, P, B, R> ResponseFuture<S, P, B, R>
+where
+    S: Service<Request<Replay<B>>, Response = Response<R>>,
+    P: Pick,
+    B: http_body::Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+    R: http_body::Body<Data = Bytes>,
+{
+    pub(crate) fn passed_on(future: S::Future) -> Self {
+        Self { state: State::Passing { future }, call: None }
+    }
+
+    /// Picks at once, for a service that is ready.
+    pub(crate) fn new(service: S, shared: Arc<Shared<P>>, request: Request<B>, endpoints: Endpoints) -> Self {
+        let (parts, body) = request.into_parts();
+        let route = Route::of(&parts.extensions).filter(|route| route.policy::<Policy>().is_some()).cloned();
+        let policy = policy_of(route.as_ref(), &shared);
+        let (dialect, repeats) = (Dialect::of(&parts.headers), policy.repeats(&parts.method));
+        let (body, keeper) = match policy.attempts {
+            0 | 1 => (Replay::new(body), Keeper::none()),
+            _ => Replay::keep(body, policy.replay),
+        };
+        let mut call = Call {
+            shared,
+            service,
+            endpoints,
+            next: Some((parts, body)),
+            head: None,
+            keeper,
+            route,
+            dialect,
+            repeats,
+            attempt: None,
+            timeout: None,
+            failed: Vec::new(),
+            last: None,
+            waits_until: None,
+        };
+        let state = State::of(call.pick());
+        Self { state, call: Some(call) }
+    }
+}
+
+impl<S, P, B, R> Future for ResponseFuture<S, P, B, R>
+where
+    S: Service<Request<Replay<B>>, Response = Response<R>>,
+    P: Pick,
+    B: http_body::Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+    R: http_body::Body<Data = Bytes>,
+{
+    type Output = Result<Answer<R, P>, S::Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        loop {
+            let next = match (this.state.as_mut().project(), &mut *this.call) {
+                (Project::Calling { future }, Some(call)) => match future.poll(cx) {
+                    Poll::Ready(result) => call.end(result),
+                    Poll::Pending => {
+                        let Some(timeout) = &mut call.timeout else { return Poll::Pending };
+                        ready!(timeout.as_mut().poll(cx));
+                        call.time_out()
+                    }
+                },
+                (Project::Pausing { pause }, _) => {
+                    ready!(pause.as_mut().poll(cx));
+                    Next::Ready
+                }
+                (Project::Readying, Some(call)) => match ready!(call.service.poll_ready(cx)) {
+                    Ok(()) => call.pick(),
+                    Err(error) => Next::Return(Err(error)),
+                },
+                (Project::Passing { future } | Project::Calling { future }, None) => {
+                    Next::Return(ready!(future.poll(cx)).map(|response| response.map(Body::new)))
+                }
+                (Project::Answered { answer }, _) => return answer.take().map_or(Poll::Pending, Poll::Ready),
+                (Project::Passing { .. } | Project::Readying, _) => return Poll::Pending,
+            };
+            if let Next::Return(answer) = next {
+                this.state.set(State::Answered { answer: None });
+                *this.call = None;
+                return Poll::Ready(answer);
+            }
+            this.state.set(State::of(next));
+        }
+    }
+}
+
+impl<S, P, B, R> fmt::Debug for ResponseFuture<S, P, B, R>
+where
+    S: Service<Request<Replay<B>>, Response = Response<R>>,
+    P: Pick,
+{
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseFuture").finish_non_exhaustive()
+    }
+}
+
+// === impl State ===
+
+impl<F, T> State<F, T> {
+    fn of(next: Next<F, T>) -> Self {
+        match next {
+            Next::Call(future) => Self::Calling { future },
+            Next::Pause(wait) => Self::Pausing { pause: Box::pin(sleep(wait)) },
+            Next::Ready => Self::Readying,
+            Next::Return(answer) => Self::Answered { answer: Some(answer) },
+        }
+    }
+}
+
+// === impl Call ===
+
+impl<S, P, B, R> Call<S, P, B>
+where
+    S: Service<Request<Replay<B>>, Response = Response<R>>,
+    P: Pick,
+    B: http_body::Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+    R: http_body::Body<Data = Bytes>,
+{
+    /// Picks an endpoint and calls it. The service is ready.
+    fn pick(&mut self) -> NextOf<S, P, R, B> {
+        let Some((parts, _)) = &self.next else { return Next::Ready };
+        let shared = &*self.shared;
+        let tried: Vec<Endpoint> = self.failed.iter().map(|failed| failed.endpoint.clone()).collect();
+        let asked = Asked::of_parts(parts);
+        let chosen = shared.viewed(&self.endpoints).choose(
+            &self.endpoints,
+            &shared.shape,
+            &*shared.pick,
+            asked,
+            &tried,
+            &shared.clock,
+        );
+        let (permit, began) = match chosen {
+            Ok(chosen) => chosen,
+            Err(nobody) => return self.nobody(nobody),
+        };
+        let Some((mut parts, body)) = self.next.take() else { return Next::Ready };
+        (self.last, self.waits_until) = (None, None);
+        let policy = policy_of(self.route.as_ref(), &self.shared);
+        if self.failed.len() + 1 < usize::from(policy.attempts) && self.head.is_none() {
+            self.head = Some(parts.clone());
+        }
+        if let Some(limit) = policy.attempt_timeout {
+            let until = self.shared.clock.now() + limit;
+            let deadline = Deadline::of(&parts.extensions).map_or(until, |Deadline(caller)| until.min(*caller));
+            Deadline(deadline).attach(&mut parts.extensions);
+            self.timeout = Some(Box::pin(sleep(limit)));
+        }
+        self.attempt = Some(Attempt::begin(permit.endpoint(), &self.shared.pick, began, &self.shared.clock));
+        permit.attach(&mut parts.extensions);
+        Next::Call(self.service.call(Request::from_parts(parts, body)))
+    }
+
+    fn nobody(&mut self, nobody: Nobody) -> NextOf<S, P, R, B> {
+        match self.last.take() {
+            Some(Last::Result(result, attempt)) => return Next::Return(self.finish(result, attempt)),
+            Some(Last::TimedOut) => return Next::Return(Ok(timed_out().into_response(self.dialect))),
+            None => {}
+        }
+        let now = self.shared.clock.now();
+        let (reason, until) = match nobody {
+            Nobody::Empty => ("no-endpoints", None),
+            Nobody::Refused(until) => ("none-admits", Some(until)),
+        };
+        if let (Some(until), Some(longest)) = (until, self.shared.wait) {
+            let end = self.deadline().map_or(now + longest, |deadline| deadline.min(now + longest));
+            let end = *self.waits_until.get_or_insert(end);
+            if now < end {
+                return Next::Pause(until.min(end).since(now).clamp(Duration::from_millis(1), LOOKS));
+            }
+        }
+        tracing::debug!(service = &**self.endpoints.service(), reason, "refused");
+        let mut rejection = Rejection::new(Layer::Balance, StatusCode::SERVICE_UNAVAILABLE, reason);
+        if let Some(until) = until.filter(|until| *until != Moment::MAX) {
+            rejection = rejection.with_retry_after(until.since(now));
+        }
+        Next::Return(Ok(rejection.into_response(self.dialect)))
+    }
+
+    /// An attempt has come to a response, or an error.
+    fn end(&mut self, result: Result<Response<R>, S::Error>) -> NextOf<S, P, R, B> {
+        let Some(attempt) = self.attempt.take() else { return Next::Ready };
+        let policy = policy_of(self.route.as_ref(), &self.shared);
+        let reason = match &result {
+            Ok(response) => policy.judge(Head::of(response), self.repeats),
+            Err(_) => policy.error(self.repeats),
+        };
+        match reason.and_then(|reason| Some((reason, self.again(reason, attempt.endpoint())?))) {
+            Some((reason, next)) => {
+                self.failed.push(Failed { endpoint: attempt.endpoint().clone(), reason });
+                self.last = Some(Last::Result(result, attempt));
+                next
+            }
+            None => Next::Return(self.finish(result, attempt)),
+        }
+    }
+
+    fn time_out(&mut self) -> NextOf<S, P, R, B> {
+        let Some(attempt) = self.attempt.take() else { return Next::Ready };
+        let again = self.repeats.then(|| self.again(Reason::TimedOut, attempt.endpoint())).flatten();
+        let endpoint = attempt.fail(Outcome::Failure);
+        let Some(next) = again else { return Next::Return(Ok(timed_out().into_response(self.dialect))) };
+        self.failed.push(Failed { endpoint, reason: Reason::TimedOut });
+        self.last = Some(Last::TimedOut);
+        next
+    }
+
+    /// Makes the next attempt's request, if there is to be one.
+    fn again(&mut self, reason: Reason, failed: &Endpoint) -> Option<NextOf<S, P, R, B>> {
+        let policy = policy_of(self.route.as_ref(), &self.shared);
+        let attempts = self.failed.len() + 1;
+        if attempts >= usize::from(policy.attempts) {
+            return None;
+        }
+        let elsewhere = reason == Reason::Unsent && self.endpoints.len() > attempts;
+        let wait = if elsewhere { Duration::ZERO } else { policy.wait(attempts, mix(fastrand::u64(..))) };
+        if self.deadline().is_some_and(|deadline| self.shared.clock.now() + wait >= deadline) {
+            return None;
+        }
+        let body = self.keeper.again()?;
+        let head = if attempts + 1 < usize::from(policy.attempts) { self.head.clone() } else { self.head.take() };
+        self.next = Some((head?, body));
+        tracing::debug!(endpoint = &**failed.id(), ?reason, "tries another endpoint");
+        Some(if wait.is_zero() { Next::Ready } else { Next::Pause(wait) })
+    }
+
+    fn finish(&mut self, result: Result<Response<R>, S::Error>, attempt: Attempt<P>) -> Result<Answer<R, P>, S::Error> {
+        self.keeper.release();
+        match result {
+            Ok(mut response) => {
+                if self.shared.leaves_served {
+                    let failed = std::mem::take(&mut self.failed);
+                    response.extensions_mut().insert(Served::new(attempt.endpoint().clone(), failed));
+                }
+                let watch = attempt.watch(&response, &self.shared.classify, &self.shared.wall);
+                Ok(response.map(|body| Body::guarded(body, watch)))
+            }
+            Err(error) => {
+                attempt.fail(self.shared.classify.error());
+                Err(error)
+            }
+        }
+    }
+
+    fn deadline(&self) -> Option<Moment> {
+        let of = |parts: &Parts| Deadline::of(&parts.extensions).map(|Deadline(moment)| *moment);
+        self.head.as_ref().or(self.next.as_ref().map(|next| &next.0)).and_then(of)
+    }
+}
+
+fn policy_of<'a, P>(route: Option<&'a Route>, shared: &'a Shared<P>) -> &'a Policy {
+    route.and_then(|route| route.policy()).unwrap_or(&shared.policy)
+}
+
+fn timed_out() -> Rejection {
+    Rejection::new(Layer::Balance, StatusCode::GATEWAY_TIMEOUT, "attempt-timed-out").with_sent(true)
+}

@@ -1,0 +1,286 @@
+//! Whoever answers soonest, as far as is known.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use portcullis_core::{Endpoint, Moment, Outcome, SlotKey};
+
+use crate::pick::{Call, Candidates, Pick};
+
+/// Of two at random, the one with the lower cost: latency × (requests in flight + 1) / weight.
+///
+/// Latency is an exponentially weighted moving average that jumps to each peak, measured to the end of the response body
+/// (peak EWMA, as in Finagle). What is different here:
+///
+/// * **Failures cost.** The share of failed calls adds up to [`penalty`](Self::penalty) to the latency. An endpoint that
+///   fails in a millisecond would otherwise be the fastest of all and draw twice its share. A `429` or
+///   `RESOURCE_EXHAUSTED` with `retry-after` or pushback raises the latency to what it asks for, up to five minutes.
+/// * **What is not known is taken to be as the other's.** A new endpoint gets a fair share at once: it neither starves nor
+///   is flooded. An estimate that nothing confirms fades towards the other's in the same way.
+/// * **Reading changes nothing**: no lock, no write.
+#[derive(Clone, Debug)]
+pub struct PeakEwma {
+    key: SlotKey<Estimate>,
+    decay: Duration,
+    penalty: Duration,
+}
+
+/// How long [`PeakEwma`] remembers.
+const DECAY: Duration = Duration::from_secs(10);
+/// What an endpoint that always fails costs in [`PeakEwma`].
+const PENALTY: Duration = Duration::from_secs(5);
+/// The longest rest an endpoint can ask for.
+const MAX_REST: Duration = Duration::from_secs(300);
+
+/// What is known of one endpoint. Each word is read and written on its own: a reader may see one call's latency without
+/// its outcome.
+#[derive(Debug, Default)]
+struct Estimate {
+    /// Milliseconds of the last call's end in the high half, seconds of latency as `f32` in the low; zero when nothing is
+    /// known.
+    latency: AtomicU64,
+    /// The share of failed calls as `f32`.
+    failures: AtomicU32,
+}
+
+/// What one pick knows.
+#[derive(Clone, Copy)]
+struct Known {
+    cost: f32,
+    /// How much of it is still worth, 0 to 1.
+    confidence: f32,
+}
+
+// === impl PeakEwma ===
+
+impl PeakEwma {
+    /// Remembers for ten seconds; five seconds of penalty.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { key: SlotKey::new(), decay: DECAY, penalty: PENALTY }
+    }
+
+    /// After how long without a call an estimate is worth 1/e. Default 10 s; not below a millisecond.
+    #[must_use]
+    pub fn decay(mut self, decay: Duration) -> Self {
+        self.decay = decay.max(Duration::from_millis(1));
+        self
+    }
+
+    /// The latency that an endpoint which always fails is taken to have on top of its own. Default 5 s; zero does not
+    /// count failures.
+    #[must_use]
+    pub fn penalty(mut self, penalty: Duration) -> Self {
+        self.penalty = penalty;
+        self
+    }
+
+    fn known(&self, endpoint: &Endpoint, now: Moment) -> Option<Known> {
+        let estimate = endpoint.existing_slot(&self.key)?;
+        let word = estimate.latency.load(Ordering::Relaxed);
+        if word == 0 {
+            return None;
+        }
+        let failures = f32::from_bits(estimate.failures.load(Ordering::Relaxed));
+        let cost = latency_of(word) + failures * self.penalty.as_secs_f32();
+        Some(Known { cost, confidence: fade(age(word, now), self.decay) })
+    }
+}
+
+impl Default for PeakEwma {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Pick for PeakEwma {
+    fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
+        let one = among.sample();
+        let Some(other) = among.sample_other(one) else { return Some(one) };
+        let (a, b) = (&among[one], &among[other]);
+        let busy = |endpoint: &Endpoint| endpoint.in_flight() as f32 + 1.0;
+        let now = among.now();
+        let (latency, others) = match (self.known(a, now), self.known(b, now)) {
+            (Some(a), Some(b)) => (a.beside(b), b.beside(a)),
+            _ => (1.0, 1.0),
+        };
+        let cost = |latency: f32, endpoint: &Endpoint, index: usize| {
+            if among.is_weighted() {
+                latency * busy(endpoint) / among.weight(index) as f32
+            } else {
+                latency * busy(endpoint)
+            }
+        };
+        Some(if cost(others, b, other) < cost(latency, a, one) { other } else { one })
+    }
+
+    fn observe(&self, endpoint: &Endpoint, call: &Call) {
+        endpoint.slot(&self.key, Estimate::default).learn(call, self.decay);
+    }
+
+    fn observes(&self) -> bool {
+        true
+    }
+}
+
+// === impl Known ===
+
+impl Known {
+    fn beside(self, other: Self) -> f32 {
+        other.cost + self.confidence * (self.cost - other.cost)
+    }
+}
+
+// === impl Estimate ===
+
+impl Estimate {
+    fn learn(&self, call: &Call, decay: Duration) {
+        let rest = call.retry_after.map(|rest| rest.min(MAX_REST));
+        let latency = call.latency.max(rest.unwrap_or_default()).as_secs_f32();
+        let mut word = self.latency.load(Ordering::Relaxed);
+        loop {
+            let next = match word {
+                // A call that was given up took at least so long.
+                0 => latency,
+                _ if latency >= latency_of(word) => latency,
+                _ if call.outcome == Outcome::Ignored && rest.is_none() => return,
+                _ => {
+                    let old = fade(age(word, call.now), decay);
+                    old * latency_of(word) + (1.0 - old) * latency
+                }
+            };
+            let next = u64::from(stamp(call.now)) << 32 | u64::from(next.max(f32::MIN_POSITIVE).to_bits());
+            match self.latency.compare_exchange_weak(word, next, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => break,
+                Err(seen) => word = seen,
+            }
+        }
+        let failed = match call.outcome {
+            Outcome::Failure => 1.0,
+            Outcome::Success => 0.0,
+            _ => return,
+        };
+        // By time, but no call counts for less than one in 32: a burst must show before time has passed.
+        let old = if word == 0 { 1.0 } else { fade(age(word, call.now), decay) };
+        let weight = (1.0 - old).max(1.0 / 32.0);
+        let learn = |bits: u32| {
+            let share = f32::from_bits(bits);
+            Some((share + weight * (failed - share)).to_bits())
+        };
+        // Never fails: `learn` always has a value.
+        let _ = self.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, learn);
+    }
+}
+
+fn latency_of(word: u64) -> f32 {
+    f32::from_bits(word as u32)
+}
+
+fn stamp(now: Moment) -> u32 {
+    (now.as_nanos() / 1_000_000) as u32
+}
+
+fn age(word: u64, now: Moment) -> Duration {
+    // The clock of another thread may be a little behind.
+    let age = stamp(now).wrapping_sub((word >> 32) as u32);
+    Duration::from_millis(u64::from(if age > u32::MAX / 2 { 0 } else { age }))
+}
+
+/// e^(-age/decay), within 1 % of one.
+fn fade(age: Duration, decay: Duration) -> f32 {
+    if age.is_zero() {
+        return 1.0;
+    }
+    let x = age.as_secs_f32() / decay.as_secs_f32();
+    1.0 / (1.0 + x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Set;
+
+    fn call(latency: u64, outcome: Outcome, at: u64) -> Call {
+        Call {
+            latency: Duration::from_millis(latency),
+            outcome,
+            retry_after: None,
+            now: Moment::from_nanos(at * 1_000_000),
+        }
+    }
+
+    fn known(policy: &PeakEwma, set: &Set, index: usize, at: u64) -> Option<Known> {
+        policy.known(&set[index], Moment::from_nanos(at * 1_000_000))
+    }
+
+    #[test]
+    fn a_peak_counts_at_once_and_is_forgotten_slowly() {
+        let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
+        policy.observe(&set[0], &call(10, Outcome::Success, 1000));
+        policy.observe(&set[0], &call(500, Outcome::Success, 1000));
+        assert_eq!(known(&policy, &set, 0, 1000).unwrap().cost, 0.5);
+        policy.observe(&set[0], &call(10, Outcome::Success, 11_000));
+        let cost = known(&policy, &set, 0, 11_000).unwrap().cost;
+        assert!((cost - (0.01 + 0.49 / std::f32::consts::E)).abs() < 0.005, "{cost}");
+    }
+
+    #[test]
+    fn who_fails_fast_is_avoided() {
+        let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
+        for _ in 0..10 {
+            set.advance(Duration::from_millis(1));
+            policy.observe(&set[0], &Call { now: set.now(), ..call(1, Outcome::Failure, 0) });
+            policy.observe(&set[1], &Call { now: set.now(), ..call(20, Outcome::Success, 0) });
+        }
+        assert!((0..100).all(|_| set.pick(&policy) == 1));
+    }
+
+    #[test]
+    fn what_is_not_known_gets_its_fair_share() {
+        fastrand::seed(3);
+        let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
+        policy.observe(&set[0], &call(20, Outcome::Success, 0));
+        let first = (0..10_000).filter(|_| set.pick(&policy) == 0).count();
+        assert!((4700..5300).contains(&first), "{first}");
+    }
+
+    #[test]
+    fn an_estimate_that_nothing_confirms_fades() {
+        let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
+        policy.observe(&set[0], &call(5000, Outcome::Success, 1));
+        policy.observe(&set[1], &call(20, Outcome::Success, 1));
+        let (a, b) = (known(&policy, &set, 0, 300_000).unwrap(), known(&policy, &set, 1, 300_000).unwrap());
+        assert!(a.beside(b) < 0.03, "{}", a.beside(b));
+    }
+
+    #[test]
+    fn who_asks_for_rest_gets_it() {
+        let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
+        let mut limited = call(1, Outcome::Ignored, 1000);
+        limited.retry_after = Some(Duration::from_secs(7));
+        policy.observe(&set[0], &limited);
+        assert_eq!(known(&policy, &set, 0, 1000).unwrap().cost, 7.0);
+        limited.retry_after = Some(Duration::MAX);
+        policy.observe(&set[0], &limited);
+        assert_eq!(known(&policy, &set, 0, 1000).unwrap().cost, 300.0);
+    }
+
+    #[test]
+    fn a_call_given_up_is_a_lower_bound() {
+        let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
+        policy.observe(&set[0], &call(100, Outcome::Success, 1000));
+        policy.observe(&set[0], &call(3, Outcome::Ignored, 5000));
+        assert_eq!(known(&policy, &set, 0, 5000).unwrap().cost, 0.1);
+        policy.observe(&set[0], &call(900, Outcome::Ignored, 5000));
+        assert_eq!(known(&policy, &set, 0, 5000).unwrap().cost, 0.9);
+    }
+
+    #[test]
+    fn fading_is_near_the_exponential() {
+        for tenths in 0..30_u64 {
+            let x = tenths as f32 / 10.0;
+            let near = fade(Duration::from_millis(tenths * 1000), Duration::from_secs(10));
+            assert!((near - (-x).exp()).abs() < 0.012, "{x}");
+        }
+    }
+}

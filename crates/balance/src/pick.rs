@@ -1,0 +1,328 @@
+//! The policy: which of several endpoints gets the request.
+
+use std::cell::{Cell, OnceCell};
+use std::fmt;
+use std::ops::Index;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::{Extensions, HeaderMap, Method, Request, Uri};
+use portcullis_core::{Clock, Endpoint, Moment, Outcome, SlotKey};
+
+use crate::group::Group;
+
+/// Picks one endpoint for a request. One value serves all services of a layer, on all threads, without locks.
+///
+/// ```
+/// use portcullis_balance::{BalanceLayer, Candidates, Pick};
+///
+/// /// The first that admits: the others are only there for when it fails.
+/// struct First;
+///
+/// impl Pick for First {
+///     fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
+///         (0..among.len()).find(|&i| among.usable(i))
+///     }
+/// }
+///
+/// let layer = BalanceLayer::new(First);
+/// let layer = BalanceLayer::new(|among: &Candidates<'_>| Some(among.sample()));
+/// ```
+pub trait Pick: Send + Sync + 'static {
+    /// Picks one of `among` by its index. There is always at least one.
+    ///
+    /// What is picked may turn out not to admit; then this is asked again, and at last the first that admits is taken.
+    /// `None` leaves the choice to that at once.
+    fn pick(&self, among: &Candidates<'_>) -> Option<usize>;
+
+    /// Is told how a call went, when its response has ended. By default not interested.
+    fn observe(&self, endpoint: &Endpoint, call: &Call) {
+        let _ = (endpoint, call);
+    }
+
+    /// Whether [`observe`](Self::observe) wants to be told. By default not, and no clock is read for it.
+    fn observes(&self) -> bool {
+        false
+    }
+
+    /// Whether the choice hangs on the whole set, as hashing does. Then endpoints that do not admit are among the
+    /// candidates too, and [`Candidates::usable`] tells. By default they are left out.
+    fn wants_all(&self) -> bool {
+        false
+    }
+}
+
+/// The endpoints to pick from, and the request they are for.
+pub struct Candidates<'a> {
+    endpoints: &'a [Endpoint],
+    group: &'a Group,
+    asked: Asked<'a>,
+    tried: &'a [Endpoint],
+    skipped: Cell<[u32; SKIPPED]>,
+    seed: Cell<u64>,
+    clock: &'a Clock,
+    now: OnceCell<Moment>,
+}
+
+/// How many that turned out not to admit are remembered within one pick.
+const SKIPPED: usize = 4;
+const NOBODY: u32 = u32::MAX;
+
+/// What a policy may look at of the request.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Asked<'a> {
+    /// Its method.
+    pub method: &'a Method,
+    /// Its target.
+    pub uri: &'a Uri,
+    /// Its headers.
+    pub headers: &'a HeaderMap,
+    /// What layers above left in it.
+    pub extensions: &'a Extensions,
+}
+
+/// How a call went, for [`Pick::observe`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Call {
+    /// From the attempt's beginning to the end of its response body.
+    pub latency: Duration,
+    /// What the classifier said; [`Outcome::Ignored`] for a call that was given up, so that `latency` is only a lower
+    /// bound.
+    pub outcome: Outcome,
+    /// How long the endpoint asked to be left alone, in `retry-after` or `grpc-retry-pushback-ms`.
+    pub retry_after: Option<Duration>,
+    /// When it ended.
+    pub now: Moment,
+}
+
+// === impl Pick ===
+
+impl<F> Pick for F
+where
+    F: Fn(&Candidates<'_>) -> Option<usize> + Send + Sync + 'static,
+{
+    fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
+        self(among)
+    }
+}
+
+macro_rules! through_a_pointer {
+    ($($pointer:ty),*) => {$(
+        impl<P: Pick + ?Sized> Pick for $pointer {
+            fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
+                (**self).pick(among)
+            }
+
+            fn observe(&self, endpoint: &Endpoint, call: &Call) {
+                (**self).observe(endpoint, call);
+            }
+
+            fn observes(&self) -> bool {
+                (**self).observes()
+            }
+
+            fn wants_all(&self) -> bool {
+                (**self).wants_all()
+            }
+        }
+    )*};
+}
+
+through_a_pointer!(Arc<P>);
+
+impl Pick for Box<dyn Pick> {
+    fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
+        (**self).pick(among)
+    }
+
+    fn observe(&self, endpoint: &Endpoint, call: &Call) {
+        (**self).observe(endpoint, call);
+    }
+
+    fn observes(&self) -> bool {
+        (**self).observes()
+    }
+
+    fn wants_all(&self) -> bool {
+        (**self).wants_all()
+    }
+}
+
+// === impl Candidates ===
+
+impl<'a> Candidates<'a> {
+    pub(crate) fn new(
+        endpoints: &'a [Endpoint],
+        group: &'a Group,
+        asked: Asked<'a>,
+        tried: &'a [Endpoint],
+        clock: &'a Clock,
+    ) -> Self {
+        Self {
+            endpoints,
+            group,
+            asked,
+            tried,
+            skipped: Cell::new([NOBODY; SKIPPED]),
+            seed: Cell::new(0),
+            clock,
+            now: OnceCell::new(),
+        }
+    }
+
+    /// How many there are; never zero.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "it never is")]
+    pub fn len(&self) -> usize {
+        self.group.len(self.endpoints)
+    }
+
+    /// Its share relative to the others, never zero: the registry's weight, less while it starts up.
+    #[must_use]
+    pub fn weight(&self, index: usize) -> u32 {
+        self.group.weight(index)
+    }
+
+    /// Whether weights differ.
+    #[must_use]
+    pub fn is_weighted(&self) -> bool {
+        self.group.is_weighted()
+    }
+
+    /// Whether it may be picked: it has not failed this request already, and its gate would admit now. For policies that
+    /// [want all](Pick::wants_all); to others only such are offered, as far as is known without asking the gates.
+    #[must_use]
+    pub fn usable(&self, index: usize) -> bool {
+        let endpoint = &self[index];
+        !self.is_tried(endpoint) && !self.is_skipped(index) && endpoint.gate().peek(|| self.now()).is_ok()
+    }
+
+    /// One at random, each as often as its weight says.
+    #[must_use]
+    pub fn sample(&self) -> usize {
+        self.group.sample(self.endpoints, self.random())
+    }
+
+    /// The one that `point`, out of 2⁶⁴, falls on when weights share the line out.
+    pub(crate) fn sample_at(&self, point: u64) -> usize {
+        self.group.sample(self.endpoints, point)
+    }
+
+    /// One of the others at random, by weight. `None` when there are no others.
+    #[must_use]
+    pub fn sample_other(&self, than: usize) -> Option<usize> {
+        let others = self.len().checked_sub(1).filter(|others| *others > 0)?;
+        if self.is_weighted() {
+            for _ in 0..8 {
+                let other = self.sample();
+                if other != than {
+                    return Some(other);
+                }
+            }
+        }
+        let other = self.random_below(others);
+        Some(other + usize::from(other >= than))
+    }
+
+    /// A number below `bound`, each as likely; zero for zero.
+    #[must_use]
+    pub fn random_below(&self, bound: usize) -> usize {
+        scale(self.random(), bound)
+    }
+
+    /// Sixty-four random bits.
+    #[must_use]
+    pub fn random(&self) -> u64 {
+        let seed = match self.seed.get() {
+            0 => fastrand::u64(..) | 1,
+            seed => seed,
+        };
+        let seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        self.seed.set(seed);
+        mix(seed)
+    }
+
+    /// The time, read once.
+    #[must_use]
+    pub fn now(&self) -> Moment {
+        *self.now.get_or_init(|| self.clock.now())
+    }
+
+    /// The request.
+    #[must_use]
+    pub fn asked(&self) -> Asked<'a> {
+        self.asked
+    }
+
+    /// What the policy with this key derived from these candidates, derived when it is first asked for. It is dropped
+    /// when membership, weights or gates change, unless the policy [wants all](Pick::wants_all): then only membership
+    /// and weights count.
+    pub fn derived<T: Send + Sync + 'static>(&self, key: &SlotKey<T>, derive: impl FnOnce() -> T) -> &'a T {
+        self.group.slots().get_or_init(key, derive)
+    }
+
+    pub(crate) fn is_tried(&self, endpoint: &Endpoint) -> bool {
+        self.tried.contains(endpoint)
+    }
+
+    pub(crate) fn skip(&self, index: usize) {
+        let mut skipped = self.skipped.get();
+        skipped.rotate_right(1);
+        skipped[0] = u32::try_from(index).unwrap_or(NOBODY);
+        self.skipped.set(skipped);
+    }
+
+    fn is_skipped(&self, index: usize) -> bool {
+        self.skipped.get().iter().any(|skipped| *skipped as usize == index)
+    }
+}
+
+/// # Panics
+///
+/// When the index is not below [`len`](Candidates::len).
+impl Index<usize> for Candidates<'_> {
+    type Output = Endpoint;
+
+    fn index(&self, index: usize) -> &Endpoint {
+        &self.endpoints[self.group.position(index)]
+    }
+}
+
+impl fmt::Debug for Candidates<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Candidates").field("len", &self.len()).field("tried", &self.tried.len()).finish_non_exhaustive()
+    }
+}
+
+/// `random` brought below `bound`, without a division.
+pub(crate) fn scale(random: u64, bound: usize) -> usize {
+    ((u128::from(random) * bound as u128) >> 64) as usize
+}
+
+/// The finisher of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+pub(crate) const fn mix(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+// === impl Asked ===
+
+impl<'a> Asked<'a> {
+    /// The head of `request`.
+    #[must_use]
+    pub fn of<B>(request: &'a Request<B>) -> Self {
+        Self {
+            method: request.method(),
+            uri: request.uri(),
+            headers: request.headers(),
+            extensions: request.extensions(),
+        }
+    }
+
+    pub(crate) fn of_parts(parts: &'a http::request::Parts) -> Self {
+        Self { method: &parts.method, uri: &parts.uri, headers: &parts.headers, extensions: &parts.extensions }
+    }
+}

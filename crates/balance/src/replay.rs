@@ -1,0 +1,368 @@
+//! A request body that can be sent again.
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use pin_project_lite::pin_project;
+
+/// Any error.
+pub type BoxError = Box<dyn StdError + Send + Sync>;
+
+pin_project! {
+    /// The request body as the inner service gets it: the caller's, streamed through. While another endpoint may still have
+    /// to be tried, what has passed is kept up to a limit.
+    pub struct Replay<B> {
+        #[pin]
+        state: State<B>,
+    }
+}
+
+pin_project! {
+    #[project = Project]
+    enum State<B> {
+        Empty,
+        Plain { #[pin] body: B },
+        Kept { kept: Arc<Mutex<Kept<B>>>, attempt: u32 },
+    }
+}
+
+/// The caller's body and what was read of it, shared by the attempts.
+struct Kept<B> {
+    body: Pin<Box<B>>,
+    /// Nothing is read any more: the end or an error was seen.
+    over: bool,
+    /// Which attempt may read.
+    attempt: u32,
+    /// How many of `frames` it has read.
+    position: usize,
+    frames: Vec<Passed>,
+    size: usize,
+    limit: usize,
+    /// Whether `frames` is all that was read.
+    whole: bool,
+    /// Another attempt will not be made.
+    last: bool,
+}
+
+enum Passed {
+    Data(Bytes),
+    Trailers(http::HeaderMap),
+}
+
+/// The balancer's end of a body that is kept.
+pub(crate) struct Keeper<B>(Option<Arc<Mutex<Kept<B>>>>);
+
+/// An attempt that was given up tried to read the body.
+#[derive(Debug)]
+struct Superseded;
+
+// === impl Replay ===
+
+impl<B> Replay<B> {
+    /// Passes `body` through.
+    pub fn new(body: B) -> Self {
+        Self { state: State::Plain { body } }
+    }
+
+    /// Nothing.
+    #[must_use]
+    pub const fn empty() -> Self {
+        Self { state: State::Empty }
+    }
+}
+
+impl<B: Body<Data = Bytes>> Replay<B> {
+    /// Keeps up to `limit` bytes of what passes. An empty body takes no place.
+    pub(crate) fn keep(body: B, limit: usize) -> (Self, Keeper<B>) {
+        if body.is_end_stream() {
+            return (Self::empty(), Keeper(None));
+        }
+        let kept = Arc::new(Mutex::new(Kept {
+            body: Box::pin(body),
+            over: false,
+            attempt: 0,
+            position: 0,
+            frames: Vec::new(),
+            size: 0,
+            limit,
+            whole: true,
+            last: false,
+        }));
+        (Self::of(kept.clone(), 0), Keeper(Some(kept)))
+    }
+
+    fn of(kept: Arc<Mutex<Kept<B>>>, attempt: u32) -> Self {
+        Self { state: State::Kept { kept, attempt } }
+    }
+}
+
+impl<B> Body for Replay<B>
+where
+    B: Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+{
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match self.project().state.project() {
+            Project::Empty => Poll::Ready(None),
+            Project::Plain { body } => body.poll_frame(cx).map_err(Into::into),
+            Project::Kept { kept, attempt } => lock(kept).poll_frame(*attempt, cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.state {
+            State::Empty => true,
+            State::Plain { body } => body.is_end_stream(),
+            State::Kept { kept, attempt } => {
+                let kept = lock(kept);
+                // One that was given up must not look whole.
+                *attempt == kept.attempt
+                    && kept.position >= kept.frames.len()
+                    && (kept.over || kept.body.is_end_stream())
+            }
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.state {
+            State::Empty => SizeHint::with_exact(0),
+            State::Plain { body } => body.size_hint(),
+            State::Kept { kept, .. } => {
+                let kept = lock(kept);
+                let behind: usize = kept.frames.iter().skip(kept.position).map(Passed::len).sum();
+                let ahead = if kept.over { SizeHint::with_exact(0) } else { kept.body.size_hint() };
+                let mut hint = SizeHint::new();
+                hint.set_lower(ahead.lower() + behind as u64);
+                if let Some(upper) = ahead.upper() {
+                    hint.set_upper(upper + behind as u64);
+                }
+                hint
+            }
+        }
+    }
+}
+
+impl<B> fmt::Debug for Replay<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.state {
+            State::Empty => "Replay::Empty",
+            State::Plain { .. } => "Replay::Plain",
+            State::Kept { .. } => "Replay::Kept",
+        })
+    }
+}
+
+// === impl Kept ===
+
+impl<B> Kept<B>
+where
+    B: Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+{
+    fn poll_frame(&mut self, attempt: u32, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        if attempt != self.attempt {
+            return Poll::Ready(Some(Err(Box::new(Superseded))));
+        }
+        if let Some(passed) = self.frames.get(self.position) {
+            let frame = passed.frame();
+            self.position += 1;
+            self.forget();
+            return Poll::Ready(Some(Ok(frame)));
+        }
+        if self.over {
+            return Poll::Ready(None);
+        }
+        let frame = ready!(self.body.as_mut().poll_frame(cx));
+        match &frame {
+            Some(Ok(frame)) => self.keep(frame),
+            // An error cannot be had again.
+            Some(Err(_)) => (self.over, self.whole) = (true, false),
+            None => self.over = true,
+        }
+        Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
+    }
+}
+
+impl<B> Kept<B> {
+    fn keep(&mut self, frame: &Frame<Bytes>) {
+        if self.last || !self.whole {
+            return;
+        }
+        let passed = match (frame.data_ref(), frame.trailers_ref()) {
+            (Some(data), _) => Passed::Data(data.clone()),
+            (_, Some(trailers)) => Passed::Trailers(trailers.clone()),
+            _ => return,
+        };
+        // A frame has a price of its own, or empty ones would pile up.
+        self.size = self.size.saturating_add(passed.len() + size_of::<Passed>());
+        if self.size > self.limit {
+            (self.frames, self.position, self.whole) = (Vec::new(), 0, false);
+        } else {
+            self.frames.push(passed);
+            self.position += 1;
+        }
+    }
+
+    /// What the last attempt has read is of no more use.
+    fn forget(&mut self) {
+        if self.last && self.position >= self.frames.len() {
+            (self.frames, self.position, self.whole) = (Vec::new(), 0, false);
+        }
+    }
+}
+
+impl Passed {
+    fn len(&self) -> usize {
+        match self {
+            Self::Data(data) => data.len(),
+            Self::Trailers(_) => 0,
+        }
+    }
+
+    fn frame(&self) -> Frame<Bytes> {
+        match self {
+            Self::Data(data) => Frame::data(data.clone()),
+            Self::Trailers(trailers) => Frame::trailers(trailers.clone()),
+        }
+    }
+}
+
+// === impl Keeper ===
+
+impl<B: Body<Data = Bytes>> Keeper<B> {
+    /// The body from its beginning, for another attempt; the one before can read no more. `None` when more was read than
+    /// is kept.
+    pub(crate) fn again(&self) -> Option<Replay<B>> {
+        let Some(shared) = &self.0 else { return Some(Replay::empty()) };
+        let mut kept = lock(shared);
+        if !kept.whole {
+            return None;
+        }
+        kept.attempt += 1;
+        kept.position = 0;
+        Some(Replay::of(shared.clone(), kept.attempt))
+    }
+}
+
+impl<B> Keeper<B> {
+    /// For a request that is sent once.
+    pub(crate) const fn none() -> Self {
+        Self(None)
+    }
+
+    /// No other attempt will be made: what is kept can go.
+    pub(crate) fn release(&mut self) {
+        if let Some(shared) = self.0.take() {
+            let mut kept = lock(&shared);
+            kept.last = true;
+            kept.forget();
+        }
+    }
+}
+
+impl<B> fmt::Debug for Keeper<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Keeper").field(&self.0.is_some()).finish()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+// === impl Superseded ===
+
+impl fmt::Display for Superseded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("another attempt has taken the body over")
+    }
+}
+
+impl StdError for Superseded {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::{BodyExt, StreamBody};
+
+    type Frames = StreamBody<futures::stream::Iter<std::vec::IntoIter<Result<Frame<Bytes>, BoxError>>>>;
+
+    fn body(frames: Vec<Frame<Bytes>>) -> Frames {
+        StreamBody::new(futures::stream::iter(frames.into_iter().map(Ok).collect::<Vec<_>>()))
+    }
+
+    fn abc() -> Frames {
+        let mut trailers = http::HeaderMap::new();
+        trailers.insert("x-sum", "1".parse().unwrap());
+        body(vec![Frame::data("a".into()), Frame::data("bc".into()), Frame::trailers(trailers)])
+    }
+
+    #[tokio::test]
+    async fn a_body_is_had_again_with_its_trailers_from_wherever_the_first_stopped() {
+        for read in 0..4 {
+            let (mut first, keeper) = Replay::keep(abc(), 1000);
+            for _ in 0..read {
+                first.frame().await.unwrap().unwrap();
+            }
+            let again = keeper.again().unwrap();
+            assert!(!again.is_end_stream());
+            let again = again.collect().await.unwrap();
+            assert_eq!(again.trailers().unwrap()["x-sum"], "1", "after {read}");
+            assert_eq!(again.to_bytes(), "abc");
+            assert!(first.frame().await.unwrap().is_err(), "the first must not look whole");
+        }
+    }
+
+    #[tokio::test]
+    async fn no_more_is_kept_than_the_limit() {
+        let (first, keeper) =
+            Replay::keep(body(vec![Frame::data("x".repeat(900).into()), Frame::data("y".repeat(900).into())]), 1000);
+        assert_eq!(first.collect().await.unwrap().to_bytes().len(), 1800);
+        assert!(keeper.again().is_none());
+        let (mut unread, keeper) = Replay::keep(body(vec![Frame::data("x".repeat(9000).into())]), 1000);
+        assert!(keeper.again().is_some(), "what was not read need not be kept");
+        assert!(unread.frame().await.unwrap().is_err());
+    }
+
+    #[tokio::test]
+    async fn empty_frames_are_bounded_too() {
+        let (first, keeper) = Replay::keep(body((0..10_000).map(|_| Frame::data(Bytes::new())).collect()), 1000);
+        first.collect().await.unwrap();
+        assert!(keeper.again().is_none());
+    }
+
+    #[tokio::test]
+    async fn the_length_is_known_at_any_place() {
+        let full = http_body_util::Full::<Bytes>::from("abc");
+        let (mut first, keeper) = Replay::keep(full, 1000);
+        assert_eq!(first.size_hint().exact(), Some(3));
+        first.frame().await.unwrap().unwrap();
+        assert_eq!(first.size_hint().exact(), Some(0));
+        assert!(first.is_end_stream());
+        assert_eq!(keeper.again().unwrap().size_hint().exact(), Some(3));
+    }
+
+    #[tokio::test]
+    async fn after_the_last_attempt_nothing_is_kept() {
+        let (mut first, mut keeper) = Replay::keep(abc(), 1000);
+        first.frame().await.unwrap().unwrap();
+        let again = keeper.again().unwrap();
+        keeper.release();
+        assert_eq!(again.collect().await.unwrap().to_bytes(), "abc");
+    }
+
+    #[tokio::test]
+    async fn an_empty_body_takes_no_place() {
+        let (first, keeper) = Replay::keep(http_body_util::Empty::<Bytes>::new(), 10);
+        assert!(first.is_end_stream() && keeper.0.is_none());
+        assert!(keeper.again().unwrap().is_end_stream());
+    }
+}

@@ -1,0 +1,465 @@
+//! The layer through its public interface.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use futures::FutureExt;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::BodyExt;
+use portcullis_balance::{
+    Balance, BalanceLayer, Candidates, LeastConnections, PeakEwma, Pick, Policy, PowerOfTwo, Random, Reason, Replay,
+    RoundRobin, Served, Watch,
+};
+use portcullis_core::{
+    Body, Carried, Clock, Deadline, Endpoint, Endpoints, Generation, Instance, Layer, Moment, Mover, Permit, Ration,
+    Rejection, Route,
+};
+use portcullis_testing::contract::{self, Call, Calls, Probe, ProbeBody, full, probe};
+use tower::{Layer as _, Service, ServiceExt};
+
+type Inner = Probe<Replay<ProbeBody>>;
+
+fn endpoints(n: u16) -> Endpoints {
+    let instance = |i| Instance::new(format!("{i}"), SocketAddr::from(([10, 0, 0, 1], 1000 + i)));
+    Endpoints::none("s").reconcile((0..n).map(instance), Moment::MIN)
+}
+
+fn request(endpoints: &Endpoints) -> Request<ProbeBody> {
+    request_of(Method::GET, endpoints, "")
+}
+
+fn request_of(method: Method, endpoints: &Endpoints, body: &'static str) -> Request<ProbeBody> {
+    let mut request = Request::builder().method(method).header("x-mine", "1").body(full(body)).unwrap();
+    endpoints.clone().attach(request.extensions_mut());
+    request
+}
+
+fn service<P: Pick>(layer: &BalanceLayer<P>) -> (Balance<Inner, P>, Calls<Replay<ProbeBody>>) {
+    let (probe, calls) = probe();
+    (layer.layer(probe), calls)
+}
+
+fn picked<B>(request: &Request<B>) -> Endpoint {
+    Permit::of(request.extensions()).unwrap().endpoint().clone()
+}
+
+/// How forward says that the endpoint could not be used.
+fn failed(status: StatusCode, sent: bool) -> Response<ProbeBody> {
+    let mut response = Response::builder().status(status).body(full("")).unwrap();
+    let rejection = Rejection::new(Layer::Forward, status, "test").with_sent(sent);
+    response.extensions_mut().insert(rejection);
+    response
+}
+
+fn unsent() -> Response<ProbeBody> {
+    failed(StatusCode::BAD_GATEWAY, false)
+}
+
+fn ok() -> Response<ProbeBody> {
+    Response::new(full("ok"))
+}
+
+fn close(endpoint: &Endpoint, until: Moment) {
+    let ration = Ration { until, places: 1, every: Duration::from_secs(60) };
+    endpoint.gate().ration(Mover::new(), Generation::FIRST, ration).unwrap();
+}
+
+/// Calls, and answers with what `answer` says until it says nothing more.
+async fn serve<P: Pick>(
+    service: &mut Balance<Inner, P>,
+    calls: &mut Calls<Replay<ProbeBody>>,
+    request: Request<ProbeBody>,
+    mut answer: impl FnMut(&Call<Replay<ProbeBody>>) -> Response<ProbeBody>,
+) -> (Response<Body<ProbeBody, Watch<P>>>, Vec<Endpoint>) {
+    let mut seen = Vec::new();
+    let mut future = Box::pin(service.ready().await.unwrap().call(request));
+    loop {
+        tokio::select! {
+            biased;
+            response = &mut future => return (response.unwrap(), seen),
+            call = calls.next() => {
+                seen.push(picked(&call.request));
+                let response = answer(&call);
+                call.answer(response);
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_contract_holds() {
+    let set = endpoints(3);
+    let with_endpoints = |body: ProbeBody| request(&set).map(|_| body);
+    contract::holds(BalanceLayer::new(RoundRobin::new()), with_endpoints).await;
+    contract::holds(BalanceLayer::new(PeakEwma::new()).attempts(1), with_endpoints).await;
+    contract::holds(BalanceLayer::new(PowerOfTwo), Request::new).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_policy_can_be_a_trait_object() {
+    for pick in [Box::new(Random) as Box<dyn Pick>, Box::new(|among: &Candidates<'_>| among.len().checked_sub(1))] {
+        let (mut service, mut calls) = service(&BalanceLayer::new(pick));
+        let (response, _) = serve(&mut service, &mut calls, request(&endpoints(2)), |_| ok()).await;
+        assert_eq!(response.status(), 200);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn without_endpoints_a_request_passes_untouched() {
+    let (mut service, mut calls) = service(&BalanceLayer::new(Random));
+    let call = service.ready().await.unwrap().call(Request::new(full("body")));
+    let answer = async {
+        let call = calls.next().await;
+        assert!(Permit::of(call.request.extensions()).is_none());
+        let request = call.answer(ok());
+        assert_eq!(request.into_body().collect().now_or_never().unwrap().unwrap().to_bytes(), "body");
+    };
+    let (response, ()) = futures::join!(call, answer);
+    assert!(response.unwrap().extensions().get::<Served>().is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_endpoints_are_a_503_that_says_so() {
+    let (mut service, calls) = service(&BalanceLayer::new(Random));
+    let response = service.ready().await.unwrap().call(request(&endpoints(0))).await.unwrap();
+    assert_eq!(response.status(), 503);
+    let rejection = response.extensions().get::<Rejection>().unwrap();
+    assert_eq!((rejection.layer(), rejection.reason()), (Layer::Balance, "no-endpoints"));
+    assert_eq!(calls.count(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn services_of_one_layer_share_turns_and_counts() {
+    let set = endpoints(4);
+    let layer = BalanceLayer::new(RoundRobin::new());
+    let ((mut one, mut of_one), (two, mut of_two)) = (service(&layer), service(&layer.clone()));
+    let mut seen = Vec::new();
+    for _ in 0..2 {
+        seen.extend(serve(&mut one, &mut of_one, request(&set), |_| ok()).await.1);
+        seen.extend(serve(&mut two.clone(), &mut of_two, request(&set), |_| ok()).await.1);
+    }
+    assert!(set.iter().all(|endpoint| seen.contains(endpoint)), "four turns, each another endpoint's");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_is_busy_until_the_body_ends_or_is_dropped() {
+    let set = endpoints(1);
+    let (mut service, mut calls) = service(&BalanceLayer::new(LeastConnections::new()));
+    let (response, _) = serve(&mut service, &mut calls, request(&set), |_| ok()).await;
+    assert_eq!(set[0].in_flight(), 1);
+    response.into_body().collect().await.unwrap();
+    assert_eq!(set[0].in_flight(), 0);
+
+    let (response, _) = serve(&mut service, &mut calls, request(&set), |_| ok()).await;
+    drop(response);
+    assert_eq!(set[0].in_flight(), 0, "the body was dropped");
+
+    let mut call = Box::pin(service.ready().await.unwrap().call(request(&set)));
+    assert!(futures::poll!(&mut call).is_pending());
+    assert_eq!(set[0].in_flight(), 1);
+    drop(call);
+    assert_eq!(set[0].in_flight(), 0, "the call was dropped");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_not_sent_goes_elsewhere_with_its_whole_body() {
+    for method in [Method::GET, Method::POST] {
+        let set = endpoints(3);
+        let (mut service, mut calls) = service(&BalanceLayer::new(RoundRobin::new()));
+        let call = service.ready().await.unwrap().call(request_of(method, &set, "all of it"));
+        let answer = async {
+            let first = calls.next().await;
+            let tried = picked(&first.request);
+            let mut body = first.answer(unsent()).into_body();
+            let second = calls.next().await;
+            assert_ne!(picked(&second.request), tried);
+            assert_eq!(second.request.headers()["x-mine"], "1");
+            assert!(body.frame().await.unwrap().is_err(), "the first attempt must not read on");
+            let request = second.answer(ok());
+            assert_eq!(request.into_body().collect().now_or_never().unwrap().unwrap().to_bytes(), "all of it");
+            tried
+        };
+        let (response, tried) = futures::join!(call, answer);
+        let response = response.unwrap();
+        let served = response.extensions().get::<Served>().unwrap();
+        assert_eq!((response.status(), served.attempts()), (StatusCode::OK, 2));
+        assert_eq!((&served.failed()[0].endpoint, served.failed()[0].reason), (&tried, Reason::Unsent));
+        assert_eq!(tried.in_flight(), 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn attempts_end_and_the_last_response_is_the_answer() {
+    let set = endpoints(5);
+    for (attempts, expected) in [(0, 1), (1, 1), (2, 2), (4, 4)] {
+        let (mut service, mut calls) = service(&BalanceLayer::new(Random).attempts(attempts));
+        let (response, seen) = serve(&mut service, &mut calls, request(&set), |_| unsent()).await;
+        assert_eq!((response.status(), seen.len()), (StatusCode::BAD_GATEWAY, expected));
+        let distinct: std::collections::HashSet<_> = seen.iter().map(Endpoint::handle).collect();
+        assert_eq!(distinct.len(), expected, "no endpoint is tried twice while others admit");
+        assert!(set.iter().all(|endpoint| endpoint.in_flight() <= 1));
+    }
+    assert!(set.iter().all(|endpoint| endpoint.in_flight() == 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_sent_is_repeated_only_if_it_may_be() {
+    let reset = |_: &Call<_>| failed(StatusCode::BAD_GATEWAY, true);
+    let set = endpoints(3);
+    let layer = BalanceLayer::new(RoundRobin::new());
+    for (method, any, expected) in [
+        (Method::GET, false, 2),
+        (Method::PUT, false, 2),
+        (Method::POST, false, 1),
+        (Method::PATCH, false, 1),
+        (Method::POST, true, 2),
+    ] {
+        let layer = layer.clone().policy(Policy::new().repeat_any_method(any));
+        let (mut service, mut calls) = service(&layer);
+        let request = request_of(method.clone(), &set, "");
+        let (_, seen) = serve(&mut service, &mut calls, request, reset).await;
+        assert_eq!(seen.len(), expected, "{method} {any}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn listed_statuses_are_tried_elsewhere_after_a_wait() {
+    let policy = Policy::new().attempts(3).on_statuses([StatusCode::SERVICE_UNAVAILABLE]);
+    let (mut service, mut calls) = service(&BalanceLayer::new(RoundRobin::new()).policy(policy));
+    let busy = |_: &Call<_>| Response::builder().status(503).body(full("busy")).unwrap();
+    let began = tokio::time::Instant::now();
+    let (response, seen) = serve(&mut service, &mut calls, request(&endpoints(5)), busy).await;
+    assert_eq!((response.status(), seen.len()), (StatusCode::SERVICE_UNAVAILABLE, 3));
+    assert!(began.elapsed() < Duration::from_millis(76), "{:?}", began.elapsed());
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "busy");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_of_the_inner_service_passes_through_when_attempts_are_used_up() {
+    let set = endpoints(2);
+    let (mut service, mut calls) = service(&BalanceLayer::new(RoundRobin::new()));
+    let call = service.ready().await.unwrap().call(request(&set));
+    let answer = async {
+        calls.next().await.fail();
+        calls.next().await.fail();
+    };
+    let (response, ()) = futures::join!(call, answer);
+    assert!(response.is_err());
+    assert_eq!((set[0].in_flight(), set[0].requests(), set[1].requests()), (0, 1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_longer_than_what_is_kept_is_sent_once() {
+    let layer = BalanceLayer::new(RoundRobin::new()).policy(Policy::new().replay(4));
+    let (mut service, mut calls) = service(&layer);
+    let call = service.ready().await.unwrap().call(request_of(Method::PUT, &endpoints(2), "too long"));
+    let answer = async {
+        let mut call = calls.next().await;
+        assert_eq!(call.request.body_mut().collect().await.unwrap().to_bytes(), "too long");
+        call.answer(failed(StatusCode::BAD_GATEWAY, true));
+    };
+    let (response, ()) = futures::join!(call, answer);
+    assert_eq!((response.unwrap().status(), calls.count()), (StatusCode::BAD_GATEWAY, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_takes_too_long_is_given_up() {
+    let set = endpoints(2);
+    let policy = Policy::new().attempt_timeout(Duration::from_secs(1));
+    let (mut service, mut calls) = service(&BalanceLayer::new(RoundRobin::new()).policy(policy));
+    let call = service.ready().await.unwrap().call(request(&set));
+    let answer = async {
+        let (first, second) = (calls.next().await, calls.next().await);
+        assert!(first.is_cancelled() && !second.is_cancelled());
+        let deadline = Deadline::of(second.request.extensions()).unwrap().0;
+        assert!(deadline.since(Clock::system().now()) <= Duration::from_secs(1));
+        (first, second)
+    };
+    let began = tokio::time::Instant::now();
+    let (response, _calls) = futures::join!(call, answer);
+    let response = response.unwrap();
+    assert_eq!(response.status(), StatusCode::GATEWAY_TIMEOUT);
+    assert!(began.elapsed() >= Duration::from_secs(2) && began.elapsed() < Duration::from_millis(2100));
+    assert!(set.iter().all(|endpoint| endpoint.in_flight() == 0 && endpoint.requests() == 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nothing_is_tried_after_the_deadline() {
+    let policy = Policy::new().attempts(9).backoff(Duration::from_secs(10), Duration::from_secs(10));
+    let (mut service, mut calls) = service(&BalanceLayer::new(RoundRobin::new()).policy(policy));
+    let mut request = request(&endpoints(3));
+    let began = tokio::time::Instant::now();
+    Deadline(Clock::system().now() + Duration::from_millis(1)).attach(request.extensions_mut());
+    let (response, seen) = serve(&mut service, &mut calls, request, |_| failed(StatusCode::BAD_GATEWAY, true)).await;
+    assert_eq!((response.status(), seen.len()), (StatusCode::BAD_GATEWAY, 1));
+    assert!(began.elapsed() < Duration::from_millis(2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_route_has_a_policy_of_its_own() {
+    let (mut service, mut calls) = service(&BalanceLayer::new(RoundRobin::new()));
+    let mut request = request(&endpoints(3));
+    Route::new("/once").with_policy(Policy::new().attempts(1)).attach(request.extensions_mut());
+    let (_, seen) = serve(&mut service, &mut calls, request, |_| unsent()).await;
+    assert_eq!(seen.len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_does_not_admit_is_passed_over_and_shares_stay_even() {
+    let set = endpoints(4);
+    close(&set[1], Moment::MAX);
+    let (mut service, mut calls) = service(&BalanceLayer::new(RoundRobin::new()));
+    let mut seen = [0; 4];
+    for _ in 0..300 {
+        let (_, picked) = serve(&mut service, &mut calls, request(&set), |_| ok()).await;
+        seen[set.iter().position(|endpoint| *endpoint == picked[0]).unwrap()] += 1;
+    }
+    assert_eq!(seen, [100, 0, 100, 100]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_gate_that_moves_is_seen_at_once() {
+    let set = endpoints(2);
+    let (mut service, mut calls) = service(&BalanceLayer::new(RoundRobin::new()));
+    for _ in 0..3 {
+        let mover = Mover::new();
+        set[0].gate().close_for(mover);
+        for _ in 0..4 {
+            let (_, seen) = serve(&mut service, &mut calls, request(&set), |_| ok()).await;
+            assert_eq!(seen, [set[1].clone()]);
+        }
+        set[0].gate().open_for(mover);
+        let mut both = Vec::new();
+        for _ in 0..2 {
+            both.extend(serve(&mut service, &mut calls, request(&set), |_| ok()).await.1);
+        }
+        assert_ne!(both[0], both[1]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_half_open_endpoint_gets_its_counted_probes_whatever_the_policy() {
+    let set = endpoints(10);
+    close(&set[0], Moment::MIN);
+    let never_the_first = |among: &Candidates<'_>| (0..among.len()).find(|i| **among[*i].id() != *"0");
+    let (mut service, mut calls) = service(&BalanceLayer::new(never_the_first));
+    let (mut probes, mut held) = (0, Vec::new());
+    for _ in 0..200 {
+        held.push(service.ready().await.unwrap().call(request(&set)));
+        let call = calls.next().await;
+        probes += usize::from(picked(&call.request) == set[0]);
+        held.push(service.ready().await.unwrap().call(request(&set)));
+        drop(calls.next().await);
+        std::mem::forget(call);
+    }
+    assert_eq!(probes, 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_who_admits_is_a_503_with_the_time() {
+    let set = endpoints(3);
+    let until = Clock::system().now() + Duration::from_secs(7);
+    set.iter().for_each(|endpoint| close(endpoint, until + Duration::from_secs(1)));
+    close(&set[1], until + Duration::from_secs(1));
+    let (mut service, calls) = service(&BalanceLayer::new(PowerOfTwo));
+    let response = service.ready().await.unwrap().call(request(&set)).await.unwrap();
+    assert_eq!((response.status(), calls.count()), (StatusCode::SERVICE_UNAVAILABLE, 0));
+    assert_eq!(response.headers()["retry-after"], "8");
+    assert_eq!(response.extensions().get::<Rejection>().unwrap().reason(), "none-admits");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_may_wait_for_somebody_to_admit() {
+    let set = endpoints(1);
+    let opens = Clock::system().now() + Duration::from_millis(500);
+    close(&set[0], opens);
+    let (mut service, mut calls) = service(&BalanceLayer::new(RoundRobin::new()).wait(Duration::from_secs(1)));
+    let (response, _) = serve(&mut service, &mut calls, request(&set), |_| ok()).await;
+    assert_eq!(response.status(), 200);
+    assert!(Clock::system().now() >= opens);
+
+    let set = endpoints(1);
+    set[0].gate().close_for(Mover::new());
+    let began = tokio::time::Instant::now();
+    let (response, _) = serve(&mut service, &mut calls, request(&set), |_| ok()).await;
+    assert_eq!((response.status(), began.elapsed().as_secs()), (StatusCode::SERVICE_UNAVAILABLE, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn below_the_panic_threshold_gates_are_not_obeyed() {
+    let set = endpoints(10);
+    set[..5].iter().for_each(|endpoint| close(endpoint, Moment::MAX));
+    let count = async |layer: &BalanceLayer<RoundRobin>| {
+        let (mut service, mut calls) = service(layer);
+        let mut refused = 0;
+        for _ in 0..100 {
+            let call = service.ready().await.unwrap().call(request(&set));
+            let mut inner = calls.next().await;
+            let mut permit = Permit::take(inner.request.extensions_mut()).unwrap();
+            let closed = !permit.endpoint().gate().admits();
+            refused += usize::from(closed);
+            assert_eq!(permit.take_pass().unwrap().is_forced(), closed);
+            drop(call);
+        }
+        refused
+    };
+    let layer = BalanceLayer::new(RoundRobin::new());
+    assert_eq!(count(&layer).await, 0, "half of them admit");
+    close(&set[5], Moment::MAX);
+    assert_eq!(count(&layer).await, 60, "four of ten admit");
+    assert_eq!(count(&layer.clone().panic_threshold(0)).await, 0, "never panics");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_asks_an_endpoint_of_weight_zero() {
+    let three = endpoints(3);
+    let set = Endpoints::none("s").reconcile(
+        (0..3).map(|i| {
+            let mut instance = (*three[i].instance()).clone();
+            instance.weight = u32::from(i != 1);
+            instance
+        }),
+        Moment::MIN,
+    );
+    let (mut service, mut calls) = service(&BalanceLayer::new(Random));
+    for _ in 0..50 {
+        let (_, seen) = serve(&mut service, &mut calls, request(&set), |_| ok()).await;
+        assert_ne!(seen[0], set[1]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn peak_ewma_learns_from_bodies_and_failures() {
+    let set = endpoints(2);
+    let (mut service, mut calls) = service(&BalanceLayer::new(PeakEwma::new()));
+    let bad = set[0].clone();
+    let mut seen_bad = 0;
+    for _ in 0..200 {
+        tokio::time::advance(Duration::from_millis(1)).await;
+        let mut future = Box::pin(service.ready().await.unwrap().call(request(&set)));
+        let call = calls.next().await;
+        let fails = picked(&call.request) == bad;
+        if !fails {
+            tokio::time::advance(Duration::from_millis(20)).await;
+        }
+        seen_bad += usize::from(fails);
+        call.answer(if fails { Response::builder().status(500).body(full("")).unwrap() } else { ok() });
+        let response = (&mut future).await.unwrap();
+        response.into_body().collect().await.unwrap();
+    }
+    assert!(seen_bad < 10, "one that fails at once got {seen_bad} of 200");
+}
+
+#[test]
+fn services_and_futures_can_be_sent() {
+    fn is_send<T: Send>(_: &T) {}
+    fn is_send_and_sync<T: Send + Sync>(_: &T) {}
+    let (mut service, _calls) = service(&BalanceLayer::new(PeakEwma::new()));
+    is_send_and_sync(&service);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
+    runtime.block_on(async {
+        is_send(&service.ready().await.unwrap().call(request(&endpoints(1))));
+    });
+}
