@@ -1,1 +1,360 @@
-//! Stub.
+//! Admits each caller so often, no oftener: who comes too often gets 429 and is told when to come back.
+//!
+//! * **Reads** `Identity`, `PeerAddress`, `Route` (for a [`Policy`]); `X-Forwarded-For` or `Forwarded` of trusted proxies.
+//! * **Writes** nothing.
+//! * **Refuses** with 429, `Retry-After` and the `RateLimit` fields; gRPC callers with `RESOURCE_EXHAUSTED`, `RetryInfo` and
+//!   a pushback.
+//! * **Alone** it tells callers apart by the client's address; without that, all share one budget and a warning is logged
+//!   once.
+//! * **Cost** one hash and one compare-and-set; no lock, no allocation.
+//!
+//! ```
+//! use std::num::NonZeroU32;
+//! use http::{Request, Response};
+//! use http_body_util::Empty;
+//! use portcullis_rate_limit::{Rate, RateLimitLayer};
+//! use tower::{ServiceBuilder, ServiceExt, service_fn};
+//! # use bytes::Bytes;
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() {
+//! let twice_a_minute = Rate::per_minute(NonZeroU32::new(2).unwrap());
+//! let service = ServiceBuilder::new()
+//!     .layer(RateLimitLayer::new(twice_a_minute))
+//!     .service(service_fn(|_: Request<()>| async { Ok::<_, std::io::Error>(Response::new(Empty::<Bytes>::new())) }));
+//!
+//! let call = || service.clone().oneshot(Request::new(()));
+//! assert_eq!(call().await.unwrap().status(), 200);
+//! assert_eq!(call().await.unwrap().status(), 200);
+//! let refused = call().await.unwrap();
+//! assert_eq!(refused.status(), 429);
+//! assert_eq!(refused.headers()["retry-after"], "30");
+//! # }
+//! ```
+//!
+//! # The idea
+//!
+//! The generic cell rate algorithm keeps one number for a key: when it will have paid for all it took, the *theoretical
+//! arrival time*. A request moves it by the interval of one unit, and is admitted while it stays within the burst. One
+//! number is one compare-and-set, so that no interleaving admits more than `burst + rate · time`, and a number that lies
+//! in the past says nothing and may be forgotten.
+//!
+//! Forgetting is what makes the memory bounded. The table has a [fixed capacity](RateLimitLayer::capacity); numbers that
+//! say nothing make room for others. When every place says something, newcomers share a bucket with those whose place
+//! would be near, some sixteenth-thousandth of all callers with the default capacity, and whoever has a place keeps it.
+//! What is forgotten is never forgiven: see the source of the table for why that holds under any interleaving.
+//!
+//! # Defaults
+//!
+//! | what | default | |
+//! |---|---|---|
+//! | burst | as many as the period has | [`Rate::burst`] |
+//! | who is who | subject and issuer, else client address | [`RateLimitLayer::with_key`] |
+//! | bits of an IPv6 address | 64 | [`DEFAULT_IPV6_PREFIX`] |
+//! | trusted proxies | none | [`RateLimitLayer::trusted_proxies`] |
+//! | capacity | 65,536 keys, 4 MiB | [`DEFAULT_CAPACITY`] |
+//! | fields | on refusals | [`RateLimitLayer::fields`] |
+
+mod answer;
+mod error;
+mod key;
+mod limit;
+mod limiter;
+mod rate;
+mod sync;
+mod table;
+
+use std::fmt;
+use std::num::NonZeroU32;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use pin_project_lite::pin_project;
+use portcullis_core::{Body, Clock, Dialect, Rejection, TrustedProxies};
+use tower_layer::Layer;
+use tower_service::Service;
+
+pub use self::answer::Fields;
+pub use self::error::Error;
+pub use self::key::{
+    ByMethod, Caller, Claim, ClientAddress, DEFAULT_IPV6_PREFIX, Everyone, Header, Key, KeyBytes, Or, RequestHead,
+    RouteName, ServiceName, Subject,
+};
+pub use self::limit::{Limit, Policy};
+pub use self::rate::Rate;
+
+use self::limiter::Limiter;
+use self::table::Table;
+
+/// How many keys have a place of their own, unless told otherwise.
+pub const DEFAULT_CAPACITY: usize = 65_536;
+
+/// Applies [`RateLimit`]. All services made from one layer, and all clones of it, share one budget.
+///
+/// Set it up before it is cloned: a setter gives a layer that has clones counters of its own.
+#[derive(Clone, Debug)]
+pub struct RateLimitLayer {
+    limiter: Arc<Limiter>,
+}
+
+/// Refuses callers who come too often.
+#[derive(Clone, Debug)]
+pub struct RateLimit<S> {
+    inner: S,
+    limiter: Arc<Limiter>,
+}
+
+/// Reads and changes what the services of one layer do, while they run.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    limiter: Arc<Limiter>,
+}
+
+/// What a layer did so far, and how full it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Charges made: one for each limit of a request.
+    pub admitted: u64,
+    /// Requests refused.
+    pub refused: u64,
+    /// Charges made on a bucket that newcomers share, since there was no place left.
+    pub overflowed: u64,
+    /// Keys that have a place and say something.
+    pub live: usize,
+    /// Places there are; about four for each key of the capacity, so that hashing does not get in the way.
+    pub places: usize,
+    /// Buckets shared by newcomers that are in use.
+    pub overflowing: usize,
+    /// Such buckets there are.
+    pub buckets: usize,
+    /// The memory of the table in bytes; it does not change.
+    pub bytes: usize,
+}
+
+pin_project! {
+    /// The inner service's response, or a refusal.
+    pub struct ResponseFuture<F> {
+        #[pin]
+        state: State<F>,
+    }
+}
+
+pin_project! {
+    #[project = Project]
+    enum State<F> {
+        Admitted { #[pin] inner: F, fields: HeaderMap },
+        Refused { rejection: Option<Rejection>, dialect: Dialect },
+    }
+}
+
+// === impl RateLimitLayer ===
+
+impl RateLimitLayer {
+    /// Admits each caller as often as `rate` says.
+    #[must_use]
+    pub fn new(rate: Rate) -> Self {
+        Self { limiter: Arc::new(Limiter::new(rate)) }
+    }
+
+    /// How many may come at once after a long rest, for every limit so far.
+    #[must_use]
+    pub fn burst(self, burst: NonZeroU32) -> Self {
+        self.set(|limiter| {
+            let limits = limiter.limits.load_full();
+            limiter.limits.store(Arc::new(limits.iter().cloned().map(|limit| limit.burst(burst)).collect()));
+        })
+    }
+
+    /// Adds a limit. A request is charged to all of them or to none.
+    #[must_use]
+    pub fn and(self, limit: Limit) -> Self {
+        self.set(|limiter| {
+            let mut limits = Vec::clone(&limiter.limits.load());
+            limits.push(limit);
+            limiter.limits.store(Arc::new(limits));
+        })
+    }
+
+    /// Tells callers apart by `key`, for every limit that has no key of its own. By default [`Caller`].
+    #[must_use]
+    pub fn with_key(self, key: impl Key) -> Self {
+        self.set(|limiter| limiter.key = Arc::new(key))
+    }
+
+    /// The proxies whose word about the client's address is taken. By default none.
+    #[must_use]
+    pub fn trusted_proxies(self, proxies: TrustedProxies) -> Self {
+        self.set(|limiter| limiter.proxies = proxies)
+    }
+
+    /// How many keys have a place of their own; each takes 64 bytes, at once. [`DEFAULT_CAPACITY`] by default. A limit's
+    /// name, its route if it is the route's own, and what tells the caller apart make one key.
+    #[must_use]
+    pub fn capacity(self, keys: usize) -> Self {
+        self.set(|limiter| (limiter.capacity, limiter.table) = (keys, Table::new(keys)))
+    }
+
+    /// Requests that are neither charged nor refused.
+    #[must_use]
+    pub fn exempt(self, exempt: impl Fn(&RequestHead<'_>) -> bool + Send + Sync + 'static) -> Self {
+        self.set(|limiter| limiter.exempt = Some(Arc::new(exempt)))
+    }
+
+    /// Which responses say how much is left. By default refusals.
+    #[must_use]
+    pub fn fields(self, fields: Fields) -> Self {
+        self.set(|limiter| limiter.fields = fields)
+    }
+
+    /// Counts on another clock than the process's.
+    #[must_use]
+    pub fn with_clock(self, clock: Clock) -> Self {
+        self.set(|limiter| limiter.clock = clock)
+    }
+
+    /// Reads and changes what this layer's services do.
+    #[must_use]
+    pub fn handle(&self) -> Handle {
+        Handle { limiter: self.limiter.clone() }
+    }
+
+    fn set(mut self, change: impl FnOnce(&mut Limiter)) -> Self {
+        if let Some(limiter) = Arc::get_mut(&mut self.limiter) {
+            change(limiter);
+        } else {
+            let mut limiter = self.limiter.fork();
+            change(&mut limiter);
+            self.limiter = Arc::new(limiter);
+        }
+        self
+    }
+}
+
+impl<S> Layer<S> for RateLimitLayer {
+    type Service = RateLimit<S>;
+
+    fn layer(&self, inner: S) -> RateLimit<S> {
+        RateLimit { inner, limiter: self.limiter.clone() }
+    }
+}
+
+// === impl RateLimit ===
+
+impl<S, B, R> Service<Request<B>> for RateLimit<S>
+where
+    S: Service<Request<B>, Response = Response<R>>,
+    R: http_body::Body<Data = Bytes>,
+{
+    type Response = Response<Body<R>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let limiter = &*self.limiter;
+        let state = match limiter.admit(&RequestHead::new(&request, &limiter.proxies)) {
+            Ok(standings) => {
+                let mut fields = HeaderMap::new();
+                limiter.fields.write(&standings, &mut fields);
+                State::Admitted { inner: self.inner.call(request), fields }
+            }
+            Err(refusal) => {
+                tracing::debug!(limit = &*refusal.standing.name, wait = ?refusal.wait, "refused: too many requests");
+                let rejection = Some(refusal.into_rejection(limiter.fields));
+                State::Refused { rejection, dialect: Dialect::of(request.headers()) }
+            }
+        };
+        ResponseFuture { state }
+    }
+}
+
+// === impl Handle ===
+
+impl Handle {
+    /// Gives the limit of that name another rate; its callers keep their debts, in time. `false` if there is none.
+    pub fn set_rate(&self, name: &str, rate: Rate) -> bool {
+        let mut found = false;
+        self.limiter.limits.rcu(|limits| {
+            let change =
+                |limit: &Limit| if limit.name() == name { limit.clone().with_rate(rate) } else { limit.clone() };
+            found = limits.iter().any(|limit| limit.name() == name);
+            limits.iter().map(change).collect::<Vec<_>>()
+        });
+        if found {
+            tracing::info!(limit = name, ?rate, "a limit's rate was changed");
+        }
+        found
+    }
+
+    /// Replaces all limits of the layer. Those that keep their name keep their counters.
+    pub fn set_limits(&self, limits: impl IntoIterator<Item = Limit>) {
+        let limits: Vec<Limit> = limits.into_iter().collect();
+        tracing::info!(?limits, "the limits were changed");
+        self.limiter.limits.store(Arc::new(limits));
+    }
+
+    /// The limits of the layer.
+    #[must_use]
+    pub fn limits(&self) -> Vec<Limit> {
+        self.limiter.limits.load().to_vec()
+    }
+
+    /// What happened so far. It looks at every place: not for every request.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let (counters, table) = (&self.limiter.counters, &self.limiter.table);
+        let fill = table.fill(self.limiter.clock.now().as_nanos());
+        Stats {
+            admitted: counters.admitted(),
+            refused: counters.refused(),
+            overflowed: counters.overflowed(),
+            live: fill.live,
+            places: fill.entries,
+            overflowing: fill.overflowing,
+            buckets: fill.sets,
+            bytes: table.bytes(),
+        }
+    }
+}
+
+// === impl ResponseFuture ===
+
+impl<F, R, E> Future for ResponseFuture<F>
+where
+    F: Future<Output = Result<Response<R>, E>>,
+    R: http_body::Body<Data = Bytes>,
+{
+    type Output = Result<Response<Body<R>>, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.project().state.project() {
+            Project::Admitted { inner, fields } => {
+                let mut response = ready!(inner.poll(cx))?;
+                if !fields.is_empty() {
+                    response.headers_mut().extend(fields.drain().filter_map(|(name, value)| Some((name?, value))));
+                }
+                Poll::Ready(Ok(response.map(Body::new)))
+            }
+            Project::Refused { rejection, dialect } => match rejection.take() {
+                Some(rejection) => Poll::Ready(Ok(rejection.into_response(*dialect))),
+                None => Poll::Pending,
+            },
+        }
+    }
+}
+
+impl<F> fmt::Debug for ResponseFuture<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.state {
+            State::Admitted { .. } => "ResponseFuture::Admitted",
+            State::Refused { .. } => "ResponseFuture::Refused",
+        })
+    }
+}

@@ -1,0 +1,36 @@
+//! What a wrong configuration is answered with.
+
+use std::fmt;
+
+/// A limit that cannot be.
+#[derive(Debug)]
+pub struct Error(Kind);
+
+#[derive(Debug)]
+enum Kind {
+    Period,
+}
+
+// === impl Error ===
+
+impl Error {
+    pub(crate) const fn period() -> Self {
+        Self(Kind::Period)
+    }
+
+    /// The period is zero, or longer than a year.
+    #[must_use]
+    pub const fn is_period(&self) -> bool {
+        matches!(self.0, Kind::Period)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Kind::Period => f.write_str("a rate's period must be longer than zero and at most a year"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}

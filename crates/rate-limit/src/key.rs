@@ -1,0 +1,517 @@
+//! What tells callers apart.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use http::{Extensions, HeaderMap, HeaderName, Method, Uri};
+use portcullis_core::{Carried, Destination, Identity, Route, TrustedProxies, ipv6_prefix};
+
+/// The bits of an IPv6 address that one caller has, unless told otherwise: what one customer is given.
+pub const DEFAULT_IPV6_PREFIX: u8 = 64;
+
+/// Says which callers share one budget.
+///
+/// A closure is a key as well. Keys combine: a tuple of keys tells apart what any of them does, and
+/// [`or`](Self::or) uses another where the first has nothing to go by. Requests for which the whole key has nothing share
+/// one budget.
+///
+/// ```
+/// use portcullis_rate_limit::{ByMethod, Claim, ClientAddress, Header, Key, KeyBytes, RequestHead};
+///
+/// let _tenant_or_address = Claim::new("tenant").or(ClientAddress::new());
+/// let _by_header_and_method = (Header::new(http::header::HOST), ByMethod);
+/// let _own = |request: &RequestHead<'_>, key: &mut KeyBytes| {
+///     key.push(request.uri().path().as_bytes());
+///     true
+/// };
+/// ```
+pub trait Key: Send + Sync + 'static {
+    /// Writes what tells this request's caller from others; `false` when there is nothing to go by.
+    fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool;
+
+    /// Uses `other` where this has nothing to go by.
+    fn or<K: Key>(self, other: K) -> Or<Self, K>
+    where
+        Self: Sized,
+    {
+        Or { first: self, second: other }
+    }
+}
+
+/// What a limit may look at.
+#[derive(Clone, Copy, Debug)]
+pub struct RequestHead<'a> {
+    method: &'a Method,
+    uri: &'a Uri,
+    headers: &'a HeaderMap,
+    extensions: &'a Extensions,
+    proxies: &'a TrustedProxies,
+}
+
+/// A key as it is written. Short ones need no allocation, and parts cannot run into each other.
+pub struct KeyBytes {
+    len: usize,
+    short: [u8; SHORT],
+    long: Vec<u8>,
+}
+
+/// The default: the [`Subject`], else the [`ClientAddress`].
+///
+/// Without a `PeerAddress` and an identity all callers share one budget, and a warning is logged once.
+#[derive(Clone, Debug, Default)]
+pub struct Caller {
+    address: ClientAddress,
+    warned: Arc<AtomicBool>,
+}
+
+/// The identity's subject within its issuer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Subject;
+
+/// A claim of the identity.
+#[derive(Clone, Debug)]
+pub struct Claim(Arc<str>);
+
+/// The client's address, as the [trusted proxies](crate::RateLimitLayer::trusted_proxies) have it. IPv6 addresses count by
+/// their [prefix](Self::ipv6_prefix), IPv4-mapped ones as IPv4.
+#[derive(Clone, Copy, Debug)]
+pub struct ClientAddress {
+    ipv6_prefix: u8,
+}
+
+/// A header's first value. A caller can write what it likes there: use it for what something trusted writes, or together
+/// with another key.
+#[derive(Clone, Debug)]
+pub struct Header(HeaderName);
+
+/// The name of the matched route.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RouteName;
+
+/// The service the request is for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ServiceName;
+
+/// The request's method.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ByMethod;
+
+/// Everyone shares one budget.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Everyone;
+
+/// One key, or another where that has nothing to go by; made by [`Key::or`].
+#[derive(Clone, Copy, Debug)]
+pub struct Or<A, B> {
+    first: A,
+    second: B,
+}
+
+const SHORT: usize = 96;
+
+// === impl Key ===
+
+impl<F> Key for F
+where
+    F: Fn(&RequestHead<'_>, &mut KeyBytes) -> bool + Send + Sync + 'static,
+{
+    fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+        self(request, key)
+    }
+}
+
+macro_rules! tuple {
+    ($($part:ident)+) => {
+        impl<$($part: Key),+> Key for ($($part,)+) {
+            #[expect(non_snake_case, reason = "the names of the types serve as names of the parts")]
+            fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+                let ($($part,)+) = self;
+                let mut any = false;
+                $(
+                    let found = $part.write(request, key);
+                    key.tag(u8::from(found));
+                    any |= found;
+                )+
+                any
+            }
+        }
+    };
+}
+
+tuple!(A B);
+tuple!(A B C);
+tuple!(A B C D);
+
+impl<A: Key, B: Key> Key for Or<A, B> {
+    fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+        let start = key.mark();
+        if self.first.write(request, key) {
+            key.tag(1);
+            return true;
+        }
+        key.rewind(start);
+        key.tag(2);
+        self.second.write(request, key)
+    }
+}
+
+impl Key for Caller {
+    fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+        if Subject.write(request, key) || self.address.write(request, key) {
+            return true;
+        }
+        if !self.warned.load(Ordering::Relaxed) && !self.warned.swap(true, Ordering::Relaxed) {
+            tracing::warn!("requests carry neither an identity nor a peer address: all of them share one budget");
+        }
+        false
+    }
+}
+
+impl Key for Subject {
+    fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+        let Some(identity) = Identity::of(request.extensions) else { return false };
+        key.tag(b's');
+        key.push(identity.subject().as_bytes());
+        match identity.issuer() {
+            Some(issuer) => key.push(issuer.as_bytes()),
+            None => key.tag(b'-'),
+        }
+        true
+    }
+}
+
+impl Key for Claim {
+    fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+        let Some(claim) = Identity::of(request.extensions).and_then(|identity| identity.claim(&self.0)) else {
+            return false;
+        };
+        match claim.as_str() {
+            Some(text) => {
+                key.tag(b'c');
+                key.push(text.as_bytes());
+            }
+            None => {
+                key.tag(b'j');
+                key.push(claim.to_string().as_bytes());
+            }
+        }
+        true
+    }
+}
+
+impl Key for ClientAddress {
+    fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+        let Some(address) = request.client_address() else { return false };
+        match ipv6_prefix(address, self.ipv6_prefix) {
+            IpAddr::V4(v4) => {
+                key.tag(b'4');
+                key.raw(&v4.octets());
+            }
+            IpAddr::V6(v6) => {
+                key.tag(b'6');
+                key.raw(&v6.octets());
+            }
+        }
+        true
+    }
+}
+
+impl Key for Header {
+    fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+        request.headers.get(&self.0).is_some_and(|value| key.push_found(b'h', value.as_bytes()))
+    }
+}
+
+impl Key for RouteName {
+    fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+        Route::of(request.extensions).is_some_and(|route| key.push_found(b'r', route.name().as_bytes()))
+    }
+}
+
+impl Key for ServiceName {
+    fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+        Destination::of(request.extensions).is_some_and(|service| key.push_found(b'd', service.as_str().as_bytes()))
+    }
+}
+
+impl Key for ByMethod {
+    fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+        key.push_found(b'm', request.method.as_str().as_bytes())
+    }
+}
+
+impl Key for Everyone {
+    fn write(&self, _: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
+        key.tag(b'e');
+        true
+    }
+}
+
+// === impl RequestHead ===
+
+impl<'a> RequestHead<'a> {
+    pub(crate) fn new<B>(request: &'a http::Request<B>, proxies: &'a TrustedProxies) -> Self {
+        Self {
+            method: request.method(),
+            uri: request.uri(),
+            headers: request.headers(),
+            extensions: request.extensions(),
+            proxies,
+        }
+    }
+
+    /// Its method.
+    #[must_use]
+    pub const fn method(&self) -> &'a Method {
+        self.method
+    }
+
+    /// Its target.
+    #[must_use]
+    pub const fn uri(&self) -> &'a Uri {
+        self.uri
+    }
+
+    /// Its headers.
+    #[must_use]
+    pub const fn headers(&self) -> &'a HeaderMap {
+        self.headers
+    }
+
+    /// What other layers left.
+    #[must_use]
+    pub const fn extensions(&self) -> &'a Extensions {
+        self.extensions
+    }
+
+    /// Who is calling, if they proved it.
+    #[must_use]
+    pub fn identity(&self) -> Option<&'a Identity> {
+        Identity::of(self.extensions)
+    }
+
+    /// The client's whole address, if the server left the peer's.
+    #[must_use]
+    pub fn client_address(&self) -> Option<IpAddr> {
+        self.proxies.client_of(self.extensions, self.headers)
+    }
+}
+
+// === impl KeyBytes ===
+
+impl KeyBytes {
+    pub(crate) const fn new() -> Self {
+        Self { len: 0, short: [0; SHORT], long: Vec::new() }
+    }
+
+    /// Adds one part. Its length goes with it.
+    pub fn push(&mut self, part: &[u8]) {
+        self.raw(&(part.len() as u32).to_le_bytes());
+        self.raw(part);
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        if self.long.is_empty() { &self.short[..self.len] } else { &self.long }
+    }
+
+    fn push_found(&mut self, tag: u8, part: &[u8]) -> bool {
+        self.tag(tag);
+        self.push(part);
+        true
+    }
+
+    fn tag(&mut self, tag: u8) {
+        self.raw(&[tag]);
+    }
+
+    fn raw(&mut self, part: &[u8]) {
+        let end = self.len + part.len();
+        if let Some(room) = self.short.get_mut(self.len..end).filter(|_| self.long.is_empty()) {
+            room.copy_from_slice(part);
+            self.len = end;
+        } else {
+            if self.long.is_empty() {
+                self.long.extend_from_slice(&self.short[..self.len]);
+            }
+            self.long.extend_from_slice(part);
+        }
+    }
+
+    fn mark(&self) -> usize {
+        self.bytes().len()
+    }
+
+    fn rewind(&mut self, to: usize) {
+        if self.long.is_empty() {
+            self.len = to;
+        } else {
+            self.long.truncate(to);
+        }
+    }
+}
+
+/// Keys may hold secrets.
+impl fmt::Debug for KeyBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KeyBytes").field("len", &self.bytes().len()).finish_non_exhaustive()
+    }
+}
+
+// === impl Caller ===
+
+impl Caller {
+    /// The subject, else the client's address with an IPv6 prefix of [`DEFAULT_IPV6_PREFIX`].
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How many bits of an IPv6 address one caller has; the rest is ignored.
+    #[must_use]
+    pub const fn ipv6_prefix(mut self, bits: u8) -> Self {
+        self.address.ipv6_prefix = bits;
+        self
+    }
+}
+
+// === impl ClientAddress ===
+
+impl ClientAddress {
+    /// With an IPv6 prefix of [`DEFAULT_IPV6_PREFIX`].
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { ipv6_prefix: DEFAULT_IPV6_PREFIX }
+    }
+
+    /// How many bits of an IPv6 address one caller has; the rest is ignored.
+    #[must_use]
+    pub const fn ipv6_prefix(mut self, bits: u8) -> Self {
+        self.ipv6_prefix = bits;
+        self
+    }
+}
+
+impl Default for ClientAddress {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+// === impl Claim ===
+
+impl Claim {
+    /// The claim of that name.
+    #[must_use]
+    pub fn new(name: impl Into<Arc<str>>) -> Self {
+        Self(name.into())
+    }
+}
+
+// === impl Header ===
+
+impl Header {
+    /// The header of that name.
+    #[must_use]
+    pub const fn new(name: HeaderName) -> Self {
+        Self(name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::{HeaderValue, Request, header};
+    use portcullis_core::{PeerAddress, Proof};
+    use std::net::SocketAddr;
+
+    fn bytes(key: &impl Key, request: &Request<()>) -> (bool, Vec<u8>) {
+        let mut bytes = KeyBytes::new();
+        let found = key.write(&RequestHead::new(request, &TrustedProxies::none()), &mut bytes);
+        (found, bytes.bytes().to_vec())
+    }
+
+    fn from(address: &str) -> Request<()> {
+        let mut request = Request::new(());
+        PeerAddress(SocketAddr::new(address.parse().unwrap(), 1)).attach(request.extensions_mut());
+        request
+    }
+
+    fn by(identity: Identity) -> Request<()> {
+        let mut request = from("192.0.2.1");
+        identity.attach(request.extensions_mut());
+        request
+    }
+
+    #[test]
+    fn addresses_count_by_prefix_and_in_one_form() {
+        let key = Caller::new();
+        assert_eq!(bytes(&key, &from("2001:db8:0:1::1")), bytes(&key, &from("2001:db8:0:1:ffff::2")));
+        assert_ne!(bytes(&key, &from("2001:db8:0:1::1")), bytes(&key, &from("2001:db8:0:2::1")));
+        assert_eq!(bytes(&key, &from("::ffff:192.0.2.1")), bytes(&key, &from("192.0.2.1")));
+        assert_ne!(bytes(&key, &from("192.0.2.2")), bytes(&key, &from("192.0.2.1")));
+        let wide = Caller::new().ipv6_prefix(32);
+        assert_eq!(bytes(&wide, &from("2001:db8:0:1::1")), bytes(&wide, &from("2001:db8:7:2::1")));
+    }
+
+    #[test]
+    fn a_subject_counts_wherever_it_calls_from_and_within_its_issuer() {
+        let ada = || Identity::new("ada", Proof::Jwt);
+        let key = Caller::new();
+        let mut elsewhere = from("192.0.2.9");
+        ada().attach(elsewhere.extensions_mut());
+        assert_eq!(bytes(&key, &by(ada())), bytes(&key, &elsewhere));
+        assert_ne!(bytes(&key, &by(ada())), bytes(&key, &by(ada().with_issuer("x"))));
+        assert_ne!(bytes(&key, &by(ada().with_issuer("y"))), bytes(&key, &by(ada().with_issuer("x"))));
+        // The parts do not run into each other.
+        let (a, b) = (Identity::new("ab", Proof::Jwt), Identity::new("a", Proof::Jwt));
+        assert_ne!(bytes(&key, &by(a.with_issuer("c"))), bytes(&key, &by(b.with_issuer("bc"))));
+    }
+
+    #[test]
+    fn nobody_known_has_nothing_to_go_by() {
+        assert_eq!(bytes(&Caller::new(), &Request::new(())), (false, vec![]));
+        assert!(!bytes(&(Subject, RouteName), &Request::new(())).0);
+        assert!(bytes(&(Subject, Everyone), &Request::new(())).0);
+    }
+
+    #[test]
+    fn keys_combine_and_fall_back() {
+        let key = Header::new(header::HOST).or(ClientAddress::new());
+        let mut with = from("192.0.2.1");
+        with.headers_mut().insert(header::HOST, HeaderValue::from_static("a"));
+        assert_ne!(bytes(&key, &with), bytes(&key, &from("192.0.2.1")));
+        assert_ne!(bytes(&key, &from("192.0.2.1")), bytes(&key, &from("192.0.2.2")));
+        let both = (Header::new(header::HOST), ByMethod, ClientAddress::new());
+        assert_ne!(bytes(&both, &with), bytes(&both, &from("192.0.2.1")));
+        *with.method_mut() = Method::POST;
+        let post = bytes(&both, &with);
+        *with.method_mut() = Method::PUT;
+        assert_ne!(bytes(&both, &with), post);
+    }
+
+    #[test]
+    fn claims_that_are_not_text_count_as_json() {
+        let with = |value: serde_json::Value| {
+            by(Identity::new("ada", Proof::Jwt).with_claims([("tenant".to_owned(), value)].into_iter().collect()))
+        };
+        let key = Claim::new("tenant");
+        assert_ne!(bytes(&key, &with("7".into())), bytes(&key, &with(7.into())));
+        assert_eq!(bytes(&key, &with(7.into())), bytes(&key, &with(7.into())));
+        assert!(!bytes(&Claim::new("plan"), &with(7.into())).0);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn long_keys_are_whole(parts in proptest::collection::vec(proptest::collection::vec(proptest::num::u8::ANY, 0..80), 0..6)) {
+            let (mut key, mut expected) = (KeyBytes::new(), Vec::new());
+            for part in &parts {
+                key.push(part);
+                expected.extend((part.len() as u32).to_le_bytes());
+                expected.extend(part);
+            }
+            proptest::prop_assert_eq!(key.bytes(), &expected[..]);
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! The layer through its public interface.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response, header};
+use http_body_util::Full;
+use portcullis_core::{Carried, Identity, PeerAddress, Proof, Rejection, Route, TrustedProxies};
+use portcullis_rate_limit::{Everyone, Fields, Header, Limit, Policy, Rate, RateLimit, RateLimitLayer};
+use portcullis_testing::contract;
+use tower::{Layer, Service, ServiceExt};
+
+fn n(count: u32) -> NonZeroU32 {
+    NonZeroU32::new(count).unwrap()
+}
+
+fn per_second(count: u32) -> Rate {
+    Rate::per_second(n(count))
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Ok200;
+
+impl<B> Service<Request<B>> for Ok200 {
+    type Response = Response<Full<Bytes>>;
+    type Error = std::convert::Infallible;
+    type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Request<B>) -> Self::Future {
+        std::future::ready(Ok(Response::new(Full::from("ok"))))
+    }
+}
+
+fn from(address: &str) -> Request<()> {
+    let mut request = Request::new(());
+    PeerAddress(SocketAddr::new(address.parse().unwrap(), 1)).attach(request.extensions_mut());
+    request
+}
+
+fn on(route: &Route, address: &str) -> Request<()> {
+    let mut request = from(address);
+    route.clone().attach(request.extensions_mut());
+    request
+}
+
+async fn call(service: &RateLimit<Ok200>, request: Request<()>) -> Response<()> {
+    service.clone().oneshot(request).await.unwrap().map(drop)
+}
+
+async fn status(service: &RateLimit<Ok200>, request: Request<()>) -> u16 {
+    call(service, request).await.status().as_u16()
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_contract_holds() {
+    let layer = RateLimitLayer::new(per_second(1000));
+    contract::holds(layer, |body| from("192.0.2.1").map(|()| body)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn clones_and_services_share_one_budget() {
+    let layer = RateLimitLayer::new(per_second(3));
+    let (a, b) = (layer.layer(Ok200), layer.clone().layer(Ok200));
+    assert_eq!(status(&a, from("192.0.2.1")).await, 200);
+    assert_eq!(status(&b, from("192.0.2.1")).await, 200);
+    assert_eq!(status(&a.clone(), from("192.0.2.1")).await, 200);
+    assert_eq!(status(&b.clone(), from("192.0.2.1")).await, 429);
+    let other = RateLimitLayer::new(per_second(3)).layer(Ok200);
+    assert_eq!(status(&other, from("192.0.2.1")).await, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_caller_has_its_own_budget() {
+    let service = RateLimitLayer::new(per_second(1)).layer(Ok200);
+    let ada = |issuer: &'static str, address| {
+        let mut request = from(address);
+        Identity::new("ada", Proof::Jwt).with_issuer(issuer).attach(request.extensions_mut());
+        request
+    };
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    assert_eq!(status(&service, from("192.0.2.2")).await, 200);
+    assert_eq!(status(&service, ada("x", "192.0.2.1")).await, 200);
+    assert_eq!(status(&service, ada("x", "192.0.2.3")).await, 429, "the same caller from elsewhere");
+    assert_eq!(status(&service, ada("y", "192.0.2.1")).await, 200);
+    assert_eq!(status(&service, from("2001:db8::1")).await, 200);
+    assert_eq!(status(&service, from("2001:db8::2")).await, 429, "the same network");
+    assert_eq!(status(&service, Request::new(())).await, 200);
+    assert_eq!(status(&service, Request::new(())).await, 429, "nobody knows who: one budget");
+}
+
+#[tokio::test(start_paused = true)]
+async fn forwarded_addresses_count_only_from_trusted_proxies() {
+    let through = |proxy, client: &str| {
+        let mut request = from(proxy);
+        request.headers_mut().insert("x-forwarded-for", client.parse().unwrap());
+        request
+    };
+    let proxies = TrustedProxies::networks(["10.0.0.0/8"]).unwrap();
+    let service = RateLimitLayer::new(per_second(1)).trusted_proxies(proxies).layer(Ok200);
+    assert_eq!(status(&service, through("10.0.0.1", "192.0.2.1")).await, 200);
+    assert_eq!(status(&service, through("10.0.0.1", "192.0.2.2")).await, 200);
+    assert_eq!(status(&service, through("10.0.0.1", "203.0.113.7, 192.0.2.2")).await, 429);
+    assert_eq!(status(&service, through("198.51.100.1", "192.0.2.3")).await, 200);
+    assert_eq!(status(&service, through("198.51.100.1", "192.0.2.4")).await, 429);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refusal_says_when_to_come_back_and_that_is_true() {
+    let service = RateLimitLayer::new(Rate::per_minute(n(40))).burst(n(1)).layer(Ok200);
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    let refused = call(&service, from("192.0.2.1")).await;
+    assert_eq!(refused.status(), 429);
+    assert_eq!(refused.headers()[header::RETRY_AFTER], "2", "1.5 s rounded up");
+    assert_eq!(refused.headers()["ratelimit-policy"], r#""default";q=1;w=2"#);
+    assert_eq!(refused.headers()["ratelimit"], r#""default";r=0;t=2"#);
+    let rejection = refused.extensions().get::<Rejection>().unwrap();
+    assert_eq!(rejection.retry_after(), Some(Duration::from_millis(1500)));
+    assert_eq!(rejection.reason(), "too-many-requests");
+    tokio::time::advance(Duration::from_millis(1499)).await;
+    assert_eq!(status(&service, from("192.0.2.1")).await, 429);
+    tokio::time::advance(Duration::from_millis(1)).await;
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn grpc_callers_are_refused_in_their_words() {
+    let service = RateLimitLayer::new(per_second(1)).layer(Ok200);
+    let request = || {
+        let mut request = from("192.0.2.1");
+        request.headers_mut().insert(header::CONTENT_TYPE, "application/grpc".parse().unwrap());
+        request
+    };
+    call(&service, request()).await;
+    let refused = call(&service, request()).await;
+    assert_eq!(refused.status(), 200);
+    assert_eq!(refused.headers()["grpc-status"], "8");
+    assert_eq!(refused.headers()["grpc-retry-pushback-ms"], "1000");
+    assert!(refused.headers().contains_key("grpc-status-details-bin"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_route_has_its_own_limits_and_counters() {
+    let service = RateLimitLayer::new(per_second(2)).layer(Ok200);
+    let policy = Policy::new(per_second(1));
+    let (a, b) = (Route::new("/a").with_policy(policy.clone()), Route::new("/b").with_policy(policy));
+    let open = Route::new("/open").with_policy(Policy::unlimited());
+    let both = Route::new("/both").with_policy(Policy::new(per_second(100)).beside_default());
+    assert_eq!(status(&service, on(&a, "192.0.2.1")).await, 200);
+    assert_eq!(status(&service, on(&a, "192.0.2.1")).await, 429);
+    assert_eq!(status(&service, on(&b, "192.0.2.1")).await, 200);
+    assert_eq!(status(&service, on(&b, "192.0.2.1")).await, 429);
+    for _ in 0..10 {
+        assert_eq!(status(&service, on(&open, "192.0.2.1")).await, 200);
+    }
+    assert_eq!(status(&service, on(&both, "192.0.2.1")).await, 200);
+    assert_eq!(status(&service, on(&Route::new("/none"), "192.0.2.1")).await, 200);
+    assert_eq!(status(&service, on(&both, "192.0.2.1")).await, 429, "the layer's own limit is used up");
+}
+
+#[tokio::test(start_paused = true)]
+async fn several_limits_are_charged_all_or_none() {
+    let global = Limit::new("all", per_second(3)).with_key(Everyone);
+    let layer = RateLimitLayer::new(per_second(2)).and(global);
+    let service = layer.layer(Ok200);
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    for _ in 0..10 {
+        assert_eq!(status(&service, from("192.0.2.1")).await, 429, "its own limit");
+    }
+    assert_eq!(status(&service, from("192.0.2.2")).await, 200, "the refusals cost the common limit nothing");
+    for _ in 0..10 {
+        assert_eq!(status(&service, from("192.0.2.2")).await, 429, "the common limit");
+    }
+    tokio::time::advance(Duration::from_millis(334)).await;
+    assert_eq!(status(&service, from("192.0.2.2")).await, 200, "the refusals cost its own limit nothing");
+    assert_eq!(layer.handle().stats().refused, 20);
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_cost_what_they_cost_and_some_are_exempt() {
+    let size = |request: &portcullis_rate_limit::RequestHead<'_>| {
+        request.headers().get("x-size").and_then(|size| size.to_str().ok()?.parse().ok()).unwrap_or(1)
+    };
+    let sized = |size: u32| {
+        let mut request = from("192.0.2.1");
+        request.headers_mut().insert("x-size", size.into());
+        request
+    };
+    let layer = RateLimitLayer::new(per_second(1000)).exempt(|request| request.uri().path() == "/health");
+    layer.handle().set_limits([Limit::new("size", per_second(10)).cost(size)]);
+    let service = layer.layer(Ok200);
+    assert_eq!(status(&service, sized(7)).await, 200);
+    assert_eq!(status(&service, sized(4)).await, 429);
+    assert_eq!(status(&service, sized(3)).await, 200);
+    assert_eq!(status(&service, sized(0)).await, 200, "what costs nothing is not limited");
+    let never = call(&service, sized(11)).await;
+    assert_eq!(never.status(), 429);
+    assert!(!never.headers().contains_key(header::RETRY_AFTER), "more than the burst is never admitted");
+    let mut health = sized(11);
+    *health.uri_mut() = "/health".parse().unwrap();
+    assert_eq!(status(&service, health).await, 200);
+}
+
+#[tokio::test(start_paused = true)]
+async fn plans_give_callers_different_rates() {
+    let key = Header::new(http::HeaderName::from_static("x-key"));
+    let limit = Limit::new("plan", per_second(1))
+        .with_key(key)
+        .plan(|request| (request.headers().get("x-key")? == "gold").then(|| per_second(3)));
+    let layer = RateLimitLayer::new(per_second(1));
+    layer.handle().set_limits([limit]);
+    let service = layer.layer(Ok200);
+    let keyed = |key: &str| {
+        let mut request = from("192.0.2.1");
+        request.headers_mut().insert("x-key", key.parse().unwrap());
+        request
+    };
+    for _ in 0..3 {
+        assert_eq!(status(&service, keyed("gold")).await, 200);
+    }
+    assert_eq!(status(&service, keyed("gold")).await, 429);
+    assert_eq!(status(&service, keyed("tin")).await, 200);
+    assert_eq!(status(&service, keyed("tin")).await, 429);
+}
+
+#[tokio::test(start_paused = true)]
+async fn rates_change_while_requests_flow_and_debts_stay() {
+    let layer = RateLimitLayer::new(per_second(2));
+    let (service, handle) = (layer.layer(Ok200), layer.handle());
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    assert!(handle.set_rate("default", per_second(4)));
+    assert!(!handle.set_rate("other", per_second(4)));
+    assert_eq!(status(&service, from("192.0.2.1")).await, 429, "a second of debt stays a second of debt");
+    tokio::time::advance(Duration::from_millis(250)).await;
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    assert_eq!(handle.limits()[0].rate(), per_second(4));
+}
+
+#[tokio::test(start_paused = true)]
+async fn fields_are_on_every_response_if_asked_for() {
+    let layer = RateLimitLayer::new(per_second(10)).fields(Fields::always().with_legacy());
+    let service = layer.and(Limit::new("day", Rate::per_day(n(100)))).layer(Ok200);
+    let response = call(&service, from("192.0.2.1")).await;
+    assert_eq!(response.headers()["ratelimit-policy"], r#""default";q=10;w=1, "day";q=100;w=86400"#);
+    assert_eq!(response.headers()["ratelimit"], r#""default";r=9;t=1, "day";r=99;t=864"#);
+    assert_eq!(response.headers()["x-ratelimit-remaining"], "9");
+    let quiet = RateLimitLayer::new(per_second(1)).fields(Fields::never()).layer(Ok200);
+    call(&quiet, from("192.0.2.1")).await;
+    let refused = call(&quiet, from("192.0.2.1")).await;
+    assert!(refused.headers().contains_key(header::RETRY_AFTER) && !refused.headers().contains_key("ratelimit"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_setter_after_a_clone_leaves_the_clone_alone() {
+    let layer = RateLimitLayer::new(per_second(1));
+    let service = layer.layer(Ok200);
+    let wide = layer.clone().burst(n(2)).layer(Ok200);
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    assert_eq!(status(&service, from("192.0.2.1")).await, 429);
+    assert_eq!(status(&wide, from("192.0.2.1")).await, 200);
+    assert_eq!(status(&wide, from("192.0.2.1")).await, 200);
+    assert_eq!(status(&wide, from("192.0.2.1")).await, 429);
+}
+
+#[tokio::test(start_paused = true)]
+async fn ten_thousand_strangers_do_not_displace_a_caller_in_debt() {
+    let layer = RateLimitLayer::new(Rate::per_hour(n(10))).capacity(100);
+    let service = layer.layer(Ok200);
+    for _ in 0..10 {
+        assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    }
+    for stranger in 0..10_000_u32 {
+        status(&service, from(&std::net::Ipv4Addr::from_bits(0x0a00_0000 + stranger).to_string())).await;
+    }
+    assert_eq!(status(&service, from("192.0.2.1")).await, 429);
+    let stats = layer.handle().stats();
+    assert_eq!((stats.live, stats.places, stats.bytes), (375, 375, 6400));
+    assert!(stats.overflowed > 0 && stats.overflowing == stats.buckets, "{stats:?}");
+}
