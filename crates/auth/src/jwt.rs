@@ -1,0 +1,264 @@
+//! Signed tokens as proof: from the header to the identity.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use aws_lc_rs::digest;
+use portcullis_core::{Carried, Identity, PeerTls, WallClock};
+use subtle::ConstantTimeEq;
+
+use crate::authenticate::{Attempt, Authenticate, Denied, Head};
+use crate::claims::{Believed, MAX_LEEWAY, Rules};
+use crate::error::{Error, Kind};
+use crate::key_set::{KeySet, Lookup};
+use crate::token::{self, Token};
+
+/// The longest token that is looked at, unless said otherwise.
+pub const DEFAULT_MAX_TOKEN_BYTES: usize = 8 * 1024;
+
+/// Accepts callers with a signed JSON Web Token ([RFC 7519](https://www.rfc-editor.org/rfc/rfc7519)) in `Authorization:
+/// Bearer`.
+///
+/// The token is read strictly, its signature checked with the key its issuer's [`KeySet`] has for it, and its claims
+/// checked by the rules set here. Everything it claims becomes the [`Identity`]: `sub`, `iss`, `scope` or `scp`, `roles`.
+///
+/// ```
+/// use portcullis_auth::{Algorithm, Jwt, KeySet};
+///
+/// let keys = KeySet::hmac(Algorithm::HS256, "a secret of at least 32 bytes ...")?;
+/// let jwt = Jwt::new(keys).issuer("https://id.example.com/").audience("orders");
+/// # Ok::<(), portcullis_auth::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Jwt(Arc<Inner>);
+
+#[derive(Clone)]
+struct Inner {
+    first: Provider,
+    others: Vec<Provider>,
+    max_token_bytes: usize,
+    wall: WallClock,
+}
+
+/// One issuer: its keys, and the rules for its tokens.
+#[derive(Clone)]
+struct Provider {
+    keys: KeySet,
+    rules: Rules,
+}
+
+/// The answer of a [`Jwt`] that waits for keys.
+pub struct Verifying(Pin<Box<dyn Future<Output = Result<Identity, Denied>> + Send>>);
+
+// === impl Jwt ===
+
+impl Jwt {
+    /// Tokens signed with one of `keys`.
+    ///
+    /// Set an [issuer](Self::issuer) and an [audience](Self::audience): without them every token these keys ever signed is
+    /// accepted, save those that name an audience.
+    #[must_use]
+    pub fn new(keys: KeySet) -> Self {
+        Self(Arc::new(Inner {
+            first: Provider { keys, rules: Rules::default() },
+            others: Vec::new(),
+            max_token_bytes: DEFAULT_MAX_TOKEN_BYTES,
+            wall: WallClock::system(),
+        }))
+    }
+
+    /// Wants `iss` to be exactly this.
+    #[must_use]
+    pub fn issuer(self, issuer: impl Into<String>) -> Self {
+        self.rule(|rules| rules.issuer = Some(issuer.into()))
+    }
+
+    /// Wants `aud` to name this service; called again, one of several names.
+    #[must_use]
+    pub fn audience(self, audience: impl Into<String>) -> Self {
+        self.rule(|rules| rules.audiences.push(audience.into()))
+    }
+
+    /// How far the issuer's clock may be off, for `exp`, `nbf` and `iat`; 60 s by default, at most [`MAX_LEEWAY`].
+    #[must_use]
+    pub fn leeway(self, leeway: Duration) -> Self {
+        self.rule(|rules| rules.leeway = leeway.min(MAX_LEEWAY))
+    }
+
+    /// Refuses tokens issued (`iat`) longer ago than this, whatever their `exp`.
+    #[must_use]
+    pub fn max_age(self, age: Duration) -> Self {
+        self.rule(|rules| rules.max_age = Some(age))
+    }
+
+    /// Wants the header's `typ` to be this, with or without `application/` before it; called again, one of several.
+    /// Without, a token may leave it out, or be `JWT` or `at+jwt`.
+    #[must_use]
+    pub fn typ(self, typ: impl Into<String>) -> Self {
+        self.rule(|rules| rules.types.push(typ.into()))
+    }
+
+    /// Wants access tokens as [RFC 9068](https://www.rfc-editor.org/rfc/rfc9068) has them: typed `at+jwt`, with `iss`,
+    /// `exp`, `aud`, `sub`, `client_id`, `iat` and `jti`.
+    #[must_use]
+    pub fn access_tokens_only(self) -> Self {
+        self.rule(|rules| {
+            rules.access_tokens_only = true;
+            rules.expiry_optional = false;
+            rules.required.extend(["iss", "exp", "aud", "sub", "client_id", "iat", "jti"].map(str::to_owned));
+        })
+    }
+
+    /// Wants this claim to be there.
+    #[must_use]
+    pub fn require(self, claim: impl Into<String>) -> Self {
+        self.rule(|rules| rules.required.push(claim.into()))
+    }
+
+    /// Takes the subject from another claim than `sub`, given as a JSON pointer such as `/client_id`.
+    #[must_use]
+    pub fn subject_from(self, pointer: impl Into<String>) -> Self {
+        self.rule(|rules| rules.subject = pointer.into())
+    }
+
+    /// Takes the roles from another claim than `roles`, given as a JSON pointer such as `/realm_access/roles`.
+    #[must_use]
+    pub fn roles_from(self, pointer: impl Into<String>) -> Self {
+        self.rule(|rules| rules.roles = pointer.into())
+    }
+
+    /// Accepts tokens without `exp`. They are good for as long as their key is.
+    #[must_use]
+    pub fn insecure_without_expiry(self) -> Self {
+        self.rule(|rules| rules.expiry_optional = true)
+    }
+
+    /// Accepts the tokens of another issuer as well, by that issuer's rules and keys alone. The other's settings that
+    /// concern no issuer, such as its clock, are dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_setting`] when either has no [issuer](Self::issuer), or both have the same.
+    pub fn also(mut self, other: Self) -> Result<Self, Error> {
+        let inner = Arc::make_mut(&mut self.0);
+        let Inner { first, others, .. } = Arc::unwrap_or_clone(other.0);
+        inner.others.push(first);
+        inner.others.extend(others);
+        let issuers: Vec<_> = inner.providers().map(|provider| provider.rules.issuer.as_deref()).collect();
+        for (index, issuer) in issuers.iter().enumerate() {
+            if issuer.is_none() {
+                return Err(Error::new(Kind::Setting, "one of several issuers has no name"));
+            }
+            if issuers[..index].contains(issuer) {
+                return Err(Error::new(Kind::Setting, "two issuers have the same name"));
+            }
+        }
+        Ok(self)
+    }
+
+    /// The longest token that is looked at; 8 KiB by default.
+    #[must_use]
+    pub fn max_token_bytes(self, bytes: usize) -> Self {
+        self.change(|inner| inner.max_token_bytes = bytes)
+    }
+
+    /// Tells the time of day by this clock.
+    #[must_use]
+    pub fn wall_clock(self, clock: WallClock) -> Self {
+        self.change(|inner| inner.wall = clock)
+    }
+
+    fn rule(self, change: impl FnOnce(&mut Rules)) -> Self {
+        self.change(|inner| change(&mut inner.first.rules))
+    }
+
+    fn change(mut self, change: impl FnOnce(&mut Inner)) -> Self {
+        change(Arc::make_mut(&mut self.0));
+        self
+    }
+}
+
+impl Authenticate for Jwt {
+    type Future = Verifying;
+
+    fn authenticate(&self, head: &Head<'_>) -> Attempt<Verifying> {
+        Attempt::Now(token::bearer(head).and_then(|token| {
+            let believed = self.0.verify(token, self.0.wall.since_epoch())?;
+            match believed.certificate {
+                Some(bound) => check_certificate(&bound, head)?,
+                None => {}
+            }
+            Ok(believed.identity)
+        }))
+    }
+}
+
+impl Inner {
+    fn providers(&self) -> impl Iterator<Item = &Provider> {
+        std::iter::once(&self.first).chain(&self.others)
+    }
+
+    fn verify(&self, token: &[u8], now: Duration) -> Result<Believed, Denied> {
+        if token.len() > self.max_token_bytes {
+            return Err(Denied::invalid("the token is too long"));
+        }
+        let token = Token::parse(token)?;
+        // Among several issuers the token has to say whose it is before it is believed; what it says only chooses.
+        let (provider, claims) = if self.others.is_empty() {
+            (&self.first, None)
+        } else {
+            let claims = token.claims()?;
+            let issuer = claims.get("iss").and_then(|issuer| issuer.as_str());
+            let issuer = issuer.ok_or_else(|| Denied::invalid("the token does not say who issued it"))?;
+            let provider = self.providers().find(|provider| provider.rules.issuer.as_deref() == Some(issuer));
+            (provider.ok_or_else(|| Denied::invalid("the token is from another issuer"))?, Some(claims))
+        };
+        let key = match provider.keys.find(token.kid.as_deref(), token.algorithm) {
+            Lookup::Found(key) => key,
+            Lookup::Unknown => return Err(Denied::invalid("the token is signed with an unknown key")),
+            Lookup::Ambiguous => return Err(Denied::invalid("the token does not say which key signed it")),
+        };
+        if !key.verifies(token.signed, &token.signature) {
+            return Err(Denied::invalid("the token's signature does not hold"));
+        }
+        let claims = claims.map_or_else(|| token.claims(), Ok)?;
+        provider.rules.check(token.typ.as_deref(), claims, now)
+    }
+}
+
+/// Whether the connection's certificate is the one a token is bound to.
+fn check_certificate(bound: &[u8; 32], head: &Head<'_>) -> Result<(), Denied> {
+    let shown = PeerTls::of(head.extensions()).and_then(|tls| tls.certificates().first());
+    let shown = shown.map(|certificate| digest::digest(&digest::SHA256, certificate));
+    match shown {
+        Some(shown) if bool::from(shown.as_ref().ct_eq(bound)) => Ok(()),
+        _ => Err(Denied::invalid("the token is bound to another certificate")),
+    }
+}
+
+impl fmt::Debug for Jwt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let rules: Vec<_> = self.0.providers().map(|provider| &provider.rules).collect();
+        f.debug_struct("Jwt").field("rules", &rules).finish_non_exhaustive()
+    }
+}
+
+// === impl Verifying ===
+
+impl Future for Verifying {
+    type Output = Result<Identity, Denied>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.as_mut().poll(cx)
+    }
+}
+
+impl fmt::Debug for Verifying {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Verifying")
+    }
+}

@@ -1,0 +1,205 @@
+//! The keys a token may be signed with: one snapshot behind one pointer.
+
+use std::fmt;
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use serde_json::Value;
+
+use crate::algorithm::Algorithm;
+use crate::error::{Error, Kind};
+use crate::json;
+use crate::key::Key;
+
+/// The largest number of keys one set keeps; what comes after is ignored.
+pub const MAX_KEYS: usize = 100;
+
+/// The keys of one issuer: a handle that is cheap to clone, shared by everything that verifies with it.
+///
+/// Each key is bound to one algorithm when it is loaded; what a token's header says only chooses among them. Readers never
+/// lock, and a new set takes the place of the old one in a single swap.
+#[derive(Clone)]
+pub struct KeySet(Arc<Shared>);
+
+pub(crate) struct Shared {
+    keys: ArcSwap<Vec<Arc<Key>>>,
+}
+
+/// What a set knows about the key a token names.
+pub(crate) enum Lookup {
+    Found(Arc<Key>),
+    Unknown,
+    Ambiguous,
+}
+
+// === impl KeySet ===
+
+impl KeySet {
+    /// A shared secret.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_key`] when the algorithm is no HMAC, or the secret is shorter than its hash
+    /// ([RFC 7518](https://www.rfc-editor.org/rfc/rfc7518) §3.2: 32, 48 or 64 bytes).
+    pub fn hmac(algorithm: Algorithm, secret: impl AsRef<[u8]>) -> Result<Self, Error> {
+        Ok(Self::of(vec![Key::hmac(algorithm, secret.as_ref())?]))
+    }
+
+    /// A public key as PEM: `PUBLIC KEY`, `RSA PUBLIC KEY`, or the key of a `CERTIFICATE`, whose dates and issuer are not
+    /// looked at.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_key`] when it is not a key for that algorithm, or an RSA key of less than 2048 bits.
+    pub fn from_pem(algorithm: Algorithm, pem: impl AsRef<[u8]>) -> Result<Self, Error> {
+        Ok(Self::of(vec![Key::pem(algorithm, pem.as_ref())?]))
+    }
+
+    /// A JSON Web Key Set ([RFC 7517](https://www.rfc-editor.org/rfc/rfc7517) §5), or a single JSON Web Key.
+    ///
+    /// A key that cannot be used is left out and said so in the log: one for encryption, of an unknown kind or curve, too
+    /// weak, with its private half beside it, a shared secret among public keys, or two keys with the same `kid` and
+    /// algorithm. An RSA key without `alg` is for RS256.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_key_set`] when it is not such a document, or no key is left.
+    pub fn from_jwks(jwks: impl AsRef<[u8]>) -> Result<Self, Error> {
+        let keys = parse(jwks.as_ref(), true)?;
+        if keys.is_empty() {
+            return Err(Error::new(Kind::KeySet, "a key set without a key that can be used"));
+        }
+        Ok(Self::of(keys))
+    }
+
+    /// Adds another set's keys as they are now.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_key_set`] when both have a key with the same `kid` and algorithm.
+    pub fn with(self, other: &Self) -> Result<Self, Error> {
+        let keys: Vec<_> = self.0.keys.load().iter().chain(other.0.keys.load().iter()).cloned().collect();
+        for (index, key) in keys.iter().enumerate() {
+            if keys[..index].iter().any(|have| have.kid() == key.kid() && have.algorithm() == key.algorithm()) {
+                return Err(Error::new(Kind::KeySet, "two keys with the same kid and algorithm"));
+            }
+        }
+        Ok(Self(Arc::new(Shared { keys: ArcSwap::from_pointee(keys) })))
+    }
+
+    /// Gives the only key of the set an identifier, so that tokens which name another are refused.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_key_set`] when there is more than one key.
+    pub fn named(self, kid: &str) -> Result<Self, Error> {
+        let one_key = || Error::new(Kind::KeySet, "only a set of one key, not yet shared, can be named");
+        let shared = Arc::into_inner(self.0).ok_or_else(one_key)?;
+        let mut keys = Arc::into_inner(shared.keys.into_inner()).ok_or_else(one_key)?;
+        let key = keys.pop().filter(|_| keys.is_empty()).and_then(Arc::into_inner).ok_or_else(one_key)?;
+        Ok(Self::of(vec![key.with_kid(kid)?]))
+    }
+
+    /// How many keys there are now.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.keys.load().len()
+    }
+
+    /// Whether there is none, so that every token is refused.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn of(keys: Vec<Key>) -> Self {
+        let keys = keys.into_iter().map(Arc::new).collect();
+        Self(Arc::new(Shared { keys: ArcSwap::from_pointee(keys) }))
+    }
+
+    pub(crate) fn find(&self, kid: Option<&str>, algorithm: Algorithm) -> Lookup {
+        self.0.find(kid, algorithm)
+    }
+}
+
+impl Shared {
+    /// The key named `kid`, else the only one without a name, if it is for `algorithm`. A token without `kid` is checked
+    /// with the only key for its algorithm.
+    fn find(&self, kid: Option<&str>, algorithm: Algorithm) -> Lookup {
+        let keys = self.keys.load();
+        let mut fitting = keys
+            .iter()
+            .filter(|key| key.algorithm() == algorithm && (kid.is_none() || key.kid().is_none() || key.kid() == kid));
+        let exact = keys.iter().find(|key| key.algorithm() == algorithm && kid.is_some() && key.kid() == kid);
+        if let Some(key) = exact {
+            return Lookup::Found(key.clone());
+        }
+        match (fitting.next(), fitting.next()) {
+            (Some(key), None) => Lookup::Found(key.clone()),
+            (Some(_), Some(_)) => Lookup::Ambiguous,
+            (None, _) => Lookup::Unknown,
+        }
+    }
+}
+
+impl fmt::Debug for KeySet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.0.keys.load().iter()).finish()
+    }
+}
+
+/// The usable keys of a set or of a single key. Secrets are only ever read from a document the user holds, never from one
+/// that was fetched.
+pub(crate) fn parse(jwks: &[u8], with_secrets: bool) -> Result<Vec<Key>, Error> {
+    let malformed = |what: &str| Error::new(Kind::KeySet, format!("not a key set: {what}"));
+    let mut document = json::object(jwks).ok_or_else(|| malformed("no JSON object, or with duplicate members"))?;
+    let members = match document.remove("keys") {
+        Some(Value::Array(keys)) => keys,
+        Some(_) => return Err(malformed("keys is no array")),
+        None if document.contains_key("kty") => vec![Value::Object(document)],
+        None => return Err(malformed("no keys")),
+    };
+    let mut keys: Vec<Key> = Vec::new();
+    let leave_out = |kid: Option<&str>, reason: &dyn fmt::Display| {
+        tracing::warn!(kid, %reason, "a key of the set is left out");
+    };
+    for member in members.iter().take(MAX_KEYS) {
+        let Some(member) = member.as_object() else {
+            leave_out(None, &"it is no object");
+            continue;
+        };
+        match Key::jwk(member) {
+            Ok(key) => keys.push(key),
+            Err(error) => leave_out(member.get("kid").and_then(Value::as_str), &error),
+        }
+    }
+    if members.len() > MAX_KEYS {
+        leave_out(None, &format_args!("{} keys are more than {MAX_KEYS}", members.len()));
+    }
+    // A public document with a secret in it is no secret; and one key must never verify what another was meant for.
+    let mixed = keys.iter().any(|key| !key.is_symmetric());
+    keys.retain(|key| {
+        let keep = !key.is_symmetric() || with_secrets && !mixed;
+        if !keep {
+            leave_out(key.kid(), &"a shared secret lies among public keys");
+        }
+        keep
+    });
+    let twice: Vec<bool> = keys
+        .iter()
+        .map(|key| {
+            let alike = |other: &&Key| other.kid() == key.kid() && other.algorithm() == key.algorithm();
+            key.kid().is_some() && keys.iter().filter(alike).any(|other| !other.is_same(key))
+        })
+        .collect();
+    let mut twice = twice.into_iter();
+    keys.retain(|key| {
+        let drop = twice.next() == Some(true);
+        if drop {
+            leave_out(key.kid(), &"another key has the same kid and algorithm");
+        }
+        !drop
+    });
+    keys.dedup_by(|a, b| a.is_same(b));
+    Ok(keys)
+}

@@ -1,0 +1,292 @@
+//! The layer through its public interface.
+
+mod support;
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full};
+use portcullis_auth::{Algorithm, Auth, AuthLayer, Authenticate, Denied, Head, Jwt, Policy, SharedAuthenticate};
+use portcullis_core::{Body, Carried, Identity, Layer as Refused, Proof, Rejection, Route};
+use portcullis_testing::contract;
+use serde_json::json;
+use support::{NOW, Signer, wall};
+use tower::{Layer, ServiceExt, service_fn};
+
+type Answer = Response<Body<Full<Bytes>>>;
+
+/// Answers with what it saw of the caller.
+async fn echo<B>(request: Request<B>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let who = Identity::of(request.extensions()).map_or("nobody", Identity::subject).to_owned();
+    let mut response = Response::new(Full::from(who));
+    *response.headers_mut() = request.headers().clone();
+    Ok(response)
+}
+
+fn signer() -> (Signer, Jwt) {
+    let signer = Signer::new(Algorithm::HS256);
+    let jwt = Jwt::new(signer.key_set("a")).wall_clock(wall());
+    (signer, jwt)
+}
+
+fn bearer(signer: &Signer, more: &serde_json::Value) -> Request<()> {
+    let mut claims = support::claims();
+    claims.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    support::request(&format!("Bearer {}", signer.sign(&claims)))
+}
+
+async fn send<A>(layer: &AuthLayer<A>, request: Request<()>) -> Answer
+where
+    A: Authenticate + Send + Sync + 'static,
+{
+    layer.layer(service_fn(echo::<()>)).oneshot(request).await.unwrap()
+}
+
+async fn refuse_to_be_reached(_: Request<()>) -> Result<Response<Full<Bytes>>, Infallible> {
+    panic!("reached")
+}
+
+async fn text(response: Answer) -> String {
+    String::from_utf8(response.into_body().collect().await.unwrap().to_bytes().to_vec()).unwrap()
+}
+
+fn challenge(response: &Answer) -> &str {
+    response.headers()["www-authenticate"].to_str().unwrap()
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_contract_holds() {
+    let (signer, jwt) = signer();
+    let authorization = format!("Bearer {}", signer.sign(&support::claims()));
+    let request = |body| Request::builder().header("authorization", &authorization).body(body).unwrap();
+    contract::holds(AuthLayer::new(jwt.clone()), request).await;
+    contract::holds(AuthLayer::new(jwt.clone().shared()), request).await;
+    contract::holds(AuthLayer::new(jwt).policy(Policy::none()), Request::new).await;
+    let later = |_: &Head<'_>| async {
+        tokio::task::yield_now().await;
+        Ok(Identity::new("ada", Proof::Custom("slow")))
+    };
+    contract::holds(AuthLayer::new(later), Request::new).await;
+}
+
+#[tokio::test]
+async fn a_known_caller_passes_and_is_named() {
+    let (signer, jwt) = signer();
+    let response = send(&AuthLayer::new(jwt), bearer(&signer, &json!({}))).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!(text(response).await, "ada");
+}
+
+#[tokio::test]
+async fn without_credentials_the_challenge_is_bare() {
+    let (_, jwt) = signer();
+    let response = send(&AuthLayer::new(jwt.clone()), Request::new(())).await;
+    assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(challenge(&response), "Bearer");
+    let rejection = response.extensions().get::<Rejection>().unwrap();
+    assert_eq!((rejection.layer(), rejection.reason()), (Refused::Auth, "no-credentials"));
+    let layer = AuthLayer::new(jwt).realm("shop").resource_metadata("https://api.example/.well-known/x");
+    let response = send(&layer, Request::new(())).await;
+    assert_eq!(challenge(&response), "Bearer realm=\"shop\",resource_metadata=\"https://api.example/.well-known/x\"");
+}
+
+#[tokio::test]
+async fn bad_credentials_are_401_and_unreadable_ones_400() {
+    let (signer, jwt) = signer();
+    let layer = AuthLayer::new(jwt);
+    let response = send(&layer, bearer(&signer, &json!({"exp": NOW - 600}))).await;
+    assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
+    assert_eq!(challenge(&response), "Bearer error=\"invalid_token\",error_description=\"the token expired\"");
+    let mut twice = bearer(&signer, &json!({}));
+    twice.headers_mut().append("authorization", "Bearer x".parse().unwrap());
+    let response = send(&layer, twice).await;
+    assert_eq!(response.status(), StatusCode::BAD_REQUEST);
+    assert!(challenge(&response).starts_with("Bearer error=\"invalid_request\""));
+}
+
+#[tokio::test]
+async fn lacking_a_scope_is_403_and_says_which() {
+    let (signer, jwt) = signer();
+    let layer = AuthLayer::new(jwt).policy(Policy::required().scopes_all(["read", "write"]));
+    assert_eq!(send(&layer, bearer(&signer, &json!({"scope": "write read"}))).await.status(), 200);
+    let response = send(&layer, bearer(&signer, &json!({"scope": "read"}))).await;
+    assert_eq!(response.status(), StatusCode::FORBIDDEN);
+    assert_eq!(challenge(&response), "Bearer error=\"insufficient_scope\",scope=\"read write\"");
+}
+
+#[tokio::test]
+async fn every_condition_must_hold() {
+    #[derive(serde::Deserialize)]
+    struct Claims {
+        tenant: String,
+    }
+    let (signer, jwt) = signer();
+    let status = async |policy: Policy, claims: serde_json::Value| {
+        send(&AuthLayer::new(jwt.clone()).policy(policy), bearer(&signer, &claims)).await.status().as_u16()
+    };
+    let any = Policy::required().scopes_any(["a", "b"]);
+    assert_eq!(status(any.clone(), json!({"scope": "b"})).await, 200);
+    assert_eq!(status(any.clone(), json!({"scope": "c"})).await, 403);
+    assert_eq!(status(any.roles_all(["r"]), json!({"scope": "b"})).await, 403);
+    assert_eq!(status(Policy::required().roles_any(["r", "s"]), json!({"roles": ["s"]})).await, 200);
+    assert_eq!(status(Policy::required().roles_all(["r", "s"]), json!({"roles": ["s"]})).await, 403);
+    let tenant = Policy::required().claims(|claims: &Claims| claims.tenant == "acme");
+    assert_eq!(status(tenant.clone(), json!({"tenant": "acme"})).await, 200);
+    assert_eq!(status(tenant.clone(), json!({"tenant": "other"})).await, 403);
+    assert_eq!(status(tenant, json!({"tenant": 1})).await, 403, "claims of another type");
+    assert_eq!(status(Policy::required().when(|identity| identity.subject() == "eve"), json!({})).await, 403);
+}
+
+#[tokio::test]
+async fn optional_lets_nobody_pass_as_nobody_and_bad_credentials_never() {
+    let (signer, jwt) = signer();
+    let layer = AuthLayer::new(jwt).policy(Policy::optional().scopes_all(["read"]));
+    let response = send(&layer, Request::new(())).await;
+    assert_eq!(text(response).await, "nobody");
+    assert_eq!(send(&layer, bearer(&signer, &json!({"exp": 1}))).await.status(), 401);
+    assert_eq!(send(&layer, bearer(&signer, &json!({}))).await.status(), 403);
+    assert_eq!(text(send(&layer, bearer(&signer, &json!({"scope": "read"}))).await).await, "ada");
+}
+
+#[tokio::test]
+async fn a_route_overrides_the_layers_policy() {
+    let (signer, jwt) = signer();
+    let layer = AuthLayer::new(jwt);
+    let open = |mut request: Request<()>| {
+        Route::new("/open").with_policy(Policy::none()).attach(request.extensions_mut());
+        request
+    };
+    assert_eq!(text(send(&layer, open(Request::new(()))).await).await, "nobody");
+    let response = send(&layer, open(bearer(&signer, &json!({"exp": 1})))).await;
+    assert_eq!(response.status(), 200, "credentials are not looked at");
+    assert!(response.headers().contains_key("authorization"), "nor taken out");
+    let mut other = Request::new(());
+    Route::new("/other").with_policy("a policy of another layer").attach(other.extensions_mut());
+    assert_eq!(send(&layer, other).await.status(), 401);
+}
+
+#[tokio::test]
+async fn accepted_credentials_go_no_further_unless_told() {
+    let (signer, jwt) = signer();
+    let layer = AuthLayer::new(jwt);
+    let response = send(&layer, bearer(&signer, &json!({}))).await;
+    assert!(!response.headers().contains_key("authorization"));
+    let response = send(&layer.forward_credentials(true), bearer(&signer, &json!({}))).await;
+    assert!(response.headers().contains_key("authorization"));
+}
+
+#[tokio::test]
+async fn a_preflight_passes_only_when_told() {
+    let (_, jwt) = signer();
+    let preflight = || {
+        let request = Request::builder().method("OPTIONS").header("origin", "https://shop.example");
+        request.header("access-control-request-method", "PUT").body(()).unwrap()
+    };
+    let layer = AuthLayer::new(jwt);
+    assert_eq!(send(&layer, preflight()).await.status(), 401);
+    let layer = layer.preflight(true);
+    assert_eq!(send(&layer, preflight()).await.status(), 200);
+    let mut options = preflight();
+    options.headers_mut().remove("access-control-request-method");
+    assert_eq!(send(&layer, options).await.status(), 401, "OPTIONS alone is no preflight");
+    let mut put = preflight();
+    *put.method_mut() = http::Method::PUT;
+    assert_eq!(send(&layer, put).await.status(), 401);
+}
+
+#[tokio::test]
+async fn grpc_callers_are_refused_in_trailers_only_responses() {
+    let (signer, jwt) = signer();
+    let layer = AuthLayer::new(jwt).policy(Policy::required().scopes_all(["read"]));
+    let grpc = |mut request: Request<()>| {
+        request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+        request
+    };
+    for (request, code) in
+        [(Request::new(()), "16"), (bearer(&signer, &json!({})), "7"), (support::request("Bearer x"), "16")]
+    {
+        let response = send(&layer, grpc(request)).await;
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["grpc-status"], code);
+        assert!(http_body::Body::is_end_stream(response.body()));
+    }
+}
+
+#[tokio::test]
+async fn a_refused_request_does_not_reach_the_service() {
+    let (_, jwt) = signer();
+    let inner = service_fn(refuse_to_be_reached);
+    let service: Auth<_, _> = AuthLayer::new(jwt).layer(inner);
+    let response: Result<Answer, Infallible> = service.oneshot(Request::new(())).await;
+    assert_eq!(response.unwrap().status(), 401);
+}
+
+// === proofs together ===
+
+fn fixed(
+    result: Result<&'static str, Denied>,
+    wait: u64,
+) -> impl Authenticate<Future: Send> + Clone + Send + Sync + 'static {
+    move |_: &Head<'_>| {
+        let result = result.clone().map(|name| Identity::new(name, Proof::Custom("fixed")));
+        async move {
+            tokio::time::sleep(Duration::from_secs(wait)).await;
+            result
+        }
+    }
+}
+
+fn accepts(name: &'static str, wait: u64) -> impl Authenticate<Future: Send> + Clone + Send + Sync + 'static {
+    fixed(Ok(name), wait)
+}
+
+fn refuses(denied: Denied, wait: u64) -> impl Authenticate<Future: Send> + Clone + Send + Sync + 'static {
+    fixed(Err(denied), wait)
+}
+
+#[tokio::test(start_paused = true)]
+async fn any_of_takes_the_first_that_accepts_and_the_most_telling_refusal() {
+    let says = async |proof: SharedAuthenticate| {
+        let response = send(&AuthLayer::new(proof), Request::new(())).await;
+        (response.status().as_u16(), text(response).await)
+    };
+    for (first, second) in [(0, 0), (1, 2), (2, 1)] {
+        let who = says(accepts("a", first).or(accepts("b", second)).shared()).await;
+        assert_eq!(who, (200, "a".into()));
+        let who = says(refuses(Denied::invalid("x"), first).or(accepts("b", second)).shared()).await;
+        assert_eq!(who, (200, "b".into()));
+        for (one, two) in [(Denied::missing(), Denied::invalid("x")), (Denied::invalid("x"), Denied::missing())] {
+            let (status, text) = says(refuses(one, first).or(refuses(two, second)).shared()).await;
+            assert!(status == 401 && text.contains("invalid-credentials"), "{text}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_of_wants_both_and_takes_the_first_ones_word() {
+    let says = async |proof: SharedAuthenticate| {
+        let response = send(&AuthLayer::new(proof), Request::new(())).await;
+        (response.status().as_u16(), text(response).await)
+    };
+    for (first, second) in [(0, 0), (1, 2), (2, 1)] {
+        assert_eq!(says(accepts("a", first).and(accepts("b", second)).shared()).await, (200, "a".into()));
+        assert_eq!(says(refuses(Denied::forbidden("x"), first).and(accepts("b", second)).shared()).await.0, 403);
+        assert_eq!(says(accepts("a", first).and(refuses(Denied::missing(), second)).shared()).await.0, 401);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_closure_may_take_its_time_and_say_anything() {
+    let status =
+        async |denied: Denied| send(&AuthLayer::new(refuses(denied, 1)), Request::new(())).await.status().as_u16();
+    assert_eq!(status(Denied::missing()).await, 401);
+    assert_eq!(status(Denied::invalid("x")).await, 401);
+    assert_eq!(status(Denied::malformed("x")).await, 400);
+    assert_eq!(status(Denied::forbidden("x")).await, 403);
+    assert_eq!(status(Denied::unavailable("x")).await, 503);
+    let response =
+        send(&AuthLayer::new(refuses(Denied::limited(Duration::from_millis(1500)), 1)), Request::new(())).await;
+    assert_eq!((response.status().as_u16(), &response.headers()["retry-after"]), (429, &http::HeaderValue::from(2)));
+}
