@@ -59,6 +59,12 @@ impl Policy {
         Self { mode: Mode::None, conditions: Vec::new() }
     }
 
+    /// Whether callers are asked who they are: they are not by [`none`](Self::none) alone.
+    #[must_use]
+    pub fn asks(&self) -> bool {
+        self.mode != Mode::None
+    }
+
     /// Wants all of these scopes.
     #[must_use]
     pub fn scopes_all<S: Into<String>>(self, scopes: impl IntoIterator<Item = S>) -> Self {
