@@ -61,6 +61,26 @@ pub enum Reason {
     ByHand,
 }
 
+/// What a breaker goes by, and what it moves.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Desk<'a> {
+    pub(crate) rules: &'a Rules,
+    pub(crate) gate: &'a Gate,
+    pub(crate) mover: Mover,
+    pub(crate) zeal: Zeal,
+}
+
+/// What a closed breaker does when it has seen enough.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Zeal {
+    /// Opens.
+    Acts,
+    /// Says that it would have opened, and begins anew.
+    Speaks,
+    /// Nothing.
+    Counts,
+}
+
 /// A change of state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Turn {
@@ -69,6 +89,8 @@ pub(crate) struct Turn {
     pub(crate) reason: Reason,
     /// When it is over, if it opened.
     pub(crate) until: Option<Moment>,
+    /// Whether it did, and not only would have.
+    pub(crate) enforced: bool,
 }
 
 /// How a call went, and when its right to enter was given.
@@ -174,15 +196,13 @@ impl Breaker {
             return None;
         }
         self.set(word.with_state(State::HalfOpen));
-        Some(Turn { from: State::Open, to: State::HalfOpen, reason: Reason::Probing, until: None })
+        Some(Turn { from: State::Open, to: State::HalfOpen, reason: Reason::Probing, until: None, enforced: true })
     }
 
     /// A call has ended. `random` is in 0..1.
     pub(crate) fn record(
         &self,
-        rules: &Rules,
-        gate: &Gate,
-        mover: Mover,
+        desk: Desk<'_>,
         call: Call,
         now: impl Fn() -> Moment,
         random: impl FnOnce() -> f64,
@@ -210,14 +230,15 @@ impl Breaker {
         let failed = call.outcome == Outcome::Failure;
         if seen.state() != State::Closed {
             return if failed {
-                self.open(rules, gate, mover, seen, Reason::ProbeFailed, call.asked, now(), random())
+                self.open(desk, seen, Reason::ProbeFailed, call.asked, now(), random())
             } else {
-                self.probe_succeeded(rules, gate, mover, seen, now)
+                self.probe_succeeded(desk, seen, now)
             };
         }
+        let rules = desk.rules;
         let (slow, at) = self.note(rules, seen.period(), failed, call.took, &now);
         let in_a_row = self.count_closed(seen, failed)?;
-        if !failed && !slow {
+        if !failed && !slow || desk.zeal == Zeal::Counts {
             // A success opens nothing, not even one that completes the least number of calls.
             return None;
         }
@@ -226,7 +247,7 @@ impl Breaker {
             limit if failed && limit != 0 && in_a_row >= limit => Reason::Failures,
             _ => self.exceeded(rules, seen.period(), at)?,
         };
-        self.open(rules, gate, mover, seen, reason, call.asked, at, random())
+        self.open(desk, seen, reason, call.asked, at, random())
     }
 
     /// Writes a call of the closed state into the windows. Says whether it was slow for any of them, and the time if it was read.
@@ -291,12 +312,9 @@ impl Breaker {
 
     /// Opens, if nobody has changed the state since `seen`.
     #[cold]
-    #[expect(clippy::too_many_arguments, reason = "all of it is the pure function's input")]
     fn open(
         &self,
-        rules: &Rules,
-        gate: &Gate,
-        mover: Mover,
+        desk: Desk<'_>,
         seen: Word,
         reason: Reason,
         asked: Option<Duration>,
@@ -309,38 +327,37 @@ impl Breaker {
             return None;
         }
         let times = match word.state() {
-            State::Closed => rules.open.forgive(word.times(), now.since(self.edge())),
+            State::Closed => desk.rules.open.forgive(word.times(), now.since(self.edge())),
             State::Open | State::HalfOpen => word.times(),
         };
         let times = (times + 1).min(Word::TIMES);
-        let until = now + rules.open.for_the(times, random, asked);
-        let moved = gate.ration(mover, word.last_move(), rules.ration(until))?;
-        self.turn(Word::new(State::Open, moved, times, word.period().next()), until, now);
-        Some(Turn { from: word.state(), to: State::Open, reason, until: Some(until) })
+        let until = now + desk.rules.open.for_the(times, random, asked);
+        let (from, period) = (word.state(), word.period().next());
+        let enforced = from != State::Closed || desk.zeal == Zeal::Acts;
+        if enforced {
+            let moved = desk.gate.ration(desk.mover, word.last_move(), desk.rules.ration(until))?;
+            self.turn(Word::new(State::Open, moved, times, period), until, now);
+        } else {
+            self.turn(Word::new(State::Closed, word.last_move(), times, period), now, now);
+        }
+        Some(Turn { from, to: State::Open, reason, until: Some(until), enforced })
     }
 
     #[cold]
-    fn probe_succeeded(
-        &self,
-        rules: &Rules,
-        gate: &Gate,
-        mover: Mover,
-        seen: Word,
-        now: impl FnOnce() -> Moment,
-    ) -> Option<Turn> {
+    fn probe_succeeded(&self, desk: Desk<'_>, seen: Word, now: impl FnOnce() -> Moment) -> Option<Turn> {
         let _turning = lock(&self.turning);
         let word = self.word();
         if word.last_move() != seen.last_move() || word.state() == State::Closed {
             return None;
         }
         let count = word.count().saturating_add(1);
-        if count < rules.successes.get() {
+        if count < desk.rules.successes.get() {
             self.set(word.with_count(count));
             return None;
         }
-        let (moved, now) = (gate.admit(mover, word.last_move())?, now());
+        let (moved, now) = (desk.gate.admit(desk.mover, word.last_move())?, now());
         self.turn(Word::new(State::Closed, moved, word.times(), word.period().next()), now, now);
-        Some(Turn { from: word.state(), to: State::Closed, reason: Reason::Recovered, until: None })
+        Some(Turn { from: word.state(), to: State::Closed, reason: Reason::Recovered, until: None, enforced: true })
     }
 
     /// Closes, whatever the state is, and forgets everything.
@@ -353,8 +370,14 @@ impl Breaker {
             State::Open | State::HalfOpen => gate.admit(mover, word.last_move())?,
         };
         self.turn(Word::new(State::Closed, moved, 0, word.period().next()), now, now);
-        let changed = word.state() != State::Closed;
-        changed.then_some(Turn { from: word.state(), to: State::Closed, reason: Reason::ByHand, until: None })
+        let from = word.state();
+        (from != State::Closed).then_some(Turn {
+            from,
+            to: State::Closed,
+            reason: Reason::ByHand,
+            until: None,
+            enforced: true,
+        })
     }
 
     /// Called with `turning` held.
@@ -429,3 +452,10 @@ impl Word {
         Self(self.0 & !(3 << 62) | state << 62)
     }
 }
+
+#[cfg(all(test, portcullis_loom))]
+#[expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+mod loom_tests;
+#[cfg(all(test, not(portcullis_loom)))]
+#[expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
+mod tests;

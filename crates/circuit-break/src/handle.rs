@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use portcullis_core::Endpoint;
 
-use crate::breaker::{Reason, State};
+use crate::breaker::{Reason, State, Zeal};
 use crate::shared::{Alone, Shared, Target};
 
 /// Looks into the breakers of one [`CircuitBreakLayer`](crate::CircuitBreakLayer), and moves them by hand.
@@ -19,6 +19,23 @@ pub struct Handle(pub(crate) Arc<Shared>);
 pub struct Breaker {
     shared: Arc<Shared>,
     target: Target,
+}
+
+/// What breakers are allowed to do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Mode {
+    /// Open and close by what they see.
+    #[default]
+    Normal,
+    /// Refuse every request, until told otherwise.
+    ForcedOpen,
+    /// Let every request pass. They count, but open never.
+    ForcedClosed,
+    /// As if they were not there: they count nothing.
+    Disabled,
+    /// Let every request pass, and tell when they would have opened: see [`Change::enforced`].
+    MetricsOnly,
 }
 
 /// A breaker changed its state.
@@ -35,6 +52,8 @@ pub struct Change {
     pub reason: Reason,
     /// How long it stays open, if it opened.
     pub open_for: Option<Duration>,
+    /// Whether it did. If not it would have, but only [counts](Mode::MetricsOnly).
+    pub enforced: bool,
 }
 
 /// What a breaker guards.
@@ -84,6 +103,18 @@ impl Handle {
         Breaker { shared: self.0.clone(), target: Target::Endpoint(endpoint.clone()) }
     }
 
+    /// What all breakers may do that have not been told otherwise themselves.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.0.mode()
+    }
+
+    /// Says what all breakers may do that have not been told otherwise themselves. Where they must let everything pass, those
+    /// that were open close at once.
+    pub fn set_mode(&self, mode: Mode) {
+        self.0.set_mode(mode);
+    }
+
     /// The changes of all breakers of this layer, from now on.
     #[must_use]
     pub fn changes(&self) -> Changes {
@@ -94,7 +125,7 @@ impl Handle {
 // === impl Breaker ===
 
 impl Breaker {
-    /// What it does with requests.
+    /// What it does with requests, unless its [mode](Self::mode) says otherwise.
     #[must_use]
     pub fn state(&self) -> State {
         self.shared.guard(&self.target).breaker.state()
@@ -103,7 +134,7 @@ impl Breaker {
     /// How long until it lets a probe pass, if it is open; zero when the next request will be one.
     #[must_use]
     pub fn open_for(&self) -> Option<Duration> {
-        Some(self.shared.guard(&self.target).breaker.until()?.since(self.shared.clock.now()))
+        Some(self.shared.guard(&self.target).breaker.until()?.since(self.shared.now()))
     }
 
     /// How many calls failed since the last that succeeded; not known unless it is closed.
@@ -129,12 +160,48 @@ impl Breaker {
     /// The shares in its window of time, if it has one.
     #[must_use]
     pub fn time_rates(&self) -> Option<Rates> {
-        self.shared.guard(&self.target).breaker.time_sum(self.shared.clock.now()).map(Rates::of)
+        self.shared.guard(&self.target).breaker.time_sum(self.shared.now()).map(Rates::of)
+    }
+
+    /// What it may do: what it was told itself, else what all were.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.shared.mode_of(self.shared.guard(&self.target))
+    }
+
+    /// Says what it may do; `None` for whatever all may. While it is forced open, its endpoint's gate refuses, so that
+    /// balancers know. A breaker that must let everything pass closes at once.
+    pub fn set_mode(&self, mode: Option<Mode>) {
+        self.shared.set_mode_of(&self.target, mode);
     }
 
     /// Closes it and forgets what it saw.
     pub fn reset(&self) {
         self.shared.reset(&self.target);
+    }
+}
+
+// === impl Mode ===
+
+impl Mode {
+    /// Every mode, by its bits.
+    const ALL: [Self; 5] = [Self::Normal, Self::ForcedOpen, Self::ForcedClosed, Self::Disabled, Self::MetricsOnly];
+
+    pub(crate) const fn to_bits(self) -> u8 {
+        self as u8
+    }
+
+    /// The mode with these bits, if there is one.
+    pub(crate) fn from_bits(bits: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(bits)).copied()
+    }
+
+    pub(crate) const fn zeal(self) -> Zeal {
+        match self {
+            Self::Normal | Self::ForcedOpen => Zeal::Acts,
+            Self::MetricsOnly => Zeal::Speaks,
+            Self::ForcedClosed | Self::Disabled => Zeal::Counts,
+        }
     }
 }
 

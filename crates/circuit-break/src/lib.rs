@@ -101,11 +101,11 @@ use portcullis_core::{
 };
 
 pub use crate::breaker::{Reason, State};
-pub use crate::handle::{Breaker, Change, Changes, Counts, Handle, Rates, Scope};
+pub use crate::handle::{Breaker, Change, Changes, Counts, Handle, Mode, Rates, Scope};
 pub use crate::rules::{Error, OpenTime, Share, Window};
 use crate::rules::{Rules, Span};
-use crate::shared::Shared;
 pub use crate::shared::Watch;
+use crate::shared::{Parts, Shared};
 
 /// Applies [`CircuitBreak`]. All services made from one layer share its breakers.
 ///
@@ -148,7 +148,7 @@ impl CircuitBreakLayer {
     /// Opens after five failures in a row, for a minute, and then lets one request at a time see how things are.
     #[must_use]
     pub fn new() -> Self {
-        let shared = Shared::new(Rules::new(), Clock::system(), WallClock::system());
+        let shared = Shared::new(Parts::default());
         Self { shared: Arc::new(shared), classify: Arc::new(Standard::default()) }
     }
 }
@@ -195,24 +195,29 @@ impl<C> CircuitBreakLayer<C> {
         self.with_rules(|rules| rules.probe_timeout = timeout)
     }
 
+    /// Calls `listen` at every change of state, from the call that made it and outside of any lock. See also
+    /// [`Handle::changes`].
+    #[must_use]
+    pub fn on_change(self, listen: impl Fn(&Change) + Send + Sync + 'static) -> Self {
+        self.with(|parts| parts.on_change = Some(Arc::new(listen)))
+    }
+
     /// Decides by `classify` how calls went, instead of [`Standard`].
     #[must_use]
     pub fn with_classify<D: Classify>(self, classify: D) -> CircuitBreakLayer<D> {
-        CircuitBreakLayer { shared: self.with_rules(|_| ()).shared, classify: Arc::new(classify) }
+        CircuitBreakLayer { shared: self.with(|_| ()).shared, classify: Arc::new(classify) }
     }
 
     /// Reads time from `clock`, which must be the one that moves the gates of the endpoints, if there are any.
     #[must_use]
-    pub fn with_clock(mut self, clock: Clock) -> Self {
-        self.shared = Arc::new(Shared::new(self.shared.rules, clock, self.shared.wall.clone()));
-        self
+    pub fn with_clock(self, clock: Clock) -> Self {
+        self.with(|parts| parts.clock = clock)
     }
 
     /// Reads the time of day from `clock`, for a `retry-after` that is a date.
     #[must_use]
-    pub fn with_wall_clock(mut self, clock: WallClock) -> Self {
-        self.shared = Arc::new(Shared::new(self.shared.rules, self.shared.clock.clone(), clock));
-        self
+    pub fn with_wall_clock(self, clock: WallClock) -> Self {
+        self.with(|parts| parts.wall = clock)
     }
 
     /// Looks into the breakers, and moves them by hand.
@@ -221,10 +226,14 @@ impl<C> CircuitBreakLayer<C> {
         Handle(self.shared.clone())
     }
 
-    fn with_rules(mut self, set: impl FnOnce(&mut Rules)) -> Self {
-        let mut rules = self.shared.rules;
-        set(&mut rules);
-        self.shared = Arc::new(Shared::new(rules, self.shared.clock.clone(), self.shared.wall.clone()));
+    fn with_rules(self, set: impl FnOnce(&mut Rules)) -> Self {
+        self.with(|parts| set(&mut parts.rules))
+    }
+
+    fn with(mut self, set: impl FnOnce(&mut Parts)) -> Self {
+        let mut parts = self.shared.parts.clone();
+        set(&mut parts);
+        self.shared = Arc::new(Shared::new(parts));
         self
     }
 }
@@ -258,15 +267,10 @@ impl<S, C> CircuitBreak<S, C> {
     }
 
     fn admit<B>(&self, request: &mut Request<B>) -> Result<Option<Watch>, Refused> {
-        let started = self.shared.rules.time_calls().then(|| self.shared.clock.now());
-        let Some(permit) = Permit::of_mut(request.extensions_mut()) else {
-            return self.shared.enter(None, started).map(Some);
-        };
-        let pass = permit.take_pass();
-        if pass.as_ref().is_some_and(portcullis_core::Pass::is_forced) {
-            return Ok(None);
+        match Permit::of_mut(request.extensions_mut()) {
+            Some(permit) => self.shared.adopt(permit),
+            None => self.shared.enter(None),
         }
-        self.shared.adopt(permit.endpoint(), pass, started).map(Some)
     }
 
     #[cold]
@@ -275,7 +279,7 @@ impl<S, C> CircuitBreak<S, C> {
             .with_detail("kept failing, and is being left alone");
         let rejection = match refused.until {
             Moment::MAX => rejection,
-            until => rejection.with_retry_after(until.since(self.shared.clock.now())),
+            until => rejection.with_retry_after(until.since(self.shared.now())),
         };
         tracing::debug!(retry_after = ?rejection.retry_after(), "refused: circuit open");
         rejection

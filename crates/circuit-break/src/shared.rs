@@ -2,23 +2,21 @@
 
 use std::any::Any;
 use std::fmt;
-use std::sync::Arc;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use http::HeaderMap;
 use portcullis_core::{
-    Clock, Endpoint, Gate, Moment, Mover, Outcome, Pass, Refused, Report, SlotKey, WallClock, retry_after,
+    Clock, Endpoint, Gate, Moment, Mover, Outcome, Pass, Permit, Refused, Report, SlotKey, WallClock, retry_after,
 };
 
-use crate::breaker::{Breaker, Call, State, Turn};
-use crate::handle::{Change, Scope};
+use crate::breaker::{Breaker, Call, Desk, State, Turn, Zeal};
+use crate::handle::{Change, Mode, Scope};
 use crate::rules::Rules;
 
 pub(crate) struct Shared {
-    pub(crate) rules: Rules,
-    pub(crate) clock: Clock,
-    pub(crate) wall: WallClock,
+    pub(crate) parts: Parts,
     pub(crate) mover: Mover,
     slot: SlotKey<Guard>,
     /// What is guarded when the request says nothing else.
@@ -26,12 +24,30 @@ pub(crate) struct Shared {
     /// What this layer's breakers now ration, so that they let go when the layer goes.
     rationed: Mutex<Vec<Target>>,
     listeners: tokio::sync::broadcast::Sender<Change>,
+    /// The mode of all, and whether some were told one themselves.
+    mode: AtomicU8,
+    /// Closes the gates of what is forced open, which is in the list.
+    hand: Mover,
+    held: Mutex<Vec<Target>>,
+}
+
+type OnChange = dyn Fn(&Change) + Send + Sync;
+
+/// What a layer is made of.
+#[derive(Clone)]
+pub(crate) struct Parts {
+    pub(crate) rules: Rules,
+    pub(crate) clock: Clock,
+    pub(crate) wall: WallClock,
+    pub(crate) on_change: Option<Arc<OnChange>>,
 }
 
 /// What is kept for one thing that is guarded, beside its gate.
 #[derive(Debug)]
 pub(crate) struct Guard {
     pub(crate) breaker: Breaker,
+    /// [`NONE`], unless it was told one itself.
+    mode: AtomicU8,
 }
 
 /// Something guarded that is not an endpoint, and so needs a gate of its own.
@@ -62,21 +78,79 @@ pub struct Watch {
 
 /// How many changes a listener may be behind before it misses some.
 const BEHIND: usize = 64;
+/// No mode.
+const NONE: u8 = 0x7f;
+/// Some breakers were told a mode themselves.
+const SOME: u8 = 0x80;
 
 // === impl Shared ===
 
 impl Shared {
-    pub(crate) fn new(rules: Rules, clock: Clock, wall: WallClock) -> Self {
+    pub(crate) fn new(parts: Parts) -> Self {
         Self {
-            rules,
-            clock,
-            wall,
             mover: Mover::new(),
             slot: SlotKey::new(),
-            whole: Arc::new(Alone::new(&rules, None)),
+            whole: Arc::new(Alone::new(&parts.rules, None)),
+            parts,
             rationed: Mutex::default(),
             listeners: tokio::sync::broadcast::Sender::new(BEHIND),
+            mode: AtomicU8::new(Mode::Normal.to_bits()),
+            hand: Mover::new(),
+            held: Mutex::default(),
         }
+    }
+
+    pub(crate) fn now(&self) -> Moment {
+        self.parts.clock.now()
+    }
+
+    pub(crate) fn mode(&self) -> Mode {
+        Mode::from_bits(self.mode.load(Ordering::Acquire) & !SOME).unwrap_or_default()
+    }
+
+    pub(crate) fn mode_of(&self, guard: &Guard) -> Mode {
+        Mode::from_bits(guard.mode.load(Ordering::Acquire)).unwrap_or_else(|| self.mode())
+    }
+
+    /// Whether every breaker may do as it sees fit.
+    fn is_normal(&self) -> bool {
+        self.mode.load(Ordering::Acquire) == Mode::Normal.to_bits()
+    }
+
+    pub(crate) fn set_mode(&self, mode: Mode) {
+        let keep_some = |bits| Some(bits & SOME | mode.to_bits());
+        let _ = self.mode.fetch_update(Ordering::AcqRel, Ordering::Acquire, keep_some);
+        tracing::info!(?mode, "circuit breakers were told a mode");
+        let rationed = self.rationed().clone();
+        rationed.iter().for_each(|target| self.obey(target));
+    }
+
+    pub(crate) fn set_mode_of(&self, target: &Target, mode: Option<Mode>) {
+        self.mode.fetch_or(SOME, Ordering::AcqRel);
+        self.guard(target).mode.store(mode.map_or(NONE, Mode::to_bits), Ordering::Release);
+        tracing::info!(?mode, ?target, "a circuit breaker was told a mode");
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        held.retain(|other| !other.is(target));
+        if mode == Some(Mode::ForcedOpen) {
+            target.gate().close_for(self.hand);
+            held.push(target.clone());
+        } else {
+            target.gate().forget(self.hand);
+        }
+        drop(held);
+        self.obey(target);
+    }
+
+    /// Closes what must let everything pass. Whoever opens a breaker comes here after it is listed, and whoever sets a mode
+    /// after it is set, so one of them sees both.
+    fn obey(&self, target: &Target) {
+        if self.mode_of(self.guard(target)).zeal() != Zeal::Acts {
+            self.reset(target);
+        }
+    }
+
+    fn rationed(&self) -> MutexGuard<'_, Vec<Target>> {
+        self.rationed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn listen(&self) -> tokio::sync::broadcast::Receiver<Change> {
@@ -91,36 +165,53 @@ impl Shared {
     }
 
     fn of_endpoint<'a>(&self, endpoint: &'a Endpoint) -> &'a Guard {
-        endpoint.slot(&self.slot, || Guard::new(&self.rules))
+        endpoint.slot(&self.slot, || Guard::new(&self.parts.rules))
     }
 
-    /// Takes over the right that a permit gave, or asks the endpoint's gate.
-    pub(crate) fn adopt(
-        self: &Arc<Self>,
-        endpoint: &Endpoint,
-        pass: Option<Pass>,
-        started: Option<Moment>,
-    ) -> Result<Watch, Refused> {
+    /// Takes over the right that a permit gave, or asks the endpoint's gate. `None` for a call that does not count.
+    pub(crate) fn adopt(self: &Arc<Self>, permit: &mut Permit) -> Result<Option<Watch>, Refused> {
+        let pass = permit.take_pass();
+        let endpoint = permit.endpoint();
+        if !self.is_normal() && self.is_told(self.of_endpoint(endpoint))? {
+            return Ok(None);
+        }
+        let started = self.start();
         let pass = match pass {
+            Some(pass) if pass.is_forced() => return Ok(None),
             Some(pass) => pass,
-            None => endpoint.pass(|| started.unwrap_or_else(|| self.clock.now())).inspect_err(|_| {
-                self.of_endpoint(endpoint).breaker.refuse();
-            })?,
+            None => endpoint
+                .pass(|| started.unwrap_or_else(|| self.now()))
+                .inspect_err(|_| self.of_endpoint(endpoint).breaker.refuse())?,
         };
-        Ok(self.watch(None, pass, started))
+        Ok(Some(self.watch(None, pass, started)))
     }
 
-    /// Asks the gate of what has a key, or else of the whole.
-    pub(crate) fn enter(
-        self: &Arc<Self>,
-        alone: Option<Arc<Alone>>,
-        started: Option<Moment>,
-    ) -> Result<Watch, Refused> {
+    /// Asks the gate of what has a key, or else of the whole. `None` for a call that does not count.
+    pub(crate) fn enter(self: &Arc<Self>, alone: Option<Arc<Alone>>) -> Result<Option<Watch>, Refused> {
         let asked = alone.as_ref().unwrap_or(&self.whole);
-        let pass = asked.gate.pass(|| started.unwrap_or_else(|| self.clock.now())).inspect_err(|_| {
-            asked.guard.breaker.refuse();
-        })?;
-        Ok(self.watch(alone, pass, started))
+        if !self.is_normal() && self.is_told(&asked.guard)? {
+            return Ok(None);
+        }
+        let started = self.start();
+        let pass =
+            asked.gate.pass(|| started.unwrap_or_else(|| self.now())).inspect_err(|_| asked.guard.breaker.refuse())?;
+        Ok(Some(self.watch(alone, pass, started)))
+    }
+
+    /// Whether it was told to look away.
+    #[cold]
+    fn is_told(&self, guard: &Guard) -> Result<bool, Refused> {
+        let mode = self.mode_of(guard);
+        if mode == Mode::ForcedOpen {
+            guard.breaker.refuse();
+            return Err(Refused { until: Moment::MAX });
+        }
+        Ok(mode == Mode::Disabled)
+    }
+
+    /// When the call begins, if that matters.
+    fn start(&self) -> Option<Moment> {
+        self.parts.rules.time_calls().then(|| self.now())
     }
 
     fn watch(self: &Arc<Self>, alone: Option<Arc<Alone>>, pass: Pass, started: Option<Moment>) -> Watch {
@@ -134,7 +225,7 @@ impl Shared {
     }
 
     pub(crate) fn reset(&self, target: &Target) {
-        let turn = self.guard(target).breaker.reset(target.gate(), self.mover, self.clock.now());
+        let turn = self.guard(target).breaker.reset(target.gate(), self.mover, self.now());
         if let Some(turn) = turn {
             self.turned(target, turn);
         }
@@ -144,7 +235,7 @@ impl Shared {
     #[cold]
     fn turned(&self, target: &Target, turn: Turn) {
         {
-            let mut rationed = self.rationed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut rationed = self.rationed();
             // Looked up rather than believed: of two who turned, the second may come here first.
             rationed.retain(|other| !other.is(target) && self.guard(other).breaker.state() != State::Closed);
             if self.guard(target).breaker.state() != State::Closed {
@@ -156,7 +247,8 @@ impl Shared {
             from: turn.from,
             to: turn.to,
             reason: turn.reason,
-            open_for: turn.until.map(|until| until.since(self.clock.now())),
+            open_for: turn.until.map(|until| until.since(self.now())),
+            enforced: turn.enforced,
         };
         match target {
             Target::Endpoint(endpoint) => tracing::info!(
@@ -164,32 +256,48 @@ impl Shared {
                 endpoint = %endpoint.id(),
                 address = %endpoint.address(),
                 from = ?change.from, to = ?change.to, reason = ?change.reason, open_for = ?change.open_for,
+                enforced = change.enforced,
                 "circuit breaker changed"
             ),
             // A key may be a secret of the caller's.
             Target::Alone(alone) => tracing::info!(
                 keyed = alone.key.is_some(),
                 from = ?change.from, to = ?change.to, reason = ?change.reason, open_for = ?change.open_for,
+                enforced = change.enforced,
                 "circuit breaker changed"
             ),
         }
+        if let Some(on_change) = &self.parts.on_change {
+            on_change(&change);
+        }
         // Nobody listening is no error.
         let _ = self.listeners.send(change);
+        if turn.to == State::Open && turn.enforced && !self.is_normal() {
+            self.obey(target);
+        }
     }
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let rationed = self.rationed.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner);
-        for target in rationed {
-            target.gate().forget(self.mover);
-        }
+        let rationed = self.rationed.get_mut().unwrap_or_else(PoisonError::into_inner);
+        rationed.iter().for_each(|target| target.gate().forget(self.mover));
+        let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
+        held.iter().for_each(|target| target.gate().forget(self.hand));
     }
 }
 
 impl fmt::Debug for Shared {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Shared").field("rules", &self.rules).field("whole", &self.whole).finish_non_exhaustive()
+        f.debug_struct("Shared").field("rules", &self.parts.rules).field("whole", &self.whole).finish_non_exhaustive()
+    }
+}
+
+// === impl Parts ===
+
+impl Default for Parts {
+    fn default() -> Self {
+        Self { rules: Rules::new(), clock: Clock::system(), wall: WallClock::system(), on_change: None }
     }
 }
 
@@ -197,7 +305,7 @@ impl fmt::Debug for Shared {
 
 impl Guard {
     fn new(rules: &Rules) -> Self {
-        Self { breaker: Breaker::new(rules) }
+        Self { breaker: Breaker::new(rules), mode: AtomicU8::new(NONE) }
     }
 }
 
@@ -262,7 +370,7 @@ impl Watch {
 
     /// The head of the response is here.
     pub(crate) fn answered(&mut self) {
-        self.took = self.started.map(|started| self.shared.clock.now().since(started));
+        self.took = self.started.map(|started| self.shared.now().since(started));
     }
 
     fn tell(&mut self, outcome: Outcome) {
@@ -271,8 +379,11 @@ impl Watch {
         }
         let call = Call { entered: self.pass.generation(), outcome, took: self.took, asked: self.asked };
         let shared = &*self.shared;
-        let (now, random) = (|| shared.clock.now(), fastrand::f64);
-        let turn = self.guard().breaker.record(&shared.rules, self.pass.gate(), shared.mover, call, now, random);
+        let (now, random) = (|| shared.now(), fastrand::f64);
+        let guard = self.guard();
+        let zeal = if shared.is_normal() { Zeal::Acts } else { shared.mode_of(guard).zeal() };
+        let desk = Desk { rules: &shared.parts.rules, gate: self.pass.gate(), mover: shared.mover, zeal };
+        let turn = guard.breaker.record(desk, call, now, random);
         if let Some(turn) = turn {
             shared.turned(&self.target(), turn);
         }
@@ -281,7 +392,7 @@ impl Watch {
 
 impl Report for Watch {
     fn failing(&mut self, headers: &HeaderMap) {
-        self.asked = retry_after(headers, || self.shared.wall.since_epoch());
+        self.asked = retry_after(headers, || self.shared.parts.wall.since_epoch());
     }
 
     fn report(mut self, outcome: Outcome) {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
-use portcullis_circuit_break::{CircuitBreakLayer, OpenTime, Reason, Share, State, Window};
+use portcullis_circuit_break::{CircuitBreakLayer, Handle, Mode, OpenTime, Reason, Share, State, Window};
 use portcullis_core::{
     Carried, Clock, Endpoint, GRPC_RETRY_PUSHBACK, GRPC_STATUS, Head, Instance, Layer as Name, Moment, Mover, Outcome,
     Permit, Ration, Rejection, Standard, Verdict,
@@ -356,6 +356,92 @@ async fn a_ration_of_anothers_is_no_probe_of_ours() {
     service.clone().oneshot(permitted("500", endpoint.permit(|| Clock::system().now()).unwrap())).await.unwrap();
     let breaker = layer.handle().endpoint(&endpoint);
     assert_eq!((breaker.state(), breaker.failures_in_a_row()), (State::Closed, Some(1)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn forced_open_stays_open_until_told_otherwise() {
+    let layer = CircuitBreakLayer::new();
+    let (service, handle) = (layer.layer(tower::service_fn(by_path)), layer.handle());
+    handle.set_mode(Mode::ForcedOpen);
+    tokio::time::advance(3600 * S).await;
+    assert_eq!(ask(&service, "200").await, 503);
+    handle.set_mode(Mode::Normal);
+    assert_eq!(ask(&service, "200").await, 200);
+    handle.whole().set_mode(Some(Mode::ForcedOpen));
+    assert_eq!(ask(&service, "200").await, 503);
+    handle.whole().set_mode(None);
+    assert_eq!(ask(&service, "200").await, 200);
+    assert_eq!(handle.whole().counts().refused, 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_that_is_forced_open_is_refused_at_its_gate_until_the_layer_goes() {
+    let (layer, endpoint) = (CircuitBreakLayer::new(), endpoint());
+    layer.handle().endpoint(&endpoint).set_mode(Some(Mode::ForcedOpen));
+    assert!(endpoint.permit(|| Clock::system().now()).is_err());
+    let request = permitted("200", endpoint.permit_by_force());
+    let response = layer.layer(tower::service_fn(by_path)).oneshot(request).await.unwrap();
+    assert_eq!(response.status().as_u16(), 503, "a panic does not undo it");
+    drop(layer);
+    assert!(endpoint.gate().admits());
+}
+
+#[tokio::test(start_paused = true)]
+async fn forced_closed_counts_and_never_opens() {
+    let layer = CircuitBreakLayer::new().failures(1);
+    let (service, whole) = (layer.layer(tower::service_fn(by_path)), layer.handle().whole());
+    ask(&service, "500").await;
+    assert_eq!(ask(&service, "200").await, 503);
+    layer.handle().set_mode(Mode::ForcedClosed);
+    assert_eq!(whole.state(), State::Closed, "what was open closes");
+    ask_times(&service, "500", 3).await;
+    assert_eq!((ask(&service, "200").await, whole.counts().failed), (200, 4));
+    layer.handle().set_mode(Mode::Normal);
+    ask(&service, "500").await;
+    assert_eq!(whole.state(), State::Open);
+}
+
+#[tokio::test(start_paused = true)]
+async fn disabled_counts_nothing() {
+    let layer = CircuitBreakLayer::new().failures(1);
+    let service = layer.layer(tower::service_fn(by_path));
+    layer.handle().set_mode(Mode::Disabled);
+    ask_times(&service, "500", 3).await;
+    assert_eq!((ask(&service, "200").await, layer.handle().whole().counts().failed), (200, 0));
+    layer.handle().whole().set_mode(Some(Mode::Normal));
+    ask(&service, "500").await;
+    assert_eq!(layer.handle().whole().state(), State::Open, "its own mode goes first");
+}
+
+#[tokio::test(start_paused = true)]
+async fn metrics_only_tells_when_it_would_open_and_refuses_nothing() {
+    let layer = CircuitBreakLayer::new().failures(2);
+    let service = layer.layer(tower::service_fn(by_path));
+    let mut changes = layer.handle().changes();
+    layer.handle().set_mode(Mode::MetricsOnly);
+    ask_times(&service, "500", 4).await;
+    for _ in 0..2 {
+        let change = changes.next().await.unwrap();
+        assert_eq!((change.to, change.enforced), (State::Open, false));
+    }
+    assert_eq!(ask(&service, "200").await, 200);
+    assert_eq!(layer.handle().whole().state(), State::Closed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_listener_may_use_the_handle() {
+    let handle = std::sync::Arc::new(std::sync::OnceLock::<Handle>::new());
+    let seen = handle.clone();
+    let layer = CircuitBreakLayer::new().failures(1).on_change(move |change| {
+        if change.to == State::Open {
+            seen.get().unwrap().set_mode(Mode::ForcedClosed);
+            seen.get().unwrap().whole().set_mode(Some(Mode::ForcedClosed));
+        }
+    });
+    handle.set(layer.handle()).unwrap();
+    let service = layer.layer(tower::service_fn(by_path));
+    assert_eq!((ask(&service, "500").await, ask(&service, "200").await), (500, 200));
+    assert_eq!(layer.handle().whole().state(), State::Closed);
 }
 
 #[test]
