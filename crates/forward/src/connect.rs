@@ -1,0 +1,154 @@
+//! Opens connections.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream::{FuturesUnordered, StreamExt};
+use portcullis_core::{Address, Instance, Scheme};
+use tokio::net::TcpStream;
+#[cfg(unix)]
+use tokio::net::UnixStream;
+use tokio::time::sleep;
+
+use crate::failure::{Failure, Kind};
+use crate::stream::{Io, Relay, Stream};
+
+/// How long one address of a name has for itself before the next is tried beside it
+/// ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)).
+const STAGGER: Duration = Duration::from_millis(250);
+const MOST_ADDRESSES: usize = 16;
+
+/// A new connection, and whether the two ends agreed on HTTP/2.
+pub(crate) struct Dialed {
+    pub(crate) stream: Stream,
+    pub(crate) relay: Arc<Relay>,
+    pub(crate) h2: bool,
+}
+
+/// Connects to `instance`. `h2` is what it is known to speak, if that is known; without TLS it decides.
+pub(crate) async fn dial(
+    instance: &Instance,
+    h2: Option<bool>,
+    #[cfg(feature = "tls")] tls: Option<&crate::tls::ClientTls>,
+) -> Result<Dialed, Failure> {
+    let relay = Arc::new(Relay::default());
+    let failed = |error: io::Error| Failure::unsent(Kind::Connect).because(&error);
+    let (io, h2) = match instance.scheme {
+        #[cfg(feature = "tls")]
+        Scheme::Https => {
+            let plain = plain(&instance.address).await.map_err(failed)?;
+            let missing = || Failure::unsent(Kind::Tls).because(&"no TLS is set up for upstreams");
+            let stream = tls.ok_or_else(missing)?.connect(&instance.address, plain, h2).await?;
+            let agreed = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+            (Io::Tls(Box::new(stream)), agreed)
+        }
+        #[cfg(not(feature = "tls"))]
+        Scheme::Https => return Err(Failure::unsent(Kind::Tls).because(&"built without TLS")),
+        _ => {
+            let io = match &instance.address {
+                #[cfg(unix)]
+                Address::Unix(path) => Io::Unix(UnixStream::connect(path).await.map_err(failed)?),
+                address => Io::Tcp(tcp(address).await.map_err(failed)?),
+            };
+            (io, h2.unwrap_or(false))
+        }
+    };
+    Ok(Dialed { stream: Stream::new(io, relay.clone()), relay, h2 })
+}
+
+#[cfg(feature = "tls")]
+async fn plain(address: &Address) -> io::Result<crate::stream::Plain> {
+    Ok(match address {
+        #[cfg(unix)]
+        Address::Unix(path) => crate::stream::Plain::Unix(UnixStream::connect(path).await?),
+        address => crate::stream::Plain::Tcp(tcp(address).await?),
+    })
+}
+
+async fn tcp(address: &Address) -> io::Result<TcpStream> {
+    let stream = match address {
+        Address::Socket(address) => TcpStream::connect(address).await?,
+        Address::Name(host, port) => {
+            let found: Vec<_> = tokio::net::lookup_host((&**host, *port)).await?.take(MOST_ADDRESSES).collect();
+            happy_eyeballs(interleave(found)).await?
+        }
+        _ => return Err(io::ErrorKind::Unsupported.into()),
+    };
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Families in turn, beginning with that of the first.
+fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
+    let first = addresses.first().is_some_and(SocketAddr::is_ipv6);
+    let (mut a, mut b): (Vec<_>, Vec<_>) = addresses.into_iter().partition(|address| address.is_ipv6() == first);
+    a.reverse();
+    b.reverse();
+    let mut mixed = Vec::with_capacity(a.len() + b.len());
+    while let Some(next) = a.pop() {
+        mixed.push(next);
+        std::mem::swap(&mut a, &mut b);
+        if a.is_empty() {
+            std::mem::swap(&mut a, &mut b);
+        }
+    }
+    mixed
+}
+
+/// The first to answer wins; the next is tried when one has failed or had its time.
+async fn happy_eyeballs(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+    let mut rest = addresses.into_iter();
+    let mut error = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    let mut attempts = FuturesUnordered::new();
+    loop {
+        if let Some(address) = rest.next() {
+            attempts.push(TcpStream::connect(address));
+        } else if attempts.is_empty() {
+            return Err(error);
+        }
+        let stagger = async {
+            if rest.len() == 0 {
+                std::future::pending().await
+            } else {
+                sleep(STAGGER).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            Some(result) = attempts.next() => match result {
+                Ok(stream) => return Ok(stream),
+                Err(failed) => error = failed,
+            },
+            () = stagger => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn families_take_turns() {
+        let address = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let (a1, a2, a3, b1) = (address("[::1]:1"), address("[::2]:1"), address("[::3]:1"), address("127.0.0.1:1"));
+        assert_eq!(interleave(vec![a1, a2, a3, b1]), [a1, b1, a2, a3]);
+        assert_eq!(interleave(vec![b1, a1]), [b1, a1]);
+        assert_eq!(interleave(vec![]), []);
+    }
+
+    #[tokio::test]
+    async fn an_address_nobody_listens_on_is_passed_over() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let good = listener.local_addr().unwrap();
+        let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let bad = closed.local_addr().unwrap();
+        drop(closed);
+        let stream = happy_eyeballs(vec![bad, good]).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), good);
+        assert!(happy_eyeballs(vec![bad, bad]).await.is_err());
+        assert!(happy_eyeballs(vec![]).await.is_err());
+    }
+}

@@ -1,0 +1,236 @@
+//! The response's body on its way back.
+
+use std::fmt;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use portcullis_core::{Endpoint, GRPC_MESSAGE, GRPC_STATUS, GrpcCode, Permit};
+use tokio::time::Instant;
+
+use crate::BoxError;
+use crate::alarm::{Alarm, after, earlier};
+use crate::headers::clean_trailers;
+use crate::pool::{H1, Shard, StreamPlace};
+
+/// The upstream's body, streamed as it arrives. A body that was cut short ends in an error, so that nobody takes it for
+/// whole.
+pub struct ResponseBody {
+    incoming: Incoming,
+    source: Source,
+    limits: Option<Box<Limits>>,
+    /// Held until the body ends.
+    permit: Option<Permit>,
+    over: bool,
+}
+
+enum Source {
+    /// It has arrived, or somebody else drives the connection.
+    Apart,
+    /// This body drives the connection.
+    H1(Box<H1>, Arc<Shard>, Endpoint),
+    H2(#[expect(dead_code, reason = "held until the body ends")] StreamPlace),
+}
+
+/// What may end the body early.
+pub(crate) struct Limits {
+    alarm: Alarm,
+    idle: Duration,
+    /// When the standstill that lasts now began.
+    still: Option<Instant>,
+    deadline: Option<Instant>,
+    left: Option<u64>,
+    is_grpc: bool,
+}
+
+/// Why a body was broken off by us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cut {
+    Idle,
+    Deadline,
+    TooLarge,
+}
+
+// === impl ResponseBody ===
+
+impl ResponseBody {
+    /// A body that has arrived, or whose connection is driven elsewhere.
+    pub(crate) fn apart(incoming: Incoming, limits: Option<Box<Limits>>, permit: Option<Permit>) -> Self {
+        Self { incoming, source: Source::Apart, limits, permit, over: false }
+    }
+
+    pub(crate) fn h1(
+        incoming: Incoming,
+        h1: Box<H1>,
+        shard: Arc<Shard>,
+        endpoint: Endpoint,
+        limits: Option<Box<Limits>>,
+        permit: Option<Permit>,
+    ) -> Self {
+        Self { incoming, source: Source::H1(h1, shard, endpoint), limits, permit, over: false }
+    }
+
+    pub(crate) fn h2(
+        incoming: Incoming,
+        place: StreamPlace,
+        limits: Option<Box<Limits>>,
+        permit: Option<Permit>,
+    ) -> Self {
+        let over = incoming.is_end_stream();
+        let (source, permit) = if over { (Source::Apart, None) } else { (Source::H2(place), permit) };
+        Self { incoming, source, limits, permit, over }
+    }
+
+    fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let Source::H1(h1, ..) = &mut self.source else { return Pin::new(&mut self.incoming).poll_frame(cx) };
+        // What arrived with the last read comes first. Only driving the connection brings more, so nobody need wake us.
+        let mut quiet = Context::from_waker(Waker::noop());
+        if let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(&mut quiet) {
+            return Poll::Ready(frame);
+        }
+        h1.drive_for(cx);
+        Pin::new(&mut self.incoming).poll_frame(&mut quiet)
+    }
+
+    /// Gives everything back that was held for the body.
+    fn finish(&mut self, whole: bool) {
+        self.over = true;
+        self.permit = None;
+        match std::mem::replace(&mut self.source, Source::Apart) {
+            Source::H1(h1, shard, endpoint) if whole => shard.put(h1, &endpoint),
+            _ => {}
+        }
+    }
+
+    fn cut(&mut self, cut: Cut) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        self.finish(false);
+        let is_grpc = self.limits.as_ref().is_some_and(|limits| limits.is_grpc);
+        if is_grpc && cut == Cut::Deadline {
+            let mut trailers = HeaderMap::new();
+            trailers.insert(GRPC_STATUS, HeaderValue::from(u16::from(GrpcCode::DEADLINE_EXCEEDED.number())));
+            trailers.insert(GRPC_MESSAGE, HeaderValue::from_static("the time for the request is over"));
+            return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+        }
+        Poll::Ready(Some(Err(cut.into())))
+    }
+}
+
+impl Limits {
+    /// `None` when nothing may end the body.
+    pub(crate) fn new(
+        idle: Duration,
+        deadline: Option<Instant>,
+        left: Option<u64>,
+        is_grpc: bool,
+    ) -> Option<Box<Self>> {
+        let watched = idle < Duration::MAX || deadline.is_some() || left.is_some();
+        watched.then(|| Box::new(Self { alarm: Alarm::default(), idle, still: None, deadline, left, is_grpc }))
+    }
+
+    /// Whether there is a limit on the size.
+    pub(crate) fn is_bounded(&self) -> bool {
+        self.left.is_some()
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Cut> {
+        let still = *self.still.get_or_insert_with(Instant::now);
+        let idle = after(still, self.idle);
+        let Some(end) = earlier(idle, self.deadline) else { return Poll::Pending };
+        self.alarm.poll(cx, end).map(|()| if idle == Some(end) { Cut::Idle } else { Cut::Deadline })
+    }
+
+    /// Counts what passes; false when it is too much.
+    fn takes(&mut self, bytes: usize) -> bool {
+        self.still = None;
+        match &mut self.left {
+            Some(left) => match left.checked_sub(bytes as u64) {
+                Some(rest) => {
+                    *left = rest;
+                    true
+                }
+                None => false,
+            },
+            None => true,
+        }
+    }
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = self.get_mut();
+        if this.over {
+            return Poll::Ready(None);
+        }
+        match this.poll_incoming(cx) {
+            Poll::Ready(Some(Ok(mut frame))) => {
+                if let Some(trailers) = frame.trailers_mut() {
+                    clean_trailers(trailers);
+                    this.finish(true);
+                } else {
+                    let bytes = frame.data_ref().map_or(0, Bytes::len);
+                    if let Some(limits) = &mut this.limits
+                        && !limits.takes(bytes)
+                    {
+                        return this.cut(Cut::TooLarge);
+                    }
+                    if this.incoming.is_end_stream() {
+                        this.finish(true);
+                    }
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Poll::Ready(Some(Err(error))) => {
+                this.finish(false);
+                Poll::Ready(Some(Err(error.into())))
+            }
+            Poll::Ready(None) => {
+                this.finish(true);
+                Poll::Ready(None)
+            }
+            Poll::Pending => {
+                if let Some(limits) = &mut this.limits
+                    && let Poll::Ready(cut) = limits.poll(cx)
+                {
+                    return this.cut(cut);
+                }
+                Poll::Pending
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.over || self.incoming.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.size_hint()
+    }
+}
+
+impl fmt::Debug for ResponseBody {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ResponseBody").field("over", &self.over).finish_non_exhaustive()
+    }
+}
+
+// === impl Cut ===
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Idle => "the upstream's body stood still for too long",
+            Self::Deadline => "the time for the request is over",
+            Self::TooLarge => "the upstream's body is larger than allowed",
+        })
+    }
+}
+
+impl std::error::Error for Cut {}

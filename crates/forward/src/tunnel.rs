@@ -1,0 +1,140 @@
+//! Two connections that have become one, after an upgrade.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use hyper::upgrade::{OnUpgrade, Upgraded};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Instant;
+use tracing::debug;
+
+use crate::alarm::{Alarm, after};
+
+const BUFFER: usize = 16 * 1024;
+
+/// Carries bytes both ways until both ends have closed, one half at a time, or nothing moved for `idle`.
+pub(crate) async fn run(caller: OnUpgrade, upstream: OnUpgrade, idle: Duration) {
+    let (caller, upstream) = match tokio::try_join!(caller, upstream) {
+        Ok(both) => both,
+        Err(error) => {
+            debug!(%error, "an upgrade was not completed");
+            return;
+        }
+    };
+    let mut tunnel = Tunnel {
+        a: TokioIo::new(caller),
+        b: TokioIo::new(upstream),
+        up: Half::new(),
+        down: Half::new(),
+        alarm: Alarm::default(),
+        moved: Instant::now(),
+        idle,
+    };
+    if let Err(error) = std::future::poll_fn(|cx| tunnel.poll(cx)).await {
+        debug!(%error, "an upgraded connection ended");
+    }
+}
+
+struct Tunnel {
+    a: TokioIo<Upgraded>,
+    b: TokioIo<Upgraded>,
+    up: Half,
+    down: Half,
+    alarm: Alarm,
+    moved: Instant,
+    idle: Duration,
+}
+
+/// One direction.
+struct Half {
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    state: State,
+    needs_flush: bool,
+    moves: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    Closing,
+    Closed,
+}
+
+impl Tunnel {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let before = self.up.moves + self.down.moves;
+        let up = self.up.poll(cx, &mut self.a, &mut self.b)?;
+        let down = self.down.poll(cx, &mut self.b, &mut self.a)?;
+        if up.is_ready() && down.is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        if before != self.up.moves + self.down.moves {
+            self.moved = Instant::now();
+        }
+        match after(self.moved, self.idle) {
+            Some(end) if self.alarm.poll(cx, end).is_ready() => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
+            _ => Poll::Pending,
+        }
+    }
+}
+
+impl Half {
+    fn new() -> Self {
+        Self {
+            buffer: vec![0; BUFFER].into_boxed_slice(),
+            start: 0,
+            end: 0,
+            state: State::Open,
+            needs_flush: false,
+            moves: 0,
+        }
+    }
+
+    fn poll<R, W>(&mut self, cx: &mut Context<'_>, from: &mut R, to: &mut W) -> Poll<io::Result<()>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        loop {
+            while self.start < self.end {
+                let written = ready!(Pin::new(&mut *to).poll_write(cx, &self.buffer[self.start..self.end]))?;
+                if written == 0 {
+                    return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+                }
+                self.start += written;
+                self.moves += 1;
+                self.needs_flush = true;
+            }
+            match self.state {
+                State::Closed => return Poll::Ready(Ok(())),
+                State::Closing => {
+                    ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
+                    self.state = State::Closed;
+                }
+                State::Open => {
+                    let mut buffer = ReadBuf::new(&mut self.buffer);
+                    match Pin::new(&mut *from).poll_read(cx, &mut buffer) {
+                        Poll::Ready(result) => result?,
+                        Poll::Pending => {
+                            if self.needs_flush {
+                                ready!(Pin::new(&mut *to).poll_flush(cx))?;
+                                self.needs_flush = false;
+                            }
+                            return Poll::Pending;
+                        }
+                    }
+                    (self.start, self.end) = (0, buffer.filled().len());
+                    self.moves += 1;
+                    if self.end == 0 {
+                        self.state = State::Closing;
+                    }
+                }
+            }
+        }
+    }
+}

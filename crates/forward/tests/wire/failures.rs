@@ -1,0 +1,263 @@
+//! What goes wrong, and what the caller is told.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, Empty, Full};
+use portcullis_core::{Body, Carried, Clock, Deadline, Rejection};
+use portcullis_forward::{Forward, ResponseBody};
+use tokio::net::TcpListener;
+use tower::{Service, ServiceExt};
+
+use crate::{OK, Raw, Upstream, client, relay, same, within};
+
+fn get(path: &str) -> Request<Empty<Bytes>> {
+    Request::builder().uri(path).header("host", "a").body(Empty::new()).unwrap()
+}
+
+async fn call<B>(forward: &Forward, request: Request<B>) -> Response<Body<ResponseBody>>
+where
+    B: http_body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<portcullis_forward::BoxError>,
+{
+    let mut forward = forward.clone();
+    within(forward.call(request)).await.unwrap()
+}
+
+fn rejection(response: &Response<Body<ResponseBody>>) -> (u16, &'static str, bool) {
+    let rejection = response.extensions().get::<Rejection>().expect("a rejection");
+    assert_eq!(rejection.status(), response.status());
+    (rejection.status().as_u16(), rejection.reason(), rejection.sent())
+}
+
+async fn closed_port() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    listener.local_addr().unwrap().to_string()
+}
+
+#[tokio::test]
+async fn without_an_endpoint_the_answer_names_the_missing_layer() {
+    let response = call(&Forward::new(), get("/")).await;
+    assert_eq!(rejection(&response), (500, "no-endpoint", false));
+    assert!(response.extensions().get::<Rejection>().unwrap().detail().contains("balance"));
+}
+
+#[tokio::test]
+async fn a_refused_connection_is_502_and_nothing_was_sent() {
+    let forward = Forward::to(&closed_port().await).unwrap();
+    assert_eq!(rejection(&call(&forward, get("/")).await), (502, "connect-failed", false));
+    let response =
+        forward.oneshot(Request::post("/").header("host", "a").body(Full::from("x")).unwrap()).await.unwrap();
+    assert_eq!(rejection(&response), (502, "connect-failed", false));
+}
+
+#[tokio::test]
+async fn a_request_that_was_sent_and_not_answered_is_502_and_sent() {
+    for answer in ["", "HTTP/1.1 200", "HTTP/1.1 200 OK\r\ncontent-len"] {
+        let upstream = Upstream::bind().await;
+        let forward = upstream.forward();
+        let (response, ()) = tokio::join!(call(&forward, get("/")), async {
+            let mut server = upstream.accept().await;
+            server.head().await;
+            server.send(answer).await;
+        });
+        assert_eq!(rejection(&response), (502, "upstream-reset", true), "{answer:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_http_is_502() {
+    for answer in [
+        "SSH-2.0-OpenSSH\r\n\r\n",
+        "HTTP/1.1 20 OK\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nxx",
+        "HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n",
+        "HTTP/1.1 200 OK\r\nx y: 1\r\n\r\n",
+        "HTTP/2.0 200 OK\r\n\r\n",
+    ] {
+        let (_, (head, _)) = relay(same, "GET / HTTP/1.1\r\nhost: a\r\n\r\n", answer).await;
+        assert!(head.starts_with("HTTP/1.1 502 "), "{answer:?} -> {head}");
+    }
+}
+
+#[tokio::test]
+async fn an_answer_cut_short_is_never_whole() {
+    for answer in [
+        "HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\nzz\r\n",
+    ] {
+        let upstream = Upstream::bind().await;
+        let mut client = client(&upstream.forward()).await;
+        client.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+        let mut server = upstream.accept().await;
+        server.head().await;
+        server.send(answer).await;
+        drop(server);
+        let got = client.end().await;
+        assert!(!got.ends_with("0\r\n\r\n"), "{got}");
+        let whole = got.contains("content-length: 10") && got.split("\r\n\r\n").nth(1).is_some_and(|b| b.len() == 10);
+        assert!(!whole, "{got}");
+        let upstream = Upstream::bind().await;
+        let forward = upstream.forward();
+        let (response, ()) = tokio::join!(call(&forward, get("/")), async {
+            let mut server = upstream.accept().await;
+            server.head().await;
+            server.send(answer).await;
+        });
+        assert_eq!(response.status(), 200);
+        assert!(within(response.into_body().collect()).await.is_err(), "{answer:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_slow_head_is_504() {
+    let upstream = Upstream::bind().await;
+    let forward = upstream.forward().response_timeout(Duration::from_millis(50));
+    let (response, _server) = tokio::join!(call(&forward, get("/")), async {
+        let mut server = upstream.accept().await;
+        server.head().await;
+        server
+    });
+    assert_eq!(rejection(&response), (504, "response-timeout", true));
+}
+
+#[tokio::test]
+async fn a_deadline_ends_the_wait_and_the_body() {
+    let upstream = Upstream::bind().await;
+    let forward = upstream.forward();
+    let with = |millis| {
+        let mut request = get("/");
+        Deadline(Clock::system().now() + Duration::from_millis(millis)).attach(request.extensions_mut());
+        request
+    };
+    assert_eq!(rejection(&call(&forward, with(0)).await), (504, "deadline-exceeded", false));
+    let (response, server) = tokio::join!(call(&forward, with(50)), async {
+        let mut server = upstream.accept().await;
+        server.head().await;
+        server
+    });
+    assert_eq!(rejection(&response), (504, "deadline-exceeded", true));
+    drop(server);
+    let (response, _server) = tokio::join!(call(&forward, with(300)), async {
+        let mut server = upstream.accept().await;
+        server.head().await;
+        server.send("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello").await;
+        server
+    });
+    assert_eq!(response.status(), 200);
+    let error = within(response.into_body().collect()).await.unwrap_err();
+    assert!(error.to_string().contains("time for the request"), "{error}");
+}
+
+#[tokio::test]
+async fn a_body_that_stands_still_is_broken_off() {
+    let upstream = Upstream::bind().await;
+    let forward = upstream.forward().idle_timeout(Duration::from_millis(50));
+    let (response, _server) = tokio::join!(call(&forward, get("/")), async {
+        let mut server = upstream.accept().await;
+        server.head().await;
+        server.send("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello").await;
+        server
+    });
+    let error = within(response.into_body().collect()).await.unwrap_err();
+    assert!(error.to_string().contains("stood still"), "{error}");
+}
+
+#[tokio::test]
+async fn a_caller_who_stops_sending_gets_408() {
+    let upstream = Upstream::bind().await;
+    let forward = upstream.forward().idle_timeout(Duration::from_millis(50));
+    let mut client = client(&forward).await;
+    client.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 10\r\n\r\nhello").await;
+    let mut server = upstream.accept().await;
+    let (head, _) = client.message().await;
+    assert!(head.starts_with("HTTP/1.1 408 "), "{head}");
+    server.end().await;
+}
+
+#[tokio::test]
+async fn a_caller_who_goes_away_takes_the_upstream_connection_along() {
+    let upstream = Upstream::bind().await;
+    let mut client = client(&upstream.forward()).await;
+    client.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let mut server = upstream.accept().await;
+    server.head().await;
+    drop(client);
+    assert_eq!(server.end().await, "", "waiting for the head");
+    let mut client = crate::client(&upstream.forward()).await;
+    client.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let mut server = upstream.accept().await;
+    server.head().await;
+    server.send("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello").await;
+    client.until("hello").await;
+    drop(client);
+    assert_eq!(server.end().await, "", "in the body");
+}
+
+#[tokio::test]
+async fn a_caller_who_breaks_off_the_request_leaves_no_whole_request() {
+    for framing in ["content-length: 10\r\n\r\nhello", "transfer-encoding: chunked\r\n\r\n5\r\nhello\r\n"] {
+        let upstream = Upstream::bind().await;
+        let mut client = client(&upstream.forward()).await;
+        client.send(format!("POST / HTTP/1.1\r\nhost: a\r\n{framing}")).await;
+        let mut server = upstream.accept().await;
+        server.until("hello").await;
+        drop(client);
+        let rest = server.end().await;
+        assert!(!rest.contains("0\r\n\r\n"), "{rest}");
+    }
+}
+
+/// Serves `answers` connections one after the other, one answer each, closing after the answer without saying so.
+async fn closes_after_each(upstream: &Upstream, answers: usize) -> Vec<Raw> {
+    let mut open = Vec::new();
+    for _ in 0..answers {
+        let mut server = upstream.accept().await;
+        server.head().await;
+        server.send(OK).await;
+        open.push(server);
+    }
+    open
+}
+
+async fn ok(forward: &Forward) {
+    let response = call(forward, get("/")).await;
+    assert_eq!(response.status(), StatusCode::OK);
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "ok");
+}
+
+#[tokio::test]
+async fn a_connection_the_upstream_closed_meanwhile_is_never_noticed() {
+    let upstream = Upstream::bind().await;
+    let forward = upstream.forward();
+    let ((), mut open) = tokio::join!(ok(&forward), closes_after_each(&upstream, 1));
+    drop(open.pop());
+    let ((), _open) = tokio::join!(ok(&forward), closes_after_each(&upstream, 1));
+}
+
+/// The request has left before the upstream's end of the connection shows: only what may be repeated is.
+#[tokio::test]
+async fn a_connection_that_breaks_on_reuse_repeats_what_may_be_repeated() {
+    for (method, repeated) in [("GET", true), ("PUT", true), ("DELETE", true), ("POST", false), ("PATCH", false)] {
+        let upstream = Upstream::bind().await;
+        let forward = upstream.forward();
+        let ((), mut open) = tokio::join!(ok(&forward), closes_after_each(&upstream, 1));
+        let mut server = open.pop().unwrap();
+        let request =
+            Request::builder().method(method).uri("/").header("host", "a").body(Empty::<Bytes>::new()).unwrap();
+        let (response, again) = tokio::join!(call(&forward, request), async {
+            server.head().await;
+            drop(server);
+            if repeated { closes_after_each(&upstream, 1).await } else { Vec::new() }
+        });
+        if repeated {
+            assert_eq!(response.status(), 200, "{method}");
+            assert_eq!(again.len(), 1);
+        } else {
+            assert_eq!(rejection(&response), (502, "upstream-reset", true), "{method}");
+        }
+    }
+}
