@@ -5,6 +5,7 @@
 //! `"name";r=…;t=…`.
 
 use std::fmt::Write;
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
@@ -29,22 +30,31 @@ pub struct Fields {
 /// How one limit stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Standing {
-    pub(crate) name: std::sync::Arc<str>,
+    pub(crate) name: Arc<str>,
     /// The most there can be.
     pub(crate) quota: u64,
-    /// The time in which the quota comes back.
-    pub(crate) window: Duration,
+    /// The time in which the quota comes back; none for one that counts requests at the same time.
+    pub(crate) window: Option<Duration>,
     pub(crate) remaining: u64,
     /// Until there is more: for a refusal until it would be admitted, else until the quota is whole.
-    pub(crate) reset: Duration,
+    pub(crate) reset: Option<Duration>,
 }
 
 /// Why not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Refusal {
     pub(crate) standing: Standing,
-    /// `None`: never, it costs more than the limit has.
-    pub(crate) wait: Option<Duration>,
+    pub(crate) wait: Wait,
+}
+
+/// When a refused request would be admitted, if nobody else came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Wait {
+    /// When another one has ended.
+    ForAnother,
+    For(Duration),
+    /// It costs more than the limit has.
+    Never,
 }
 
 // === impl Fields ===
@@ -86,10 +96,15 @@ impl Fields {
             for standing in standings {
                 let comma = if policy.is_empty() { "" } else { ", " };
                 let name = quoted(&standing.name);
-                let (q, w) = (standing.quota, seconds(standing.window).max(1));
-                let _ = write!(policy, "{comma}{name};q={q};w={w}");
-                let (r, t) = (standing.remaining, seconds(standing.reset));
-                let _ = write!(limit, "{comma}{name};r={r};t={t}");
+                let _ = write!(policy, "{comma}{name};q={}", standing.quota);
+                let _ = match standing.window {
+                    Some(window) => write!(policy, ";w={}", seconds(window).max(1)),
+                    None => write!(policy, ";qu=\"concurrent-requests\""),
+                };
+                let _ = write!(limit, "{comma}{name};r={}", standing.remaining);
+                if let Some(reset) = standing.reset {
+                    let _ = write!(limit, ";t={}", seconds(reset));
+                }
             }
             put(headers, POLICY, policy);
             put(headers, LIMIT, limit);
@@ -99,7 +114,9 @@ impl Fields {
         {
             headers.insert(LEGACY_LIMIT, HeaderValue::from(least.quota));
             headers.insert(LEGACY_REMAINING, HeaderValue::from(least.remaining));
-            headers.insert(LEGACY_RESET, HeaderValue::from(seconds(least.reset)));
+            if let Some(reset) = least.reset {
+                headers.insert(LEGACY_RESET, HeaderValue::from(seconds(reset)));
+            }
         }
     }
 }
@@ -113,26 +130,31 @@ impl Default for Fields {
 // === impl Standing ===
 
 impl Standing {
-    pub(crate) fn new(name: &std::sync::Arc<str>, rate: Rate, remaining: u64, reset: Duration) -> Self {
-        let cell = rate.cell();
+    pub(crate) fn of_rate(name: &Arc<str>, rate: Rate, remaining: u64, reset: Duration) -> Self {
         let quota = u64::from(rate.burst_size().get());
-        Self { name: name.clone(), quota, window: Duration::from_nanos(cell.window), remaining, reset }
+        let window = Some(Duration::from_nanos(rate.cell().window));
+        Self { name: name.clone(), quota, window, remaining, reset: Some(reset) }
+    }
+
+    pub(crate) fn of_concurrency(name: &Arc<str>, max: u32, inside: u32) -> Self {
+        let remaining = u64::from(max.saturating_sub(inside));
+        Self { name: name.clone(), quota: u64::from(max), window: None, remaining, reset: None }
     }
 }
 
 // === impl Refusal ===
 
 impl Refusal {
-    pub(crate) fn is_worse_than(&self, other: &Self) -> bool {
-        self.wait.unwrap_or(Duration::MAX) > other.wait.unwrap_or(Duration::MAX)
-    }
-
     pub(crate) fn into_rejection(self, fields: Fields) -> Rejection {
-        let mut rejection = match self.wait {
-            Some(wait) => Rejection::new(Layer::RateLimit, StatusCode::TOO_MANY_REQUESTS, "too-many-requests")
-                .with_retry_after(wait),
-            None => Rejection::new(Layer::RateLimit, StatusCode::TOO_MANY_REQUESTS, "more-than-the-limit"),
+        let reason = match self.wait {
+            Wait::ForAnother => "too-many-at-once",
+            Wait::For(_) => "too-many-requests",
+            Wait::Never => "more-than-the-limit",
         };
+        let mut rejection = Rejection::new(Layer::RateLimit, StatusCode::TOO_MANY_REQUESTS, reason);
+        if let Wait::For(wait) = self.wait {
+            rejection = rejection.with_retry_after(wait);
+        }
         let mut headers = HeaderMap::new();
         fields.write(std::slice::from_ref(&self.standing), &mut headers);
         for (name, value) in &headers {
@@ -175,7 +197,7 @@ mod tests {
 
     fn standing(name: &str, remaining: u64) -> Standing {
         let rate = Rate::per_minute(NonZeroU32::new(100).unwrap());
-        Standing::new(&name.into(), rate, remaining, Duration::from_millis(2001))
+        Standing::of_rate(&name.into(), rate, remaining, Duration::from_millis(2001))
     }
 
     #[test]

@@ -57,6 +57,8 @@
 
 mod answer;
 mod error;
+mod held;
+mod in_flight;
 mod key;
 mod limit;
 mod limiter;
@@ -69,24 +71,28 @@ use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use pin_project_lite::pin_project;
 use portcullis_core::{Body, Clock, Dialect, Rejection, TrustedProxies};
+use tokio::time::Sleep;
 use tower_layer::Layer;
 use tower_service::Service;
 
 pub use self::answer::Fields;
 pub use self::error::Error;
+pub use self::held::{Held, Settlement};
 pub use self::key::{
     ByMethod, Caller, Claim, ClientAddress, DEFAULT_IPV6_PREFIX, Everyone, Header, Key, KeyBytes, Or, RequestHead,
     RouteName, ServiceName, Subject,
 };
-pub use self::limit::{Limit, Policy};
+pub use self::limit::{Limit, Policy, Priority};
 pub use self::rate::Rate;
 
-use self::limiter::Limiter;
+use self::answer::Refusal;
+use self::limiter::{Admission, Delay, Limiter, WaitingPlace};
 use self::table::Table;
 
 /// How many keys have a place of their own, unless told otherwise.
@@ -121,6 +127,14 @@ pub struct Stats {
     pub admitted: u64,
     /// Requests refused.
     pub refused: u64,
+    /// Times a [shadow](Limit::shadow) would have refused.
+    pub shadowed: u64,
+    /// Requests that were made to wait instead.
+    pub delayed: u64,
+    /// Requests that wait now.
+    pub waiting: usize,
+    /// Places of concurrency limits that are taken now.
+    pub in_flight: u64,
     /// Charges made on a bucket that newcomers share, since there was no place left.
     pub overflowed: u64,
     /// Keys that have a place and say something.
@@ -137,18 +151,29 @@ pub struct Stats {
 
 pin_project! {
     /// The inner service's response, or a refusal.
-    pub struct ResponseFuture<F> {
+    pub struct ResponseFuture<S, B>
+    where
+        S: Service<Request<B>>,
+    {
         #[pin]
-        state: State<F>,
+        state: State<S, B, S::Future>,
     }
 }
 
 pin_project! {
     #[project = Project]
-    enum State<F> {
-        Admitted { #[pin] inner: F, fields: HeaderMap },
+    enum State<S, B, F> {
+        Admitted { #[pin] inner: F, after: After },
+        Waiting { #[pin] sleep: Sleep, place: WaitingPlace, call: Option<(S, Request<B>, After)> },
         Refused { rejection: Option<Rejection>, dialect: Dialect },
     }
+}
+
+/// What is left to do when the response is there.
+#[derive(Default)]
+struct After {
+    fields: HeaderMap,
+    held: Option<Held>,
 }
 
 // === impl RateLimitLayer ===
@@ -210,6 +235,14 @@ impl RateLimitLayer {
         self.set(|limiter| limiter.fields = fields)
     }
 
+    /// Lets requests wait for up to `longest` instead of refusing them at once, but no longer than their `Deadline` and at
+    /// most `places` of them at a time. They are charged when they come, in that order; one that goes away while it waits is
+    /// given back its charge. It keeps the inner service that was ready for it. Concurrency limits do not wait.
+    #[must_use]
+    pub fn delay(self, longest: Duration, places: usize) -> Self {
+        self.set(|limiter| limiter.delay = Some(Delay::new(longest, places)))
+    }
+
     /// Counts on another clock than the process's.
     #[must_use]
     pub fn with_clock(self, clock: Clock) -> Self {
@@ -246,32 +279,51 @@ impl<S> Layer<S> for RateLimitLayer {
 
 impl<S, B, R> Service<Request<B>> for RateLimit<S>
 where
-    S: Service<Request<B>, Response = Response<R>>,
+    S: Service<Request<B>, Response = Response<R>> + Clone,
     R: http_body::Body<Data = Bytes>,
 {
-    type Response = Response<Body<R>>;
+    type Response = Response<Body<R, Held>>;
     type Error = S::Error;
-    type Future = ResponseFuture<S::Future>;
+    type Future = ResponseFuture<S, B>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let limiter = &*self.limiter;
+        let limiter = &self.limiter;
         let state = match limiter.admit(&RequestHead::new(&request, &limiter.proxies)) {
-            Ok(standings) => {
-                let mut fields = HeaderMap::new();
-                limiter.fields.write(&standings, &mut fields);
-                State::Admitted { inner: self.inner.call(request), fields }
-            }
-            Err(refusal) => {
-                tracing::debug!(limit = &*refusal.standing.name, wait = ?refusal.wait, "refused: too many requests");
-                let rejection = Some(refusal.into_rejection(limiter.fields));
-                State::Refused { rejection, dialect: Dialect::of(request.headers()) }
-            }
+            Ok(admission) => self.go_on(admission, request),
+            Err(refusal) => State::refused(refusal, limiter, &request),
         };
         ResponseFuture { state }
+    }
+}
+
+impl<S> RateLimit<S> {
+    /// Calls the inner service, now or later.
+    fn go_on<B>(&mut self, admission: Admission, request: Request<B>) -> State<S, B, S::Future>
+    where
+        S: Service<Request<B>> + Clone,
+    {
+        let limiter = &self.limiter;
+        let mut after = After::default();
+        limiter.fields.write(&admission.standings, &mut after.fields);
+        if !admission.holdings.is_empty() {
+            after.held = Some(Held::new(limiter.clone(), admission.holdings));
+        }
+        let Some(refusal) = admission.late else {
+            after.start();
+            return State::Admitted { inner: self.inner.call(request), after };
+        };
+        let Some(place) = limiter.wait() else {
+            limiter.counters.add_anywhere(|stripe| &stripe.refused);
+            return State::refused(refusal, limiter, &request);
+        };
+        limiter.counters.add_anywhere(|stripe| &stripe.delayed);
+        let not_ready = self.inner.clone();
+        let ready = std::mem::replace(&mut self.inner, not_ready);
+        State::Waiting { sleep: tokio::time::sleep(admission.wait), place, call: Some((ready, request, after)) }
     }
 }
 
@@ -312,9 +364,13 @@ impl Handle {
         let (counters, table) = (&self.limiter.counters, &self.limiter.table);
         let fill = table.fill(self.limiter.clock.now().as_nanos());
         Stats {
-            admitted: counters.admitted(),
-            refused: counters.refused(),
-            overflowed: counters.overflowed(),
+            admitted: counters.sum(|stripe| &stripe.admitted),
+            refused: counters.sum(|stripe| &stripe.refused),
+            shadowed: counters.sum(|stripe| &stripe.shadowed),
+            delayed: counters.sum(|stripe| &stripe.delayed),
+            waiting: self.limiter.delay.as_ref().map_or(0, Delay::waiting),
+            in_flight: self.limiter.places_held(),
+            overflowed: counters.sum(|stripe| &stripe.overflowed),
             live: fill.live,
             places: fill.entries,
             overflowing: fill.overflowing,
@@ -326,35 +382,73 @@ impl Handle {
 
 // === impl ResponseFuture ===
 
-impl<F, R, E> Future for ResponseFuture<F>
+impl<S, B, R> Future for ResponseFuture<S, B>
 where
-    F: Future<Output = Result<Response<R>, E>>,
+    S: Service<Request<B>, Response = Response<R>>,
     R: http_body::Body<Data = Bytes>,
 {
-    type Output = Result<Response<Body<R>>, E>;
+    type Output = Result<Response<Body<R, Held>>, S::Error>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.project().state.project() {
-            Project::Admitted { inner, fields } => {
-                let mut response = ready!(inner.poll(cx))?;
-                if !fields.is_empty() {
-                    response.headers_mut().extend(fields.drain().filter_map(|(name, value)| Some((name?, value))));
+        let mut state = self.project().state;
+        loop {
+            let next = match state.as_mut().project() {
+                Project::Admitted { inner, after } => {
+                    let response = ready!(inner.poll(cx))?;
+                    return Poll::Ready(Ok(after.finish(response)));
                 }
-                Poll::Ready(Ok(response.map(Body::new)))
-            }
-            Project::Refused { rejection, dialect } => match rejection.take() {
-                Some(rejection) => Poll::Ready(Ok(rejection.into_response(*dialect))),
-                None => Poll::Pending,
-            },
+                Project::Waiting { sleep, call, .. } => {
+                    ready!(sleep.poll(cx));
+                    let Some((mut service, request, mut after)) = call.take() else { return Poll::Pending };
+                    after.start();
+                    State::Admitted { inner: service.call(request), after }
+                }
+                Project::Refused { rejection, dialect } => {
+                    let Some(rejection) = rejection.take() else { return Poll::Pending };
+                    return Poll::Ready(Ok(rejection.into_response(*dialect)));
+                }
+            };
+            state.set(next);
         }
     }
 }
 
-impl<F> fmt::Debug for ResponseFuture<F> {
+impl<S: Service<Request<B>>, B> fmt::Debug for ResponseFuture<S, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.state {
             State::Admitted { .. } => "ResponseFuture::Admitted",
+            State::Waiting { .. } => "ResponseFuture::Waiting",
             State::Refused { .. } => "ResponseFuture::Refused",
         })
+    }
+}
+
+// === impl State ===
+
+impl<S, B, F> State<S, B, F> {
+    fn refused(refusal: Refusal, limiter: &Limiter, request: &Request<B>) -> Self {
+        tracing::debug!(limit = &*refusal.standing.name, wait = ?refusal.wait, "refused: too many requests");
+        let rejection = Some(refusal.into_rejection(limiter.fields));
+        Self::Refused { rejection, dialect: Dialect::of(request.headers()) }
+    }
+}
+
+// === impl After ===
+
+impl After {
+    fn start(&mut self) {
+        if let Some(held) = &mut self.held {
+            held.start();
+        }
+    }
+
+    fn finish<R: http_body::Body<Data = Bytes>>(&mut self, mut response: Response<R>) -> Response<Body<R, Held>> {
+        if !self.fields.is_empty() {
+            response.headers_mut().extend(self.fields.drain().filter_map(|(name, value)| Some((name?, value))));
+        }
+        match self.held.take() {
+            Some(held) => held.watch(response),
+            None => response.map(Body::new),
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
+use crate::held::Settlement;
 use crate::key::{Key, RequestHead};
 use crate::rate::{Cell, Rate};
 
@@ -20,18 +21,33 @@ use crate::rate::{Cell, Rate};
 #[derive(Clone)]
 pub struct Limit(Arc<Inner>);
 
+/// How much of the burst a request leaves to more important ones. Under pressure the least important are refused first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Priority(u8);
+
 #[derive(Clone)]
 struct Inner {
     name: Arc<str>,
-    rate: Rate,
-    cell: Cell,
+    quantity: Quantity,
     key: Option<Arc<dyn Key>>,
-    cost: Option<Cost>,
-    plan: Option<Plan>,
+    cost: Option<Of<u32>>,
+    plan: Option<Of<Option<Rate>>>,
+    priority: Option<Of<Priority>>,
+    settle: Option<Settle>,
+    shadow: bool,
 }
 
-type Cost = Arc<dyn Fn(&RequestHead<'_>) -> u32 + Send + Sync>;
-type Plan = Arc<dyn Fn(&RequestHead<'_>) -> Option<Rate> + Send + Sync>;
+/// What a limit counts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Quantity {
+    /// So often.
+    Rate(Rate, Cell),
+    /// So many at the same time.
+    Concurrent(NonZeroU32),
+}
+
+type Of<T> = Arc<dyn Fn(&RequestHead<'_>) -> T + Send + Sync>;
+pub(crate) type Settle = Arc<dyn Fn(&Settlement<'_>) -> u32 + Send + Sync>;
 
 /// The limits of one route, instead of the layer's: put it into its `Route`. Each route counts by itself, also where two
 /// share one policy.
@@ -58,7 +74,13 @@ impl Limit {
     /// this limit's counters from those of others.
     #[must_use]
     pub fn new(name: impl Into<Arc<str>>, rate: Rate) -> Self {
-        Self(Arc::new(Inner { name: name.into(), rate, cell: rate.cell(), key: None, cost: None, plan: None }))
+        Self::of(name.into(), Quantity::Rate(rate, rate.cell()))
+    }
+
+    /// So many requests of each caller at the same time, each until its response's body has ended or was dropped.
+    #[must_use]
+    pub fn concurrent(name: impl Into<Arc<str>>, max: NonZeroU32) -> Self {
+        Self::of(name.into(), Quantity::Concurrent(max))
     }
 
     /// Tells callers apart by `key`, whatever the layer does.
@@ -69,10 +91,21 @@ impl Limit {
     }
 
     /// What a request costs; one, unless told otherwise. What costs nothing is not limited; what costs more than the burst
-    /// is refused for good.
+    /// is refused for good. A concurrency limit counts requests, whatever they cost.
     #[must_use]
     pub fn cost(mut self, cost: impl Fn(&RequestHead<'_>) -> u32 + Send + Sync + 'static) -> Self {
         self.inner().cost = Some(Arc::new(cost));
+        self
+    }
+
+    /// What a request turned out to have cost, once its response has ended: bytes, tokens, nothing for a failure. The
+    /// difference to its [cost](Self::cost) before is charged, as debt if need be, or given back. What would have come
+    /// back by itself meanwhile is not given back a second time, so that no window sees more than it should.
+    ///
+    /// A request without a response keeps its cost.
+    #[must_use]
+    pub fn settle(mut self, settle: impl Fn(&Settlement<'_>) -> u32 + Send + Sync + 'static) -> Self {
+        self.inner().settle = Some(Arc::new(settle));
         self
     }
 
@@ -84,29 +117,52 @@ impl Limit {
         self
     }
 
+    /// How important a request is; [`Priority::CRITICAL`] unless told otherwise.
+    #[must_use]
+    pub fn priority(mut self, priority: impl Fn(&RequestHead<'_>) -> Priority + Send + Sync + 'static) -> Self {
+        self.inner().priority = Some(Arc::new(priority));
+        self
+    }
+
+    /// Counts what it would refuse, and refuses nothing.
+    #[must_use]
+    pub fn shadow(mut self) -> Self {
+        self.inner().shadow = true;
+        self
+    }
+
     /// Its name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.0.name
     }
 
-    /// How often.
+    /// How often; `None` for a concurrency limit.
     #[must_use]
-    pub fn rate(&self) -> Rate {
-        self.0.rate
+    pub fn rate(&self) -> Option<Rate> {
+        match self.0.quantity {
+            Quantity::Rate(rate, _) => Some(rate),
+            Quantity::Concurrent(_) => None,
+        }
     }
 
     /// The same limit with another rate.
     #[must_use]
     pub fn with_rate(mut self, rate: Rate) -> Self {
-        let inner = self.inner();
-        (inner.rate, inner.cell) = (rate, rate.cell());
+        self.inner().quantity = Quantity::Rate(rate, rate.cell());
         self
     }
 
+    fn of(name: Arc<str>, quantity: Quantity) -> Self {
+        let (key, cost, plan, priority, settle) = (None, None, None, None, None);
+        Self(Arc::new(Inner { name, quantity, key, cost, plan, priority, settle, shadow: false }))
+    }
+
     pub(crate) fn burst(self, burst: NonZeroU32) -> Self {
-        let rate = self.rate().burst(burst);
-        self.with_rate(rate)
+        match self.rate() {
+            Some(rate) => self.with_rate(rate.burst(burst)),
+            None => self,
+        }
     }
 
     pub(crate) fn shared_name(&self) -> &Arc<str> {
@@ -121,11 +177,27 @@ impl Limit {
         self.0.cost.as_ref().map_or(1, |cost| cost(request))
     }
 
-    pub(crate) fn cell(&self, request: &RequestHead<'_>) -> (Cell, Rate) {
+    pub(crate) fn quantity(&self, request: &RequestHead<'_>) -> Quantity {
         match self.0.plan.as_ref().and_then(|plan| plan(request)) {
-            Some(rate) => (rate.cell(), rate),
-            None => (self.0.cell, self.0.rate),
+            Some(rate) => Quantity::Rate(rate, rate.cell()),
+            None => self.0.quantity,
         }
+    }
+
+    /// How far ahead this request may go, of the window of a cell.
+    pub(crate) fn window(&self, cell: Cell, request: &RequestHead<'_>) -> u64 {
+        match &self.0.priority {
+            Some(priority) => priority(request).of(cell),
+            None => cell.window,
+        }
+    }
+
+    pub(crate) fn settlement(&self) -> Option<&Settle> {
+        self.0.settle.as_ref()
+    }
+
+    pub(crate) fn is_shadow(&self) -> bool {
+        self.0.shadow
     }
 
     fn inner(&mut self) -> &mut Inner {
@@ -135,7 +207,29 @@ impl Limit {
 
 impl fmt::Debug for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Limit").field("name", &self.0.name).field("rate", &self.0.rate).finish_non_exhaustive()
+        f.debug_struct("Limit").field("name", &self.0.name).field("counts", &self.0.quantity).finish_non_exhaustive()
+    }
+}
+
+// === impl Priority ===
+
+impl Priority {
+    /// Leaves nothing to others.
+    pub const CRITICAL: Self = Self(0);
+    /// Leaves a fifth to critical requests.
+    pub const NORMAL: Self = Self(20);
+    /// Leaves half.
+    pub const LOW: Self = Self(50);
+
+    /// Leaves so much of the burst, at most a hundred percent. Whatever it is, one unit can be had after a long rest.
+    #[must_use]
+    pub const fn leaving(percent: u8) -> Self {
+        Self(if percent > 100 { 100 } else { percent })
+    }
+
+    fn of(self, cell: Cell) -> u64 {
+        let left = u128::from(cell.window) * u128::from(100 - self.0) / 100;
+        u64::try_from(left).unwrap_or(u64::MAX).max(cell.interval)
     }
 }
 

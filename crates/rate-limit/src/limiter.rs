@@ -1,16 +1,18 @@
 //! Several limits on one request: all of them are charged, or none.
 
 use std::fmt;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use portcullis_core::{Carried, Clock, Route, TrustedProxies};
+use portcullis_core::{Carried, Clock, Deadline, Route, TrustedProxies};
 
-use crate::answer::{Fields, Refusal, Standing};
+use crate::answer::{Fields, Refusal, Standing, Wait};
+use crate::held::Holding;
+use crate::in_flight::InFlight;
 use crate::key::{Caller, Key, KeyBytes, RequestHead};
-use crate::limit::{Limit, Policy};
+use crate::limit::{Limit, Policy, Quantity};
 use crate::rate::{Cell, Rate};
 use crate::table::{Mark, Table};
 
@@ -24,7 +26,33 @@ pub(crate) struct Limiter {
     pub(crate) exempt: Option<Exempt>,
     pub(crate) fields: Fields,
     pub(crate) clock: Clock,
+    pub(crate) delay: Option<Delay>,
     pub(crate) counters: Counters,
+    in_flight: OnceLock<InFlight>,
+}
+
+/// Lets requests wait instead of refusing them.
+#[derive(Debug)]
+pub(crate) struct Delay {
+    pub(crate) longest: Duration,
+    pub(crate) places: usize,
+    waiting: AtomicUsize,
+}
+
+/// A place among those that wait; dropping it gives it back.
+pub(crate) struct WaitingPlace(Arc<Limiter>);
+
+/// A request that may go on.
+#[derive(Default)]
+pub(crate) struct Admission {
+    /// Not yet, but after this.
+    pub(crate) wait: Duration,
+    /// How its limits stand, if anybody wants to know.
+    pub(crate) standings: Vec<Standing>,
+    /// What it gives back.
+    pub(crate) holdings: Vec<Holding>,
+    /// The refusal, if it may not wait after all.
+    pub(crate) late: Option<Refusal>,
 }
 
 pub(crate) type Exempt = Arc<dyn Fn(&RequestHead<'_>) -> bool + Send + Sync>;
@@ -35,10 +63,12 @@ pub(crate) struct Counters([Stripe; STRIPES]);
 /// Counters of different keys do not meet in one cache line.
 #[derive(Default)]
 #[repr(align(64))]
-struct Stripe {
-    admitted: AtomicU64,
-    refused: AtomicU64,
-    overflowed: AtomicU64,
+pub(crate) struct Stripe {
+    pub(crate) admitted: AtomicU64,
+    pub(crate) refused: AtomicU64,
+    pub(crate) overflowed: AtomicU64,
+    pub(crate) shadowed: AtomicU64,
+    pub(crate) delayed: AtomicU64,
 }
 
 /// The limits on one request, the route's own first.
@@ -50,11 +80,25 @@ struct Limits<'a> {
 }
 
 /// What one limit is asked.
-struct Ask {
+struct Ask<'a> {
+    limit: &'a Limit,
     mark: Mark,
-    cell: Cell,
-    rate: Rate,
-    cost: u64,
+    what: What,
+}
+
+enum What {
+    Charge { rate: Rate, cell: Cell, units: u32, window: u64 },
+    Place { max: u32 },
+}
+
+/// What was done for an [`Ask`].
+enum Done {
+    Charged {
+        overflow: bool,
+    },
+    Entered,
+    /// The limit would have refused, but is a shadow.
+    Nothing,
 }
 
 const STRIPES: usize = 32;
@@ -72,7 +116,9 @@ impl Limiter {
             exempt: None,
             fields: Fields::default(),
             clock: Clock::system(),
+            delay: None,
             counters: Counters::new(),
+            in_flight: OnceLock::new(),
         }
     }
 
@@ -87,15 +133,26 @@ impl Limiter {
             exempt: self.exempt.clone(),
             fields: self.fields,
             clock: self.clock.clone(),
+            delay: self.delay.as_ref().map(|delay| Delay::new(delay.longest, delay.places)),
             counters: Counters::new(),
+            in_flight: OnceLock::new(),
         }
     }
 
-    /// Charges all limits of a request, and says how they stand if anybody wants to know.
-    pub(crate) fn admit(&self, head: &RequestHead<'_>) -> Result<Vec<Standing>, Refusal> {
-        let mut standings = Vec::new();
+    pub(crate) fn in_flight(&self) -> &InFlight {
+        self.in_flight.get_or_init(|| InFlight::new(self.capacity))
+    }
+
+    /// Requests that hold a place of a concurrency limit; one that holds two counts twice.
+    pub(crate) fn places_held(&self) -> u64 {
+        self.in_flight.get().map_or(0, InFlight::total)
+    }
+
+    /// Charges all limits of a request, or none.
+    pub(crate) fn admit(&self, head: &RequestHead<'_>) -> Result<Admission, Refusal> {
+        let mut admission = Admission::default();
         if self.exempt.as_ref().is_some_and(|exempt| exempt(head)) {
-            return Ok(standings);
+            return Ok(admission);
         }
         let route = Route::of(head.extensions());
         let policy = route.and_then(Route::policy::<Policy>);
@@ -107,37 +164,76 @@ impl Limiter {
         };
         let count = limits.own.len() + limits.base.len();
         if count == 0 {
-            return Ok(standings);
+            return Ok(admission);
         }
+        let moment = self.clock.now();
+        let delay = self.delay.as_ref().map_or(0, |delay| {
+            let deadline = Deadline::of(head.extensions()).map_or(Duration::MAX, |deadline| deadline.0.since(moment));
+            nanos(delay.longest.min(deadline))
+        });
+        let now = moment.as_nanos();
+        let done = if count == 1 {
+            self.take(limits, head, now, delay, &mut admission)
+        } else {
+            // First a look, so that a limit which refuses costs the others nothing, not even for a moment.
+            self.foresee(limits, head, now, delay).and_then(|()| self.take(limits, head, now, delay, &mut admission))
+        };
+        done.map(|()| admission).map_err(|(mark, refusal)| {
+            self.counters.add(mark, |stripe| &stripe.refused);
+            refusal
+        })
+    }
+
+    /// Corrects a charge of so many units, made at that time, to `cost`.
+    pub(crate) fn settle(&self, mark: Mark, interval: u64, units: u32, cost: u32, at: u64) {
         let now = self.clock.now().as_nanos();
-        if count > 1 {
-            // So that a limit which refuses costs the others nothing, not even for a moment.
-            self.foresee(limits, head, now)?;
+        let difference = interval.saturating_mul(u64::from(units.abs_diff(cost)));
+        if cost > units {
+            let _ = self.table.charge(mark, now, |time| Some(time.max(now).saturating_add(difference)));
+        } else if cost < units {
+            // What would have come back since is back already.
+            self.table.refund(mark, difference.saturating_sub(now.saturating_sub(at)));
         }
-        self.take(limits, head, now, &mut standings)?;
-        Ok(standings)
+    }
+
+    /// A place among those that wait, if there is one.
+    pub(crate) fn wait(self: &Arc<Self>) -> Option<WaitingPlace> {
+        let delay = self.delay.as_ref()?;
+        let more = |waiting| (waiting < delay.places).then_some(waiting + 1);
+        delay.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(WaitingPlace(self.clone()))
     }
 
     /// The refusal with the longest wait, if one of the limits refuses now.
-    fn foresee(&self, mut limits: Limits<'_>, head: &RequestHead<'_>, now: u64) -> Result<(), Refusal> {
+    fn foresee(
+        &self,
+        mut limits: Limits<'_>,
+        head: &RequestHead<'_>,
+        now: u64,
+        delay: u64,
+    ) -> Result<(), (Mark, Refusal)> {
         let mut worst: Option<(Mark, Refusal)> = None;
         while let Some((limit, own)) = limits.next() {
             let Some(ask) = self.ask(limit, own.then_some(limits.route), head) else { continue };
-            let time = self.table.peek(ask.mark);
-            if Cell::charge(time, now, ask.cost, ask.cell.window).is_none() {
-                let refusal = ask.refusal(limit, time, now);
-                if worst.as_ref().is_none_or(|(_, worst)| refusal.is_worse_than(worst)) {
-                    worst = Some((ask.mark, refusal));
+            let refusal = match ask.what {
+                _ if limit.is_shadow() => None,
+                What::Place { max } => {
+                    let inside = self.in_flight().count(ask.mark);
+                    (inside >= max).then(|| ask.refusal(u64::from(inside), now))
                 }
+                What::Charge { cell, units, window, .. } => {
+                    let time = self.table.peek(ask.mark);
+                    let admitted = Cell::charge(time, now, cell.cost(units), window.saturating_add(delay));
+                    admitted.is_none().then(|| ask.refusal(time, now))
+                }
+            };
+            if let Some(refusal) = refusal
+                && worst.as_ref().is_none_or(|(_, worst)| refusal.wait > worst.wait)
+            {
+                worst = Some((ask.mark, refusal));
             }
         }
-        match worst {
-            Some((mark, refusal)) => {
-                self.counters.stripe(mark).refused.fetch_add(1, Ordering::Relaxed);
-                Err(refusal)
-            }
-            None => Ok(()),
-        }
+        worst.map_or(Ok(()), Err)
     }
 
     /// Charges the first limit, then the others; gives back if one of them refuses.
@@ -146,45 +242,103 @@ impl Limiter {
         mut limits: Limits<'_>,
         head: &RequestHead<'_>,
         now: u64,
-        standings: &mut Vec<Standing>,
-    ) -> Result<(), Refusal> {
+        delay: u64,
+        admission: &mut Admission,
+    ) -> Result<(), (Mark, Refusal)> {
         let Some((limit, own)) = limits.next() else { return Ok(()) };
         let Some(ask) = self.ask(limit, own.then_some(limits.route), head) else {
-            return self.take(limits, head, now, standings);
+            return self.take(limits, head, now, delay, admission);
         };
-        let charged = self
-            .table
-            .charge(ask.mark, now, |time| Cell::charge(time, now, ask.cost, ask.cell.window))
-            .map_err(|time| {
-                self.counters.stripe(ask.mark).refused.fetch_add(1, Ordering::Relaxed);
-                ask.refusal(limit, time, now)
-            })?;
-        if self.fields.are_on_every_response() {
-            standings.push(ask.standing(limit, charged.time, now));
-        }
-        self.take(limits, head, now, standings).inspect_err(|_| self.table.refund(ask.mark, ask.cost))?;
-        let stripe = self.counters.stripe(ask.mark);
-        stripe.admitted.fetch_add(1, Ordering::Relaxed);
-        if charged.overflow {
-            stripe.overflowed.fetch_add(1, Ordering::Relaxed);
+        let done = self.take_one(&ask, now, delay, admission)?;
+        self.take(limits, head, now, delay, admission).inspect_err(|_| self.give_back(&ask, &done))?;
+        // All of them admit: what this one has to remember.
+        match (&ask.what, done) {
+            (_, Done::Nothing) => self.counters.add(ask.mark, |stripe| &stripe.shadowed),
+            (What::Charge { cell, units, .. }, Done::Charged { overflow }) => {
+                let settle = limit.settlement().cloned();
+                if settle.is_some() || !admission.wait.is_zero() {
+                    let (mark, interval) = (ask.mark, cell.interval);
+                    admission.holdings.push(Holding::Charge { mark, interval, units: *units, at: now, settle });
+                }
+                if overflow {
+                    self.counters.add(ask.mark, |stripe| &stripe.overflowed);
+                }
+                self.counters.add(ask.mark, |stripe| &stripe.admitted);
+            }
+            _ => {
+                admission.holdings.push(Holding::Place(ask.mark));
+                self.counters.add(ask.mark, |stripe| &stripe.admitted);
+            }
         }
         Ok(())
     }
 
-    /// What `limit` is asked for this request; nothing if it does not count.
-    fn ask(&self, limit: &Limit, route: Option<&str>, head: &RequestHead<'_>) -> Option<Ask> {
-        let units = limit.units(head);
-        if units == 0 {
-            return None;
+    fn take_one(
+        &self,
+        ask: &Ask<'_>,
+        now: u64,
+        delay: u64,
+        admission: &mut Admission,
+    ) -> Result<Done, (Mark, Refusal)> {
+        let tell = self.fields.are_on_every_response();
+        let done = match ask.what {
+            What::Place { max } => self
+                .in_flight()
+                .enter(ask.mark, max)
+                .map(|inside| {
+                    if tell {
+                        admission.standings.push(ask.standing(u64::from(inside), now));
+                    }
+                    Done::Entered
+                })
+                .map_err(u64::from),
+            What::Charge { cell, units, window, .. } => {
+                let furthest = if ask.limit.is_shadow() { window } else { window.saturating_add(delay) };
+                self.table.charge(ask.mark, now, |time| Cell::charge(time, now, cell.cost(units), furthest)).map(
+                    |charged| {
+                        let wait = Duration::from_nanos(charged.time.saturating_sub(now).saturating_sub(window));
+                        if wait > admission.wait {
+                            let before = charged.time.saturating_sub(cell.cost(units));
+                            (admission.wait, admission.late) = (wait, Some(ask.refusal(before, now)));
+                        }
+                        if tell {
+                            admission.standings.push(ask.standing(charged.time, now));
+                        }
+                        Done::Charged { overflow: charged.overflow }
+                    },
+                )
+            }
+        };
+        match done {
+            Err(_) if ask.limit.is_shadow() => Ok(Done::Nothing),
+            done => done.map_err(|found| (ask.mark, ask.refusal(found, now))),
         }
+    }
+
+    fn give_back(&self, ask: &Ask<'_>, done: &Done) {
+        match (&ask.what, done) {
+            (What::Charge { cell, units, .. }, Done::Charged { .. }) => self.table.refund(ask.mark, cell.cost(*units)),
+            (What::Place { .. }, Done::Entered) => self.in_flight().leave(ask.mark),
+            _ => {}
+        }
+    }
+
+    /// What `limit` is asked for this request; nothing if it does not count.
+    fn ask<'a>(&self, limit: &'a Limit, route: Option<&str>, head: &RequestHead<'_>) -> Option<Ask<'a>> {
+        let what = match limit.quantity(head) {
+            Quantity::Concurrent(max) => What::Place { max: max.get() },
+            Quantity::Rate(rate, cell) => {
+                let units = limit.units(head);
+                What::Charge { rate, cell, units: (units > 0).then_some(units)?, window: limit.window(cell, head) }
+            }
+        };
         let mut key = KeyBytes::new();
         key.push(limit.name().as_bytes());
         if let Some(route) = route {
             key.push(route.as_bytes());
         }
         limit.key().unwrap_or(&*self.key).write(head, &mut key);
-        let (cell, rate) = limit.cell(head);
-        Some(Ask { mark: self.table.mark(key.bytes()), cell, rate, cost: cell.cost(units) })
+        Some(Ask { limit, mark: self.table.mark(key.bytes()), what })
     }
 }
 
@@ -206,20 +360,16 @@ impl Counters {
         Self(std::array::from_fn(|_| Stripe::default()))
     }
 
-    fn stripe(&self, mark: Mark) -> &Stripe {
-        &self.0[mark.low() % STRIPES]
+    pub(crate) fn add(&self, mark: Mark, which: impl Fn(&Stripe) -> &AtomicU64) {
+        which(&self.0[mark.low() % STRIPES]).fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn admitted(&self) -> u64 {
-        self.0.iter().map(|stripe| stripe.admitted.load(Ordering::Relaxed)).sum()
+    pub(crate) fn add_anywhere(&self, which: impl Fn(&Stripe) -> &AtomicU64) {
+        which(&self.0[0]).fetch_add(1, Ordering::Relaxed);
     }
 
-    pub(crate) fn refused(&self) -> u64 {
-        self.0.iter().map(|stripe| stripe.refused.load(Ordering::Relaxed)).sum()
-    }
-
-    pub(crate) fn overflowed(&self) -> u64 {
-        self.0.iter().map(|stripe| stripe.overflowed.load(Ordering::Relaxed)).sum()
+    pub(crate) fn sum(&self, which: impl Fn(&Stripe) -> &AtomicU64) -> u64 {
+        self.0.iter().map(|stripe| which(stripe).load(Ordering::Relaxed)).sum()
     }
 }
 
@@ -240,16 +390,56 @@ impl<'a> Limits<'a> {
 
 // === impl Ask ===
 
-impl Ask {
-    fn refusal(&self, limit: &Limit, time: u64, now: u64) -> Refusal {
-        let wait = Cell::wait(time, now, self.cost, self.cell.window);
-        let remaining = self.cell.remaining(time, now);
-        let reset = wait.unwrap_or(Duration::from_nanos(time.saturating_sub(now)));
-        Refusal { standing: Standing::new(limit.shared_name(), self.rate, remaining, reset), wait }
+impl Ask<'_> {
+    /// A refusal because of an arrival time, or of so many inside.
+    fn refusal(&self, found: u64, now: u64) -> Refusal {
+        let wait = match self.what {
+            What::Place { .. } => Wait::ForAnother,
+            What::Charge { cell, units, window, .. } => {
+                Cell::wait(found, now, cell.cost(units), window).map_or(Wait::Never, Wait::For)
+            }
+        };
+        let mut standing = self.standing(found, now);
+        if let Wait::For(wait) = wait {
+            standing.reset = Some(wait);
+        }
+        Refusal { standing, wait }
     }
 
-    fn standing(&self, limit: &Limit, time: u64, now: u64) -> Standing {
-        let reset = Duration::from_nanos(time.saturating_sub(now));
-        Standing::new(limit.shared_name(), self.rate, self.cell.remaining(time, now), reset)
+    fn standing(&self, found: u64, now: u64) -> Standing {
+        let name = self.limit.shared_name();
+        match self.what {
+            What::Place { max } => Standing::of_concurrency(name, max, u32::try_from(found).unwrap_or(u32::MAX)),
+            What::Charge { rate, cell, .. } => {
+                let reset = Duration::from_nanos(found.saturating_sub(now));
+                Standing::of_rate(name, rate, cell.remaining(found, now), reset)
+            }
+        }
     }
+}
+
+// === impl Delay ===
+
+impl Delay {
+    pub(crate) fn new(longest: Duration, places: usize) -> Self {
+        Self { longest, places, waiting: AtomicUsize::new(0) }
+    }
+
+    pub(crate) fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+}
+
+// === impl WaitingPlace ===
+
+impl Drop for WaitingPlace {
+    fn drop(&mut self) {
+        if let Some(delay) = &self.0.delay {
+            delay.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -185,6 +185,16 @@ impl Mark {
     pub(crate) fn low(self) -> usize {
         self.0 as u32 as usize
     }
+
+    /// Two halves that have nothing to do with each other.
+    pub(crate) fn halves(self) -> [u64; 2] {
+        [self.0 >> 32, self.0 & 0xffff_ffff]
+    }
+
+    #[cfg(test)]
+    pub(crate) fn of(bits: u64) -> Self {
+        Self(bits)
+    }
 }
 
 // === impl Set ===

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::{Request, Response, header};
 use http_body_util::Full;
 use portcullis_core::{Carried, Identity, PeerAddress, Proof, Rejection, Route, TrustedProxies};
-use portcullis_rate_limit::{Everyone, Fields, Header, Limit, Policy, Rate, RateLimit, RateLimitLayer};
+use portcullis_rate_limit::{Everyone, Fields, Header, Limit, Policy, Priority, Rate, RateLimit, RateLimitLayer};
 use portcullis_testing::contract;
 use tower::{Layer, Service, ServiceExt};
 
@@ -242,7 +242,7 @@ async fn rates_change_while_requests_flow_and_debts_stay() {
     assert_eq!(status(&service, from("192.0.2.1")).await, 429, "a second of debt stays a second of debt");
     tokio::time::advance(Duration::from_millis(250)).await;
     assert_eq!(status(&service, from("192.0.2.1")).await, 200);
-    assert_eq!(handle.limits()[0].rate(), per_second(4));
+    assert_eq!(handle.limits()[0].rate(), Some(per_second(4)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -285,4 +285,142 @@ async fn ten_thousand_strangers_do_not_displace_a_caller_in_debt() {
     let stats = layer.handle().stats();
     assert_eq!((stats.live, stats.places, stats.bytes), (375, 375, 6400));
     assert!(stats.overflowed > 0 && stats.overflowing == stats.buckets, "{stats:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_contract_holds_with_everything_held() {
+    let layer = RateLimitLayer::new(per_second(1000))
+        .and(Limit::concurrent("at once", n(10)))
+        .and(Limit::new("bytes", per_second(1000)).settle(|seen| seen.bytes as u32))
+        .delay(Duration::from_secs(1), 10)
+        .fields(Fields::always());
+    contract::holds(layer.clone(), |body| from("192.0.2.1").map(|()| body)).await;
+    assert_eq!(layer.handle().stats().in_flight, 0, "something was not given back");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_concurrency_limit_counts_until_the_body_ends_or_is_dropped() {
+    let layer = RateLimitLayer::new(per_second(1000)).and(Limit::concurrent("at once", n(2)));
+    let (probe, mut calls) = contract::probe();
+    let mut service = layer.layer(probe);
+    let mut bodies = Vec::new();
+    let mut feeds = Vec::new();
+    for _ in 0..2 {
+        let call = service.ready().await.unwrap().call(from("192.0.2.1"));
+        let (feed, body) = contract::body();
+        let serve = async { calls.next().await.answer(Response::new(body)) };
+        let (response, _) = tokio::join!(call, serve);
+        bodies.push(response.unwrap().into_body());
+        feeds.push(feed);
+    }
+    let refused = service.ready().await.unwrap().call(from("192.0.2.1")).await.unwrap();
+    assert_eq!(refused.status(), 429);
+    assert!(!refused.headers().contains_key(header::RETRY_AFTER), "nobody knows when");
+    assert_eq!(refused.headers()["ratelimit-policy"], r#""at once";q=2;qu="concurrent-requests""#);
+    assert_eq!(refused.headers()["ratelimit"], r#""at once";r=0"#);
+    assert_eq!(layer.handle().stats().in_flight, 2);
+    drop(feeds.pop());
+    let whole = http_body_util::BodyExt::collect(bodies.pop().unwrap()).await.unwrap();
+    drop(whole);
+    assert_eq!(layer.handle().stats().in_flight, 1, "the body ended");
+    drop(bodies);
+    assert_eq!(layer.handle().stats().in_flight, 0, "the body was dropped");
+    let call = service.ready().await.unwrap().call(from("192.0.2.1"));
+    assert_eq!(layer.handle().stats().in_flight, 1);
+    drop(call);
+    assert_eq!(layer.handle().stats().in_flight, 0, "the call was dropped");
+}
+
+#[tokio::test(start_paused = true)]
+async fn costs_are_settled_when_the_response_has_ended() {
+    let layer = RateLimitLayer::new(per_second(1));
+    let bytes = Limit::new("bytes", per_second(100)).cost(|_| 10).settle(|seen| {
+        assert!(seen.whole);
+        if seen.status == 500 { 0 } else { seen.bytes as u32 }
+    });
+    layer.handle().set_limits([bytes]);
+    let (probe, mut calls) = contract::probe();
+    let mut service = layer.clone().fields(Fields::always()).layer(probe);
+    let mut answer = async |status: u16, body: &'static str| {
+        let call = service.ready().await.unwrap().call(from("192.0.2.1"));
+        let mut response = Response::new(contract::full(body));
+        *response.status_mut() = http::StatusCode::from_u16(status).unwrap();
+        let serve = async { calls.next().await.answer(response) };
+        let (response, _) = tokio::join!(call, serve);
+        let response = response.unwrap();
+        let left = response.headers()["ratelimit"].to_str().unwrap().to_owned();
+        http_body_util::BodyExt::collect(response.into_body()).await.unwrap();
+        left
+    };
+    assert_eq!(answer(200, "abcd").await, r#""bytes";r=90;t=1"#);
+    assert_eq!(answer(500, "a long story of failure").await, r#""bytes";r=86;t=1"#, "four, not ten");
+    assert_eq!(answer(200, "twenty-five bytes of text").await, r#""bytes";r=86;t=1"#, "a failure costs nothing");
+    assert_eq!(answer(200, "").await, r#""bytes";r=61;t=1"#, "twenty-five");
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_wait_in_turn_and_give_back_when_they_go_away() {
+    let layer = RateLimitLayer::new(per_second(10)).burst(n(1)).delay(Duration::from_millis(250), 2);
+    let service = layer.layer(Ok200);
+    let start = tokio::time::Instant::now();
+    let call = || Box::pin(service.clone().oneshot(from("192.0.2.1")));
+    assert_eq!(call().await.unwrap().status(), 200);
+    let (mut second, mut third) = (call(), call());
+    assert!(futures::poll!(&mut second).is_pending() && futures::poll!(&mut third).is_pending());
+    assert_eq!(layer.handle().stats().waiting, 2);
+    let refused = call().await.unwrap();
+    assert_eq!((refused.status().as_u16(), &refused.headers()[header::RETRY_AFTER]), (429, &"1".parse().unwrap()));
+    drop(third);
+    assert_eq!(layer.handle().stats().waiting, 1);
+    let fourth = call();
+    assert_eq!(second.await.unwrap().status(), 200);
+    assert_eq!(start.elapsed(), Duration::from_millis(100));
+    assert_eq!(fourth.await.unwrap().status(), 200);
+    assert_eq!(start.elapsed(), Duration::from_millis(200), "the third gave its turn back");
+    let mut hurried = from("192.0.2.1");
+    let soon = portcullis_core::Clock::system().now() + Duration::from_millis(50);
+    portcullis_core::Deadline(soon).attach(hurried.extensions_mut());
+    assert_eq!(status(&service, hurried).await, 429, "it would be too late");
+    assert_eq!(layer.handle().stats().delayed, 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shadow_counts_and_refuses_nothing() {
+    let layer = RateLimitLayer::new(per_second(3)).and(Limit::new("new", per_second(1)).shadow());
+    let service = layer.layer(Ok200);
+    for _ in 0..3 {
+        assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    }
+    assert_eq!(status(&service, from("192.0.2.1")).await, 429);
+    let stats = layer.handle().stats();
+    assert_eq!((stats.shadowed, stats.refused), (2, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_least_important_are_refused_first() {
+    let layer = RateLimitLayer::new(per_second(1));
+    layer.handle().set_limits([Limit::new("all", per_second(10)).with_key(Everyone).priority(|request| match request
+        .headers()
+        .get("x-priority")
+        .map(|value| value.as_bytes())
+    {
+        Some(b"critical") => Priority::CRITICAL,
+        Some(b"low") => Priority::LOW,
+        _ => Priority::NORMAL,
+    })]);
+    let service = layer.layer(Ok200);
+    let with = |priority: &str| {
+        let mut request = from("192.0.2.1");
+        request.headers_mut().insert("x-priority", priority.parse().unwrap());
+        request
+    };
+    let mut admitted = Vec::new();
+    for priority in ["low", "normal", "critical"] {
+        let mut count = 0;
+        while status(&service, with(priority)).await == 200 {
+            count += 1;
+        }
+        admitted.push(count);
+    }
+    assert_eq!(admitted, [5, 3, 2]);
 }

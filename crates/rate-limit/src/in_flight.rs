@@ -1,0 +1,89 @@
+//! Counts requests in flight by key, in bounded memory.
+//!
+//! Two rows of counters; a key has one in each, and has at most the lower of the two in flight. Two keys get in each
+//! other's way only if they meet in both rows, and then towards fewer, never more.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use crate::table::Mark;
+
+#[derive(Debug)]
+pub(crate) struct InFlight {
+    rows: [Box<[AtomicU32]>; 2],
+}
+
+impl InFlight {
+    pub(crate) fn new(capacity: usize) -> Self {
+        let row = || (0..capacity.max(1)).map(|_| AtomicU32::new(0)).collect();
+        Self { rows: [row(), row()] }
+    }
+
+    /// Enters one more, if fewer than `max` are in: how many are in now.
+    ///
+    /// # Errors
+    ///
+    /// How many are in, when that is `max` or more.
+    pub(crate) fn enter(&self, mark: Mark, max: u32) -> Result<u32, u32> {
+        let [a, b] = self.counters(mark);
+        let before = a.fetch_add(1, Ordering::AcqRel).min(b.fetch_add(1, Ordering::AcqRel));
+        if before < max {
+            return Ok(before + 1);
+        }
+        self.leave(mark);
+        Err(before)
+    }
+
+    pub(crate) fn leave(&self, mark: Mark) {
+        for counter in self.counters(mark) {
+            counter.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    pub(crate) fn count(&self, mark: Mark) -> u32 {
+        let [a, b] = self.counters(mark);
+        a.load(Ordering::Acquire).min(b.load(Ordering::Acquire))
+    }
+
+    /// All that are in.
+    pub(crate) fn total(&self) -> u64 {
+        self.rows[0].iter().map(|counter| u64::from(counter.load(Ordering::Relaxed))).sum()
+    }
+
+    fn counters(&self, mark: Mark) -> [&AtomicU32; 2] {
+        let [high, low] = mark.halves();
+        let at = |row: usize, half: u64| &self.rows[row][((half * self.rows[row].len() as u64) >> 32) as usize];
+        [at(0, high), at(1, low)]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn never_more_than_the_limit_and_all_are_given_back() {
+        let in_flight = InFlight::new(64);
+        let mark = Mark::of(7 << 40 | 9);
+        let most = AtomicU32::new(0);
+        let inside = AtomicU32::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..10_000 {
+                        if in_flight.enter(mark, 2).is_ok() {
+                            most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                            inside.fetch_sub(1, Ordering::SeqCst);
+                            in_flight.leave(mark);
+                        }
+                    }
+                });
+            }
+        });
+        assert!(most.load(Ordering::SeqCst) <= 2);
+        assert_eq!((in_flight.count(mark), in_flight.total()), (0, 0));
+        assert_eq!(
+            (in_flight.enter(mark, 2), in_flight.enter(mark, 2), in_flight.enter(mark, 2)),
+            (Ok(1), Ok(2), Err(2))
+        );
+    }
+}
