@@ -216,7 +216,7 @@ impl Exchange {
             // The answer came early; the rest of the request goes on beside it, whether the answer is read or not.
             let (parts, incoming) = response.into_parts();
             h1.relay.detach();
-            tokio::spawn(h1.abandon());
+            tokio::spawn((*h1).abandon());
             return Tried::Answered(Response::from_parts(parts, ResponseBody::apart(incoming, limits, permit)));
         }
         let shard = &self.shard;

@@ -16,6 +16,8 @@ mod policy;
 mod pool;
 mod prepare;
 mod stream;
+#[cfg(feature = "tls")]
+mod tls;
 mod tunnel;
 mod upload;
 
@@ -35,6 +37,8 @@ use tower_service::Service;
 pub use download::ResponseBody;
 pub use forwarded::Forwarded;
 pub use policy::{Edit, Host, Paths, Policy};
+#[cfg(feature = "tls")]
+pub use tls::ClientTls;
 
 use forwarded::Via;
 use pool::{Limits, Pool};
@@ -94,7 +98,7 @@ enum Upstream {
 pub struct ResponseFuture(State);
 
 enum State {
-    Ready(Option<Response<Body<ResponseBody>>>),
+    Ready(Option<Box<Response<Body<ResponseBody>>>>),
     Sending(Pin<Box<dyn Future<Output = Response<Body<ResponseBody>>> + Send>>),
 }
 
@@ -303,6 +307,14 @@ impl Forward {
         self.limit(|limits| limits.max_head = bytes.max(8192))
     }
 
+    /// How connections to endpoints with [`Scheme::Https`](portcullis_core::Scheme) are made. Without this, requests to
+    /// them fail with 502.
+    #[cfg(feature = "tls")]
+    #[must_use]
+    pub fn tls(self, tls: ClientTls) -> Self {
+        self.limit(|limits| limits.tls = Some(tls))
+    }
+
     /// The clock a [`Deadline`](portcullis_core::Deadline) is read by. Default the system's.
     #[must_use]
     pub fn with_clock(self, clock: Clock) -> Self {
@@ -337,10 +349,10 @@ where
         let dialect = Dialect::of(request.headers());
         match self.shared.prepare(request, dialect) {
             Ok(prepared) => ResponseFuture(State::Sending(Box::pin(prepared.run()))),
-            Err(refusal) => ResponseFuture(State::Ready(Some(match *refusal {
+            Err(refusal) => ResponseFuture(State::Ready(Some(match refusal {
                 prepare::Refusal::Rejection(rejection) => {
                     tracing::debug!(%rejection, "refused");
-                    rejection.into_response(dialect)
+                    Box::new(rejection.into_response(dialect))
                 }
                 prepare::Refusal::Answer(response) => response,
             }))),
@@ -371,7 +383,7 @@ impl Future for ResponseFuture {
         match &mut self.get_mut().0 {
             State::Sending(future) => future.as_mut().poll(cx).map(Ok),
             State::Ready(response) => match response.take() {
-                Some(response) => Poll::Ready(Ok(response)),
+                Some(response) => Poll::Ready(Ok(*response)),
                 // Polled after it was ready.
                 None => Poll::Pending,
             },

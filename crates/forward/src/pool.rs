@@ -78,6 +78,7 @@ pub(crate) struct Shard {
 
 #[derive(Default)]
 struct Kept {
+    #[expect(clippy::vec_box, reason = "they go in and out for every request")]
     idle: Vec<Box<H1>>,
     h2: Vec<H2>,
     /// Somebody is making a connection that will have room for others.
@@ -251,20 +252,18 @@ impl Shard {
                     continue;
                 }
             };
-            let place = match self.open.clone().try_acquire_owned() {
-                Ok(place) => place,
-                Err(_) => {
-                    drop(dialing.take());
-                    self.queue(&mut waiting)?;
-                    fresh = false;
-                    tokio::select! {
-                        biased;
-                        () = returned, if want != Want::H2 => continue,
-                        () = room, if want != Want::H1 => continue,
-                        // It is given back at once and taken again above, so that one place serves one of us.
-                        _ = self.open.acquire() => continue,
-                    }
+            let Ok(place) = self.open.clone().try_acquire_owned() else {
+                drop(dialing.take());
+                self.queue(&mut waiting)?;
+                fresh = false;
+                tokio::select! {
+                    biased;
+                    () = returned, if want != Want::H2 => {}
+                    () = room, if want != Want::H1 => {}
+                    // It is given back at once and taken again above, so that one place serves one of us.
+                    _ = self.open.acquire() => {}
                 }
+                continue;
             };
             let made = self.connect(endpoint, want, place).await;
             if dialing.is_some() {
@@ -608,8 +607,8 @@ impl H1 {
     }
 
     /// As [`run`](Self::run), but nobody will ask anything of it again.
-    pub(crate) fn abandon(self: Box<Self>) -> impl Future<Output = ()> + Send {
-        let Self { sender, mut connection, relay, waker, finished, _open, .. } = *self;
+    pub(crate) fn abandon(self) -> impl Future<Output = ()> + Send {
+        let Self { sender, mut connection, relay, waker, finished, _open, .. } = self;
         drop(sender);
         async move {
             let _open = _open;

@@ -35,7 +35,7 @@ pub(crate) struct Prepared {
 
 pub(crate) enum Refusal {
     Rejection(Rejection),
-    Answer(Response<Body<ResponseBody>>),
+    Answer(Box<Response<Body<ResponseBody>>>),
 }
 
 /// How many authorities an open proxy keeps connections to.
@@ -43,7 +43,7 @@ const AUTHORITIES: usize = 256;
 
 impl Shared {
     /// Checks and rewrites the request; nothing has been sent when this refuses.
-    pub(crate) fn prepare<B>(self: &Arc<Self>, request: Request<B>, dialect: Dialect) -> Result<Prepared, Box<Refusal>>
+    pub(crate) fn prepare<B>(self: &Arc<Self>, request: Request<B>, dialect: Dialect) -> Result<Prepared, Refusal>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError>,
@@ -183,7 +183,7 @@ impl Shared {
         permit: Option<&Permit>,
         uri: &Uri,
         authority: Option<&HeaderValue>,
-    ) -> Result<Endpoint, Box<Refusal>> {
+    ) -> Result<Endpoint, Refusal> {
         if let Some(permit) = permit {
             return Ok(permit.endpoint().clone());
         }
@@ -310,11 +310,11 @@ fn returned(mut response: Response<ResponseBody>, via: &Via, policy: &Merged<'_>
     response
 }
 
-fn rejected(rejection: Rejection) -> Box<Refusal> {
-    Box::new(Refusal::Rejection(rejection))
+fn rejected(rejection: Rejection) -> Refusal {
+    Refusal::Rejection(rejection)
 }
 
-fn refuse<T>(status: StatusCode, reason: &'static str, detail: &'static str) -> Result<T, Box<Refusal>> {
+fn refuse<T>(status: StatusCode, reason: &'static str, detail: &'static str) -> Result<T, Refusal> {
     let mut rejection = Rejection::new(Layer::Forward, status, reason).with_detail(detail);
     if status == StatusCode::LOOP_DETECTED {
         rejection = rejection.with_grpc_code(GrpcCode::INTERNAL);
@@ -323,7 +323,7 @@ fn refuse<T>(status: StatusCode, reason: &'static str, detail: &'static str) -> 
 }
 
 /// What the request asks of whom, from its target, else from `Host`. `None` only for HTTP/1.0, which need not say.
-fn authority(parts: &http::request::Parts) -> Result<Option<HeaderValue>, Box<Refusal>> {
+fn authority(parts: &http::request::Parts) -> Result<Option<HeaderValue>, Refusal> {
     let mut hosts = parts.headers.get_all(HOST).iter();
     let host = hosts.next();
     if hosts.next().is_some() {
@@ -352,7 +352,7 @@ fn authority(parts: &http::request::Parts) -> Result<Option<HeaderValue>, Box<Re
     }
 }
 
-fn check_path(uri: &Uri, paths: Paths) -> Result<(), Box<Refusal>> {
+fn check_path(uri: &Uri, paths: Paths) -> Result<(), Refusal> {
     let path = uri.path();
     if paths == Paths::Pass || is_normal_path(path) {
         return Ok(());
@@ -368,14 +368,14 @@ fn check_path(uri: &Uri, paths: Paths) -> Result<(), Box<Refusal>> {
             let mut response = Response::new(Body::default());
             *response.status_mut() = StatusCode::PERMANENT_REDIRECT;
             response.headers_mut().insert(LOCATION, location);
-            return Err(Box::new(Refusal::Answer(response)));
+            return Err(Refusal::Answer(Box::new(response)));
         }
     }
     refuse(StatusCode::BAD_REQUEST, "path", "the path is not in normal form")
 }
 
 /// RFC 9110 §7.6.2: TRACE and OPTIONS go only so far.
-fn max_forwards(parts: &mut http::request::Parts) -> Result<(), Box<Refusal>> {
+fn max_forwards(parts: &mut http::request::Parts) -> Result<(), Refusal> {
     if parts.method != Method::TRACE && parts.method != Method::OPTIONS {
         return Ok(());
     }
@@ -394,7 +394,7 @@ fn max_forwards(parts: &mut http::request::Parts) -> Result<(), Box<Refusal>> {
     let mut response = Response::new(Body::default());
     *response.status_mut() = StatusCode::NO_CONTENT;
     response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"));
-    Err(Box::new(Refusal::Answer(response)))
+    Err(Refusal::Answer(Box::new(response)))
 }
 
 struct Rewritten<'a> {
@@ -403,7 +403,7 @@ struct Rewritten<'a> {
 }
 
 /// The target in origin form, with the route's prefixes taken away and added.
-fn rewritten<'a>(uri: &Uri, policy: &'a Merged<'_>) -> Result<Rewritten<'a>, Box<Refusal>> {
+fn rewritten<'a>(uri: &Uri, policy: &'a Merged<'_>) -> Result<Rewritten<'a>, Refusal> {
     let path = uri.path();
     let mut stripped = None;
     let mut rest = path;

@@ -39,7 +39,8 @@ async fn clones_share_connections_and_endpoints_do_not() {
         server
     });
     assert_eq!((forward.connections(&a), forward.connections(&b)), ((1, 0), (0, 0)));
-    tokio::join!(ok(&forward.clone(), &a), async {
+    let clone = forward.clone();
+    tokio::join!(ok(&clone, &a), async {
         first.head().await;
         first.send(OK).await;
     });

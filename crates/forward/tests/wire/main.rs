@@ -1,5 +1,7 @@
 //! Bytes in, bytes out: raw sockets on both sides of a [`Forward`] behind hyper's server.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
 mod connections;
 mod failures;
 mod fields;

