@@ -1,6 +1,8 @@
 //! Calls to an agent: one deadline for the whole, a cap on the body, percent-encoding, a token nobody sees.
 
 use std::fmt::{self, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -9,18 +11,35 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
 
 use super::connect::Connector;
+use super::pulse::Pulse;
 use super::{Consistency, ConsulConfig, Origin, index};
 use crate::Error;
 
 pub(super) struct Client {
     pub(super) config: ConsulConfig,
-    http: legacy::Client<Connector, Full<Bytes>>,
-    /// Places for calls that block, and for those that do not.
-    blocking: Semaphore,
+    /// One connection each over HTTP/2, a pool over HTTP/1.1, where there is but one of them.
+    http: Vec<legacy::Client<Connector, Full<Bytes>>>,
+    next: AtomicUsize,
+    lanes: Arc<Lanes>,
     prompt: Semaphore,
+    sweep: Semaphore,
+    pub(super) pulse: Pulse,
+}
+
+/// Places for queries that block. A watch that gets one keeps it; the others are parked.
+pub(super) struct Lanes {
+    free: Arc<Semaphore>,
+    http2: AtomicBool,
+}
+
+/// A place for queries that block.
+pub(super) struct Lane {
+    /// Which of the clients to use.
+    shard: usize,
+    _place: OwnedSemaphorePermit,
 }
 
 /// An agent's answer, read to the end.
@@ -38,6 +57,11 @@ const ENCODED: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'
 const TOKEN: HeaderName = HeaderName::from_static("x-consul-token");
 /// Calls that do not block are short, so that few connections do for many.
 const PROMPT: usize = 16;
+/// As many for parked watches, of which all may ask at once.
+const SWEEP: usize = 32;
+/// Over HTTP/2 a few connections carry many queries each; an agent allows 250.
+const SHARDS: usize = 8;
+const STREAMS: usize = 200;
 
 // === impl Client ===
 
@@ -47,17 +71,58 @@ impl Client {
             Origin::Tcp { https: true, .. } => Some(config.tls.client()?),
             Origin::Tcp { .. } | Origin::Unix(_) => None,
         };
-        let connector = Connector { origin: config.origin.clone(), tls, timeout: config.connect_timeout };
-        let http = legacy::Client::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(Duration::from_secs(60))
-            .build(connector);
-        let (blocking, prompt) = (Semaphore::new(config.connections), Semaphore::new(PROMPT));
-        Ok(Self { config, http, blocking, prompt })
+        let shards = if tls.is_some() { SHARDS } else { 1 };
+        let lanes = Arc::new(Lanes { free: Arc::new(Semaphore::new(config.connections)), http2: false.into() });
+        let (origin, timeout) = (config.origin.clone(), config.connect_timeout);
+        let connector = Connector { origin, tls, timeout, lanes: lanes.clone() };
+        let mut builder = legacy::Client::builder(TokioExecutor::new());
+        builder.pool_timer(TokioTimer::new()).pool_idle_timeout(Duration::from_secs(60));
+        let http = (0..shards).map(|_| builder.build(connector.clone())).collect();
+        let (prompt, sweep) = (Semaphore::new(PROMPT), Semaphore::new(SWEEP));
+        Ok(Self { config, http, next: AtomicUsize::new(0), lanes, prompt, sweep, pulse: Pulse::default() })
     }
 
-    /// What is known of a service: at once, or with an index when it changed or the wait is over.
-    pub(super) async fn health(&self, service: &str, index: Option<u64>) -> Result<Answer, Error> {
+    /// A place for queries that block, if one is free.
+    pub(super) fn lane(&self) -> Option<Lane> {
+        let place = self.lanes.free.clone().try_acquire_owned().ok()?;
+        Some(self.of(place))
+    }
+
+    /// A place for queries that block, when one is free.
+    pub(super) async fn next_lane(&self) -> Option<Lane> {
+        let place = self.lanes.free.clone().acquire_owned().await.ok()?;
+        Some(self.of(place))
+    }
+
+    fn of(&self, place: OwnedSemaphorePermit) -> Lane {
+        Lane { shard: self.next.fetch_add(1, Ordering::Relaxed) % self.http.len(), _place: place }
+    }
+
+    /// What is known of a service: at once, or on a lane when it is no longer what it was at an index or the wait is over.
+    pub(super) async fn health(&self, service: &str, after: Option<(u64, &Lane)>) -> Result<Answer, Error> {
+        let path = self.health_path(service);
+        match after {
+            Some((index, lane)) => self.block(lane.shard, path, index).await,
+            None => self.call(Method::GET, path, Bytes::new()).await,
+        }
+    }
+
+    /// What is known of a service at once, for a parked watch.
+    pub(super) async fn sweep(&self, service: &str) -> Result<Answer, Error> {
+        let _place = place(&self.sweep).await?;
+        self.run(0, self.config.timeout, Method::GET, self.health_path(service), Bytes::new()).await
+    }
+
+    /// A query whose index tells whether anything changed.
+    pub(super) async fn signal(&self, path: Path, index: Option<u64>) -> Result<Answer, Error> {
+        let path = self.consistent(self.scope(path).maybe("dc", self.config.datacenter.as_deref()));
+        match index {
+            Some(index) => self.block(0, path, index).await,
+            None => self.call(Method::GET, path, Bytes::new()).await,
+        }
+    }
+
+    fn health_path(&self, service: &str) -> Path {
         let config = &self.config;
         let mut path = Path::new("/v1/health/service/").segment(service);
         if !config.selection.warning {
@@ -68,16 +133,22 @@ impl Client {
         for tag in &config.tags {
             path = path.query("tag", tag);
         }
-        path = match config.consistency {
+        self.consistent(path)
+    }
+
+    fn consistent(&self, path: Path) -> Path {
+        match self.config.consistency {
             Consistency::Default => path,
             Consistency::Consistent => path.query("consistent", ""),
             Consistency::Stale => path.query("stale", ""),
             Consistency::Cached => path.query("cached", ""),
-        };
-        let Some(index) = index else { return self.call(Method::GET, path, Bytes::new()).await };
-        path = path.query("index", &index.to_string()).query("wait", &index::wait_parameter(config.wait));
-        let deadline = index::deadline(config.wait, config.timeout);
-        self.run(&self.blocking, deadline, Method::GET, path, Bytes::new()).await
+        }
+    }
+
+    async fn block(&self, shard: usize, path: Path, index: u64) -> Result<Answer, Error> {
+        let wait = self.config.wait;
+        let path = path.query("index", &index.to_string()).query("wait", &index::wait_parameter(wait));
+        self.run(shard, index::deadline(wait, self.config.timeout), Method::GET, path, Bytes::new()).await
     }
 
     /// Whether the token may read the service and at least some node: an old agent answers who may not like one who asks
@@ -114,7 +185,8 @@ impl Client {
 
     /// A call that does not block.
     pub(super) async fn call(&self, method: Method, path: Path, body: Bytes) -> Result<Answer, Error> {
-        self.run(&self.prompt, self.config.timeout, method, path, body).await
+        let _place = place(&self.prompt).await?;
+        self.run(0, self.config.timeout, method, path, body).await
     }
 
     pub(super) fn scope(&self, path: Path) -> Path {
@@ -123,15 +195,14 @@ impl Client {
 
     async fn run(
         &self,
-        places: &Semaphore,
+        shard: usize,
         deadline: Duration,
         method: Method,
         path: Path,
         body: Bytes,
     ) -> Result<Answer, Error> {
-        let _place = places.acquire().await.map_err(|_| Error::unavailable("the client is closed"))?;
         let request = self.request(method, &path, body)?;
-        tokio::time::timeout(deadline, self.exchange(request))
+        tokio::time::timeout(deadline, self.exchange(shard, request))
             .await
             .unwrap_or_else(|_| Err(Error::unavailable("the agent did not answer in time")))
     }
@@ -149,8 +220,9 @@ impl Client {
             .map_err(|error| Error::invalid("the agent cannot be asked that").with_source(error))
     }
 
-    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<Answer, Error> {
-        let answer = self.http.request(request).await.map_err(|error| {
+    async fn exchange(&self, shard: usize, request: Request<Full<Bytes>>) -> Result<Answer, Error> {
+        let client = self.http.get(shard).ok_or_else(|| Error::unavailable("there is no such connection"))?;
+        let answer = client.request(request).await.map_err(|error| {
             let what = if error.is_connect() { "the agent cannot be reached" } else { "the agent broke off" };
             Error::unavailable(what).with_source(error)
         })?;
@@ -172,9 +244,24 @@ impl Client {
     }
 }
 
+async fn place(places: &Semaphore) -> Result<SemaphorePermit<'_>, Error> {
+    places.acquire().await.map_err(|_| Error::unavailable("the client is closed"))
+}
+
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Client").field(&self.config).finish()
+    }
+}
+
+// === impl Lanes ===
+
+impl Lanes {
+    /// A connection speaks HTTP/2: there is room for many more.
+    pub(super) fn multiplex(&self) {
+        if !self.http2.swap(true, Ordering::Relaxed) {
+            self.free.add_permits(SHARDS * STREAMS);
+        }
     }
 }
 

@@ -18,6 +18,7 @@ use tokio::net::TcpStream;
 use tower_service::Service;
 
 use super::Origin;
+use super::client::Lanes;
 use crate::Error;
 
 /// Connects to one agent, whatever the URI says.
@@ -26,6 +27,7 @@ pub(super) struct Connector {
     pub(super) origin: Arc<Origin>,
     pub(super) tls: Option<Arc<rustls::ClientConfig>>,
     pub(super) timeout: Duration,
+    pub(super) lanes: Arc<Lanes>,
 }
 
 pub(super) struct Stream {
@@ -116,6 +118,9 @@ impl Connector {
         let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned()).map_err(io::Error::other)?;
         let stream = tokio_rustls::TlsConnector::from(tls).connect(name, io).await?;
         let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+        if http2 {
+            self.lanes.multiplex();
+        }
         Ok(Stream { io: TokioIo::new(Box::new(stream)), http2 })
     }
 }

@@ -29,6 +29,7 @@ mod answer;
 mod client;
 mod connect;
 mod index;
+mod pulse;
 mod register;
 mod watch;
 
@@ -108,7 +109,7 @@ impl ConsulRegistry {
 
 impl Registry for ConsulRegistry {
     fn watch(&self, service: &Arc<str>) -> Watch {
-        watch::watch(self.0.clone(), service.clone())
+        watch::follow(self.0.clone(), service.clone())
     }
 
     fn register(&self, definition: ServiceDefinition) -> Pending<Registration> {

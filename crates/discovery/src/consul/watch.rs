@@ -5,11 +5,13 @@ use std::time::Duration;
 
 use futures::stream;
 use portcullis_core::Instance;
+use tokio::sync::watch;
 
 use super::Consistency;
 use super::answer;
-use super::client::Client;
+use super::client::{Answer, Client, Lane};
 use super::index::{Index, Turn};
+use super::pulse::Pulse;
 use crate::backoff::{Backoff, Pace};
 use crate::{Error, Watch};
 
@@ -28,13 +30,24 @@ struct Follower {
     pause: Duration,
     backoff: Backoff,
     pace: Pace,
+    place: Place,
+}
+
+/// How a watch waits for the next change.
+enum Place {
+    /// Not yet decided.
+    None,
+    /// By a query that blocks.
+    Lane(Lane),
+    /// By a signal shared with others, because all lanes are taken.
+    Parked(watch::Receiver<()>),
 }
 
 /// Queries of one service that may follow each other at once, and how often they may after that.
 const BURST: u32 = 8;
 const EVERY: Duration = Duration::from_millis(250);
 
-pub(super) fn watch(client: Arc<Client>, service: Arc<str>) -> Watch {
+pub(super) fn follow(client: Arc<Client>, service: Arc<str>) -> Watch {
     let follower = Follower {
         client,
         service,
@@ -46,6 +59,7 @@ pub(super) fn watch(client: Arc<Client>, service: Arc<str>) -> Watch {
         pause: Duration::ZERO,
         backoff: Backoff::new(),
         pace: Pace::new(BURST, EVERY),
+        place: Place::None,
     };
     Watch::new(stream::unfold(follower, |mut follower| async move {
         let answer = follower.next().await;
@@ -83,8 +97,7 @@ impl Follower {
 
     /// Asks once; `None` when nothing changed.
     async fn ask(&mut self) -> Result<Option<Vec<Instance>>, Error> {
-        let index = if self.failing { None } else { self.index.value() };
-        let answer = self.client.health(&self.service, index).await?.ok()?;
+        let answer = self.answer().await?.ok()?;
         let old = matches!(self.client.config.consistency, Consistency::Stale | Consistency::Cached);
         if !answer.has_leader() && (!old || self.known) {
             return Err(Error::no_leader("the registry has no leader"));
@@ -118,6 +131,35 @@ impl Follower {
         }
         self.known = false;
         Ok(Some(instances))
+    }
+
+    /// What the agent says: at once if it is not known what it said last, else when that may have changed.
+    async fn answer(&mut self) -> Result<Answer, Error> {
+        let Some(index) = self.index.value().filter(|_| !self.failing) else {
+            return self.client.health(&self.service, None).await;
+        };
+        if matches!(self.place, Place::None) {
+            match self.client.lane() {
+                Some(lane) => self.place = Place::Lane(lane),
+                None => {
+                    // A change may have come before the signal was listened to.
+                    self.place = Place::Parked(Pulse::listen(&self.client));
+                    return self.client.sweep(&self.service).await;
+                }
+            }
+        }
+        if let Place::Parked(beat) = &mut self.place {
+            let wait = self.client.config.wait.mul_f64(0.5 + 0.5 * fastrand::f64());
+            tokio::select! {
+                beat = beat.changed() => if beat.is_err() { self.place = Place::None },
+                lane = self.client.next_lane() => self.place = lane.map_or(Place::None, Place::Lane),
+                () = tokio::time::sleep(wait) => {}
+            }
+        }
+        match &self.place {
+            Place::Lane(lane) => self.client.health(&self.service, Some((index, lane))).await,
+            Place::Parked(_) | Place::None => self.client.sweep(&self.service).await,
+        }
     }
 
     async fn saw_instances(&mut self) {

@@ -1,0 +1,111 @@
+//! Whether anything changed anywhere: one signal for all the watches that have no connection of their own.
+//!
+//! Two blocking queries tell: one over all checks, filtered down to none, and one over the names of all services. Their
+//! indexes move with every change of a check or a service. What changed they do not say, so every parked watch asks then.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use futures::{StreamExt, stream};
+use tokio::sync::watch;
+
+use super::Consistency;
+use super::client::{Client, Path};
+use super::index::Index;
+use crate::Error;
+use crate::backoff::{Backoff, Pace};
+
+/// The signal's receivers. Its task lives as long as somebody listens.
+#[derive(Default)]
+pub(super) struct Pulse(Mutex<Option<watch::Sender<()>>>);
+
+/// One of the two queries.
+struct Listener {
+    client: Arc<Client>,
+    path: &'static str,
+    index: Index,
+    failing: bool,
+    backoff: Backoff,
+}
+
+/// Beats that may follow each other at once, and how often they may after that: each makes every parked watch ask.
+const BURST: u32 = 2;
+const EVERY: std::time::Duration = std::time::Duration::from_secs(1);
+
+// === impl Pulse ===
+
+impl Pulse {
+    pub(super) fn listen(client: &Arc<Client>) -> watch::Receiver<()> {
+        let mut pulse = client.pulse.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(beat) = &*pulse
+            && beat.receiver_count() > 0
+        {
+            return beat.subscribe();
+        }
+        let (beat, heard) = watch::channel(());
+        *pulse = Some(beat.clone());
+        tokio::spawn(run(client.clone(), beat));
+        heard
+    }
+}
+
+/// The task: beats until nobody listens.
+async fn run(client: Arc<Client>, beat: watch::Sender<()>) {
+    let mut pace = Pace::new(BURST, EVERY);
+    // A stale server or a cache may see a change after the signal did.
+    let late = matches!(client.config.consistency, Consistency::Stale | Consistency::Cached);
+    let changes = |path| stream::unfold(Listener::new(client.clone(), path), Listener::next);
+    let mut changes = stream::select(Box::pin(changes(CHECKS)), Box::pin(changes(SERVICES)));
+    loop {
+        tokio::select! {
+            Some(()) = changes.next() => {}
+            () = beat.closed() => return,
+        }
+        tokio::time::sleep(pace.take(client.config.clock.now())).await;
+        beat.send_replace(());
+        if late {
+            tokio::time::sleep(EVERY).await;
+            beat.send_replace(());
+        }
+    }
+}
+
+const CHECKS: &str = "/v1/health/state/any";
+const SERVICES: &str = "/v1/catalog/services";
+
+// === impl Listener ===
+
+impl Listener {
+    fn new(client: Arc<Client>, path: &'static str) -> Self {
+        Self { client, path, index: Index::default(), failing: true, backoff: Backoff::new() }
+    }
+
+    /// Comes back when something may have changed: an index moved, or could not be followed for a while.
+    async fn next(mut self) -> Option<((), Self)> {
+        loop {
+            match self.ask().await {
+                Ok(changed) => {
+                    self.backoff.reset();
+                    if changed {
+                        return Some(((), self));
+                    }
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "the signal for parked watches fails");
+                    self.failing = true;
+                    tokio::time::sleep(self.backoff.next(fastrand::f64())).await;
+                }
+            }
+        }
+    }
+
+    async fn ask(&mut self) -> Result<bool, Error> {
+        let index = if self.failing { None } else { self.index.value() };
+        let mut path = Path::new(self.path);
+        if self.path == CHECKS {
+            path = path.query("filter", "CheckID == \"\"");
+        }
+        let answer = self.client.signal(path, index).await?.ok()?;
+        let moved = self.index.observe(answer.index()) != super::index::Turn::Same;
+        Ok(std::mem::take(&mut self.failing) || moved)
+    }
+}
