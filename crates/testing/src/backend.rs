@@ -153,7 +153,11 @@ impl Service<Request<Incoming>> for Answering {
 fn answer(name: &str, request: Request<Incoming>) -> Response<BackendBody> {
     let path = request.uri().path();
     if path == "/echo" {
-        return Response::new(request.into_body().boxed_unsync());
+        // HTTP/1.1 sends only those trailers that were announced.
+        let announced = request.headers().get(http::header::TRAILER).cloned();
+        let mut response = Response::new(request.into_body().boxed_unsync());
+        response.headers_mut().extend(announced.map(|names| (http::header::TRAILER, names)));
+        return response;
     }
     let status = path.strip_prefix("/status/").and_then(|code| code.parse::<StatusCode>().ok()).unwrap_or_default();
     let fields: serde_json::Map<_, _> = request
