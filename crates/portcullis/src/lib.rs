@@ -47,6 +47,8 @@ pub use portcullis_rate_limit as rate_limit;
 
 #[cfg(feature = "gateway")]
 pub mod gateway;
+#[cfg(feature = "serve")]
+pub mod serve;
 
 /// The README's code, compiled.
 #[cfg(all(doctest, feature = "full"))]
