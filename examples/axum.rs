@@ -55,7 +55,7 @@ curl -si -H 'authorization: Bearer {token}' http://{address}/hello
 curl -si http://{address}/hello
 # was added after the layers, so nobody is asked
 curl -si http://{address}/open
-# 200 200 429 429
+# two a second and no more: the rest get 429
 for i in 1 2 3 4; do curl -s -o /dev/null -w '%{{http_code}}\\n' -H 'authorization: Bearer {token}' http://{address}/hello; done"
     );
     axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>()).await?;

@@ -94,7 +94,7 @@ for i in 1 2 3 4 5; do curl -s -o /dev/null -w '%{{http_code}}\\n' -H 'authoriza
 # kills a backend; it says so
 curl -s -X DELETE http://{control_address}/b
 # and nobody notices: thirty answers, all 200, from the other two
-for i in $(seq 30); do curl -s -H 'authorization: Bearer {token}' http://{address}/orders/$i; done
+for i in $(seq 30); do curl -si -H 'authorization: Bearer {token}' http://{address}/orders/$i; done | grep -E '^(HTTP|x-backend)' | sort | uniq -c
 
 Ctrl-C drains and stops."
     );
