@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::request::Parts;
-use http::{Request, Response, StatusCode};
+use http::{Request, Response, StatusCode, header};
 use pin_project_lite::pin_project;
 use portcullis_core::{
     Body, Carried, Deadline, Dialect, Endpoint, Endpoints, Head, Layer, Moment, Outcome, Rejection, Route,
@@ -22,6 +22,7 @@ use crate::pick::{Asked, Pick, mix};
 use crate::policy::{Policy, Reason};
 use crate::replay::{BoxError, Keeper, Replay};
 use crate::served::{Failed, Served};
+use crate::sticky::Token;
 use crate::view::Nobody;
 use crate::watch::{Attempt, Watch};
 
@@ -79,6 +80,8 @@ struct Call<S: Service<Request<Replay<B>>>, P: Pick, B> {
     /// What the attempt before came to, until there is another.
     last: Option<Last<S::Response, S::Error, P>>,
     waits_until: Option<Moment>,
+    /// The endpoint the caller's cookie leads to.
+    token: Option<Token>,
 }
 
 enum Last<T, E, P: Pick> {
@@ -123,8 +126,12 @@ where
         let (dialect, repeats) = (Dialect::of(&parts.headers), policy.repeats(&parts.method));
         let (body, keeper) = match policy.attempts {
             0 | 1 => (Replay::new(body), Keeper::none()),
-            _ => Replay::keep(body, policy.replay),
+            _ => {
+                shared.budget.deposit(&shared.clock);
+                Replay::keep(body, policy.replay)
+            }
         };
+        let token = policy.sticky.as_ref().and_then(|sticky| sticky.read(&parts.headers));
         let mut call = Call {
             shared,
             service,
@@ -140,6 +147,7 @@ where
             failed: Vec::new(),
             last: None,
             waits_until: None,
+            token,
         };
         let state = State::of(call.pick());
         Self { state, call: Some(call) }
@@ -228,18 +236,9 @@ where
     /// Picks an endpoint and calls it. The service is ready.
     fn pick(&mut self) -> NextOf<S, P, R, B> {
         let Some((parts, _)) = &self.next else { return Next::Ready };
-        let shared = &*self.shared;
         let tried: Vec<Endpoint> = self.failed.iter().map(|failed| failed.endpoint.clone()).collect();
-        let asked = Asked::of_parts(parts);
-        let chosen = shared.viewed(&self.endpoints).choose(
-            &self.endpoints,
-            &shared.shape,
-            &*shared.pick,
-            asked,
-            &tried,
-            &shared.clock,
-        );
-        let (permit, began) = match chosen {
+        let policy = policy_of(self.route.as_ref(), &self.shared);
+        let (permit, began) = match self.shared.choose(&self.endpoints, policy, Asked::of_parts(parts), &tried) {
             Ok(chosen) => chosen,
             Err(nobody) => return self.nobody(nobody),
         };
@@ -270,6 +269,7 @@ where
         let (reason, until) = match nobody {
             Nobody::Empty => ("no-endpoints", None),
             Nobody::Refused(until) => ("none-admits", Some(until)),
+            Nobody::Preferred => ("preferred-not-available", None),
         };
         if let (Some(until), Some(longest)) = (until, self.shared.wait) {
             let end = self.deadline().map_or(now + longest, |deadline| deadline.min(now + longest));
@@ -327,6 +327,10 @@ where
             return None;
         }
         let body = self.keeper.again()?;
+        if reason != Reason::Unsent && !self.shared.budget.withdraw(self.shared.clock.now()) {
+            tracing::debug!(endpoint = &**failed.id(), ?reason, "the retry budget is used up");
+            return None;
+        }
         let head = if attempts + 1 < usize::from(policy.attempts) { self.head.clone() } else { self.head.take() };
         self.next = Some((head?, body));
         tracing::debug!(endpoint = &**failed.id(), ?reason, "tries another endpoint");
@@ -337,6 +341,12 @@ where
         self.keeper.release();
         match result {
             Ok(mut response) => {
+                if let Some(sticky) = &policy_of(self.route.as_ref(), &self.shared).sticky
+                    && self.token != Some(sticky.token(attempt.endpoint()))
+                    && let Some(cookie) = sticky.set(attempt.endpoint())
+                {
+                    response.headers_mut().append(header::SET_COOKIE, cookie);
+                }
                 if self.shared.leaves_served {
                     let failed = std::mem::take(&mut self.failed);
                     response.extensions_mut().insert(Served::new(attempt.endpoint().clone(), failed));

@@ -1,31 +1,47 @@
 //! Picks one endpoint for each request, and another when that one cannot be reached.
 
+mod budget;
 mod future;
 mod group;
+mod hash_key;
 mod least_connections;
+mod maglev;
 mod peak_ewma;
 mod pick;
 mod policy;
 mod random;
+mod rendezvous;
 mod replay;
+mod ring_hash;
 mod round_robin;
 mod served;
+mod shape;
+mod sticky;
+mod table;
 #[cfg(test)]
 mod testing;
 mod view;
 mod watch;
 
+pub use budget::Budget;
 pub use future::ResponseFuture;
+pub use hash_key::HashKey;
 pub use least_connections::{LeastConnections, PowerOfTwo};
+pub use maglev::Maglev;
 pub use peak_ewma::PeakEwma;
 pub use pick::{Asked, Call, Candidates, Pick};
 pub use policy::{Policy, Reason};
 pub use random::Random;
+pub use rendezvous::Rendezvous;
 pub use replay::{BoxError, Replay};
+pub use ring_hash::RingHash;
 pub use round_robin::RoundRobin;
 pub use served::{Failed, Served};
+pub use shape::{SlowStart, Subset, Zone};
+pub use sticky::{Prefer, Sticky};
 pub use watch::Watch;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -33,11 +49,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response};
-use portcullis_core::{Body, Carried, Classify, Clock, Endpoints, SlotKey, Standard, WallClock};
+use portcullis_core::{Body, Carried, Classify, Clock, Endpoint, Endpoints, Permit, SlotKey, Standard, WallClock};
 use tower_layer::Layer;
 use tower_service::Service;
 
-use crate::view::{Shape, Viewed};
+use crate::shape::Shape;
+use crate::view::{Choice, Chosen, Nobody, Viewed};
 
 /// Applies [`Balance`]. All services made from one layer share one state.
 pub struct BalanceLayer<P> {
@@ -54,16 +71,15 @@ struct Shared<P> {
     pick: Arc<P>,
     shape: Shape,
     policy: Policy,
+    budget: Budget,
     wait: Option<Duration>,
     leaves_served: bool,
     classify: Arc<dyn Classify>,
     clock: Clock,
     wall: WallClock,
     key: SlotKey<Viewed>,
+    ids: SlotKey<HashMap<Arc<str>, u32>>,
 }
-
-/// Below which share of admitting endpoints, in percent, gates are not obeyed any more.
-pub const PANIC_THRESHOLD: u8 = 50;
 
 // === impl BalanceLayer ===
 
@@ -74,14 +90,16 @@ impl<P: Pick> BalanceLayer<P> {
         Self {
             shared: Arc::new(Shared {
                 pick: Arc::new(pick),
-                shape: Shape { panic: PANIC_THRESHOLD },
+                shape: Shape::default(),
                 policy: Policy::new(),
+                budget: Budget::default(),
                 wait: None,
                 leaves_served: true,
                 classify: Arc::new(Standard::default()),
                 clock: Clock::system(),
                 wall: WallClock::system(),
                 key: SlotKey::new(),
+                ids: SlotKey::new(),
             }),
         }
     }
@@ -103,10 +121,42 @@ impl<P: Pick> BalanceLayer<P> {
 
     /// When fewer than so many percent of the endpoints admit, gates are not obeyed: what is refused is likelier to be
     /// somebody's misjudgement, or an overload that refusing makes worse. Calls that went past a gate change nothing
-    /// there. Default 50; zero never panics. When none admits there is no panic but a refusal.
+    /// there. Default 50; zero never panics. When none admits
+    /// there is no panic but a refusal. With priorities, each panics by itself, and only when all together are too few.
     #[must_use]
     pub fn panic_threshold(mut self, percent: u8) -> Self {
         self.change().shape.panic = percent;
+        self
+    }
+
+    /// How much more than its even share an endpoint can take, in percent: while those of a
+    /// [priority](portcullis_core::Instance::priority) that admit can take all of its requests, none goes to the next.
+    /// Default 140; at least 100.
+    #[must_use]
+    pub fn overprovisioning(mut self, percent: u16) -> Self {
+        self.change().shape.overprovisioning = u32::from(percent).max(100);
+        self
+    }
+
+    /// Prefers the balancer's own zone. By default zones make no difference.
+    #[must_use]
+    pub fn zone(mut self, zone: Zone) -> Self {
+        self.change().shape.zone = Some(zone);
+        self
+    }
+
+    /// Starts new endpoints slowly. By default they get their full share at once.
+    #[must_use]
+    pub fn slow_start(mut self, start: SlowStart) -> Self {
+        self.change().shape.slow_start = Some(start);
+        self
+    }
+
+    /// How many requests may be repeated in all. The same budget can be given to several layers. Default
+    /// [`Budget::default`], the layer's own.
+    #[must_use]
+    pub fn budget(mut self, budget: Budget) -> Self {
+        self.change().budget = budget;
         self
     }
 
@@ -145,6 +195,13 @@ impl<P: Pick> BalanceLayer<P> {
         self
     }
 
+    /// The choice alone, for those who speak no `tower`: the right to call one of `endpoints`, or `None` when none admits.
+    /// The caller counts the call itself, with [`Endpoint::begin`].
+    #[must_use]
+    pub fn choose(&self, endpoints: &Endpoints, asked: Asked<'_>) -> Option<Permit> {
+        self.shared.choose(endpoints, &self.shared.policy, asked, &[]).ok().map(|chosen| chosen.0)
+    }
+
     fn change(&mut self) -> &mut Shared<P> {
         let shared = Arc::make_mut(&mut self.shared);
         // What was derived under other settings is not to be found.
@@ -179,19 +236,48 @@ impl<P> Clone for Shared<P> {
             pick: self.pick.clone(),
             shape: self.shape.clone(),
             policy: self.policy.clone(),
+            budget: self.budget.clone(),
             wait: self.wait,
             leaves_served: self.leaves_served,
             classify: self.classify.clone(),
             clock: self.clock.clone(),
             wall: self.wall.clone(),
             key: self.key.clone(),
+            ids: self.ids.clone(),
         }
     }
 }
 
 impl<P: Pick> Shared<P> {
-    fn viewed<'a>(&self, endpoints: &'a Endpoints) -> &'a Viewed {
-        endpoints.slot(&self.key, || Viewed::new(endpoints, &self.shape, &*self.pick))
+    fn choose(
+        &self,
+        endpoints: &Endpoints,
+        policy: &Policy,
+        asked: Asked<'_>,
+        tried: &[Endpoint],
+    ) -> Result<Chosen, Nobody> {
+        let whole = Choice { pick: &*self.pick, shape: &self.shape, subset: None, asked, tried, clock: &self.clock };
+        if let Some(prefer) = asked.extensions.get::<Prefer>() {
+            let ids = || (0..).zip(endpoints.iter()).map(|(i, endpoint)| (endpoint.id().clone(), i)).collect();
+            let position = endpoints.slot(&self.ids, ids).get(&prefer.id);
+            let chosen = position.and_then(|i| whole.enter(endpoints.get(*i as usize)?));
+            match chosen {
+                Some(chosen) => return Ok(chosen),
+                None if prefer.strict => return Err(Nobody::Preferred),
+                None => {}
+            }
+        }
+        if let Some(sticky) = &policy.sticky
+            && let Some(token) = sticky.read(asked.headers)
+            && let Some(endpoint) = sticky.find(endpoints, token)
+            && policy.subset.as_ref().is_none_or(|subset| subset.holds(&endpoint.instance()))
+            && let Some(chosen) = whole.enter(endpoint)
+        {
+            return Ok(chosen);
+        }
+        let choice = Choice { subset: policy.subset.as_ref(), ..whole };
+        let viewed = endpoints.slot(&self.key, || Viewed::new(endpoints, &whole));
+        viewed.subset(endpoints, &choice).choose(endpoints, &choice)
     }
 }
 

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Extensions, HeaderMap, Method, Request, Uri};
-use portcullis_core::{Clock, Endpoint, Moment, Outcome, SlotKey};
+use portcullis_core::{Clock, Endpoint, Endpoints, Moment, Outcome, SlotKey};
 
 use crate::group::Group;
+use crate::view::Choice;
 
 /// Picks one endpoint for a request. One value serves all services of a layer, on all threads, without locks.
 ///
@@ -50,18 +51,25 @@ pub trait Pick: Send + Sync + 'static {
     fn wants_all(&self) -> bool {
         false
     }
+
+    /// Where among [priorities](portcullis_core::Instance::priority) the request falls, out of 2⁶⁴, for policies that send
+    /// equal requests to the same endpoint. By default anywhere.
+    fn point(&self, asked: Asked<'_>) -> Option<u64> {
+        let _ = asked;
+        None
+    }
 }
 
 /// The endpoints to pick from, and the request they are for.
 pub struct Candidates<'a> {
-    endpoints: &'a [Endpoint],
+    endpoints: &'a Endpoints,
     group: &'a Group,
     asked: Asked<'a>,
     tried: &'a [Endpoint],
-    skipped: Cell<[u32; SKIPPED]>,
-    seed: Cell<u64>,
     clock: &'a Clock,
     now: OnceCell<Moment>,
+    seed: Cell<u64>,
+    skipped: Cell<[u32; SKIPPED]>,
 }
 
 /// How many that turned out not to admit are remembered within one pick.
@@ -126,6 +134,10 @@ macro_rules! through_a_pointer {
             fn wants_all(&self) -> bool {
                 (**self).wants_all()
             }
+
+            fn point(&self, asked: Asked<'_>) -> Option<u64> {
+                (**self).point(asked)
+            }
         }
     )*};
 }
@@ -148,27 +160,25 @@ impl Pick for Box<dyn Pick> {
     fn wants_all(&self) -> bool {
         (**self).wants_all()
     }
+
+    fn point(&self, asked: Asked<'_>) -> Option<u64> {
+        (**self).point(asked)
+    }
 }
 
 // === impl Candidates ===
 
 impl<'a> Candidates<'a> {
-    pub(crate) fn new(
-        endpoints: &'a [Endpoint],
-        group: &'a Group,
-        asked: Asked<'a>,
-        tried: &'a [Endpoint],
-        clock: &'a Clock,
-    ) -> Self {
+    pub(crate) fn new<P: ?Sized>(endpoints: &'a Endpoints, group: &'a Group, choice: &Choice<'a, P>) -> Self {
         Self {
             endpoints,
             group,
-            asked,
-            tried,
-            skipped: Cell::new([NOBODY; SKIPPED]),
-            seed: Cell::new(0),
-            clock,
+            asked: choice.asked,
+            tried: choice.tried,
+            clock: choice.clock,
             now: OnceCell::new(),
+            seed: Cell::new(0),
+            skipped: Cell::new([NOBODY; SKIPPED]),
         }
     }
 
@@ -196,7 +206,7 @@ impl<'a> Candidates<'a> {
     #[must_use]
     pub fn usable(&self, index: usize) -> bool {
         let endpoint = &self[index];
-        !self.is_tried(endpoint) && !self.is_skipped(index) && endpoint.gate().peek(|| self.now()).is_ok()
+        !self.tried.contains(endpoint) && !self.is_skipped(index) && endpoint.gate().peek(|| self.now()).is_ok()
     }
 
     /// One at random, each as often as its weight says.
@@ -263,8 +273,25 @@ impl<'a> Candidates<'a> {
         self.group.slots().get_or_init(key, derive)
     }
 
-    pub(crate) fn is_tried(&self, endpoint: &Endpoint) -> bool {
-        self.tried.contains(endpoint)
+    /// What the policy with this key keeps for the service from one set of endpoints to the next.
+    pub fn kept<T: Send + Sync + 'static>(&self, key: &SlotKey<T>, make: impl FnOnce() -> T) -> &'a T {
+        self.endpoints.kept(key, make)
+    }
+
+    /// Requests in flight, this one counted, for each unit of weight. Of more than 32 endpoints, estimated from 32.
+    #[must_use]
+    pub fn load_by_weight(&self) -> f64 {
+        const LOOKED_AT: usize = 32;
+        let (len, start) = (self.len(), self.random_below(self.len()));
+        let stride = (len / LOOKED_AT).max(1);
+        let (mut load, mut weight) = (0.0, 0.0);
+        for k in 0..len.min(LOOKED_AT) {
+            let i = (start + k * stride) % len;
+            load += f64::from(self[i].in_flight());
+            weight += f64::from(self.weight(i));
+        }
+        let all = len as f64 / len.min(LOOKED_AT) as f64;
+        (load * all + 1.0) / (weight * all)
     }
 
     pub(crate) fn skip(&self, index: usize) {

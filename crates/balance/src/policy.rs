@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
+use crate::hash_key::HashKey;
+use crate::shape::Subset;
+use crate::sticky::Sticky;
 use http::{Method, StatusCode};
 use portcullis_core::{Dialect, GrpcCode, Head, Layer, Rejection, Side};
 
-/// How a request is attempted. The layer has one; a [`Route`](portcullis_core::Route) that carries another overrides it
+/// How a request is balanced and attempted. The layer has one; a [`Route`](portcullis_core::Route) that carries another overrides it
 /// as a whole.
 ///
 /// | | default |
@@ -17,6 +20,11 @@ use portcullis_core::{Dialect, GrpcCode, Head, Layer, Rejection, Side};
 /// | [statuses](Self::on_statuses), [gRPC codes](Self::on_grpc) | none |
 /// | [back-off](Self::backoff) | 25 ms doubling to 250 ms, each time a random part of it |
 /// | [what is kept of a request body](Self::replay) | 64 KiB |
+/// | [hash key](Self::hash_key) | the policy's own |
+/// | [subset](Self::subset), [stickiness](Self::sticky) | none |
+///
+/// What was not sent costs no more than trying it elsewhere; every other repetition is taken from the layer's
+/// [`Budget`](crate::Budget).
 #[derive(Clone, Debug)]
 pub struct Policy {
     pub(crate) attempts: u8,
@@ -27,6 +35,9 @@ pub struct Policy {
     codes: Vec<GrpcCode>,
     backoff: (Duration, Duration),
     pub(crate) replay: usize,
+    pub(crate) hash_key: Option<HashKey>,
+    pub(crate) subset: Option<Subset>,
+    pub(crate) sticky: Option<Sticky>,
 }
 
 /// Why an attempt was not the last.
@@ -67,6 +78,9 @@ impl Policy {
             codes: Vec::new(),
             backoff: BACKOFF,
             replay: REPLAY,
+            hash_key: None,
+            subset: None,
+            sticky: None,
         }
     }
 
@@ -131,6 +145,28 @@ impl Policy {
     #[must_use]
     pub const fn replay(mut self, bytes: usize) -> Self {
         self.replay = bytes;
+        self
+    }
+
+    /// What decides where a request goes, for policies that hash. By default what the policy itself was made with. Only
+    /// that of a route counts.
+    #[must_use]
+    pub fn hash_key(mut self, key: HashKey) -> Self {
+        self.hash_key = Some(key);
+        self
+    }
+
+    /// Picks from this subset only. Default all endpoints.
+    #[must_use]
+    pub fn subset(mut self, subset: Subset) -> Self {
+        self.subset = Some(subset);
+        self
+    }
+
+    /// Keeps callers with the endpoint that served them. Default not.
+    #[must_use]
+    pub fn sticky(mut self, sticky: Sticky) -> Self {
+        self.sticky = Some(sticky);
         self
     }
 

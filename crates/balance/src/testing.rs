@@ -5,18 +5,19 @@ use std::ops::Index;
 use std::time::Duration;
 
 use http::Request;
-use portcullis_core::{Clock, Endpoint, Endpoints, Instance, ManualClock, Moment};
+use portcullis_core::{Clock, Endpoint, Endpoints, Instance, ManualClock, Moment, Mover};
 
 use crate::group::Group;
 use crate::pick::{Asked, Candidates, Pick};
+use crate::shape::Shape;
+use crate::view::Choice;
 
-/// Endpoints of certain weights, on a clock that starts at a moment of its own.
+/// Endpoints of certain weights, on a clock of their own.
 pub(crate) struct Set {
     pub(crate) endpoints: Endpoints,
     group: Group,
     clock: Clock,
     hand: ManualClock,
-    request: Request<()>,
 }
 
 impl Set {
@@ -29,7 +30,7 @@ impl Set {
         let endpoints = Endpoints::none("s").reconcile(instances, Moment::MIN);
         let members: Vec<_> = weights.iter().enumerate().map(|(i, weight)| (i as u32, *weight)).collect();
         let (clock, hand) = Clock::manual();
-        Self { endpoints, group: Group::new(&members, weights.len()), clock, hand, request: Request::default() }
+        Self { endpoints, group: Group::new(&members, weights.len()), clock, hand }
     }
 
     pub(crate) fn advance(&self, by: Duration) {
@@ -40,18 +41,18 @@ impl Set {
         self.clock.now()
     }
 
-    pub(crate) fn pick(&self, policy: &(impl Pick + ?Sized)) -> usize {
-        self.candidates(&[]).ask(policy)
+    pub(crate) fn close(&self, index: usize) {
+        self[index].gate().close_for(Mover::new());
     }
 
-    pub(crate) fn candidates<'a>(&'a self, tried: &'a [Endpoint]) -> Candidates<'a> {
-        Candidates::new(&self.endpoints, &self.group, Asked::of(&self.request), tried, &self.clock)
+    pub(crate) fn pick(&self, policy: &dyn Pick) -> usize {
+        self.pick_for(policy, &Request::default())
     }
-}
 
-impl Candidates<'_> {
-    fn ask(&self, policy: &(impl Pick + ?Sized)) -> usize {
-        policy.pick(self).unwrap()
+    pub(crate) fn pick_for(&self, pick: &dyn Pick, request: &Request<()>) -> usize {
+        let (shape, asked) = (Shape::default(), Asked::of(request));
+        let choice = Choice { pick, shape: &shape, subset: None, asked, tried: &[], clock: &self.clock };
+        pick.pick(&Candidates::new(&self.endpoints, &self.group, &choice)).unwrap()
     }
 }
 
@@ -61,4 +62,19 @@ impl Index<usize> for Set {
     fn index(&self, index: usize) -> &Endpoint {
         &self.endpoints[index]
     }
+}
+
+/// A request whose path is this key.
+pub(crate) fn asking(key: usize) -> Request<()> {
+    Request::get(format!("/{key}")).body(()).unwrap()
+}
+
+/// How much more than its share the endpoint has that has most, over so many keys.
+pub(crate) fn spread(policy: &dyn Pick, weights: &[u32], keys: usize) -> f64 {
+    let set = Set::of(weights);
+    let mut seen = vec![0_u32; weights.len()];
+    (0..keys).for_each(|key| seen[set.pick_for(policy, &asking(key))] += 1);
+    let total: u32 = weights.iter().sum();
+    let share = |(seen, weight): (&u32, &u32)| f64::from(*seen) * f64::from(total) / f64::from(*weight) / keys as f64;
+    seen.iter().zip(weights).map(share).fold(0.0, f64::max)
 }

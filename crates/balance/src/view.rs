@@ -1,37 +1,59 @@
-//! What the gates of a snapshot let one pick from, worked out once for many requests.
+//! What one pick can choose from, worked out once for many requests.
 
+use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
-use portcullis_core::{Clock, Endpoint, Endpoints, Moment, Permit, Refused};
+use arc_swap::ArcSwapOption;
+use portcullis_core::{Clock, Endpoint, Endpoints, Moment, Permit, Refused, Slots};
 
 use crate::group::Group;
-use crate::pick::{Asked, Candidates, Pick, mix, scale};
+use crate::pick::{Asked, Candidates, Pick};
+use crate::shape::{Member, Shape, Split, Subset, WHOLE};
 
-/// What a layer wants of a view, the same for all its requests.
-#[derive(Clone, Debug)]
-pub(crate) struct Shape {
-    /// Below which share of admitting endpoints gates are not obeyed, in percent.
-    pub(crate) panic: u8,
-}
-
-/// The view that a snapshot has just now.
+/// What a snapshot, or a subset of it, offers just now.
 pub(crate) struct Viewed {
-    view: ArcSwap<View>,
+    first: View,
+    /// After gates moved, or time went on.
+    later: ArcSwapOption<View>,
     deriving: AtomicBool,
+    subsets: Slots,
 }
 
 /// Which of a snapshot's endpoints can be picked. It may be a little old: what is picked is asked again at its gate.
 #[derive(Debug)]
-pub(crate) struct View {
+struct View {
     moves: u64,
     derived: Moment,
-    group: Arc<Group>,
+    /// When weights change by themselves.
+    expires: Moment,
+    parts: Box<[Part]>,
+    /// Every endpoint there is, the lowest priority first.
+    all: Box<[u32]>,
     /// Whose gates do not let everybody in.
     rationed: Box<[u32]>,
+    /// Nobody admitted until then, when it was last looked.
+    closed: AtomicU64,
+}
+
+/// A group that gets a part of the requests.
+#[derive(Debug)]
+struct Part {
+    /// Where its part of the line to 2³² ends.
+    end: u64,
+    group: Arc<Group>,
     panic: bool,
+}
+
+/// Everything a choice hangs on but the endpoints.
+pub(crate) struct Choice<'a, P: ?Sized> {
+    pub(crate) pick: &'a P,
+    pub(crate) shape: &'a Shape,
+    pub(crate) subset: Option<&'a Subset>,
+    pub(crate) asked: Asked<'a>,
+    pub(crate) tried: &'a [Endpoint],
+    pub(crate) clock: &'a Clock,
 }
 
 /// Why there is nobody.
@@ -41,7 +63,12 @@ pub(crate) enum Nobody {
     Empty,
     /// None admits; the earliest may at that time.
     Refused(Moment),
+    /// The one that had to be is not there, or does not admit.
+    Preferred,
 }
+
+/// The right to call an endpoint, and the time if the policy observes.
+pub(crate) type Chosen = (Permit, Option<Moment>);
 
 /// How often a policy is asked again when what it picked does not admit.
 const ASKED: usize = 4;
@@ -50,130 +77,260 @@ const ASKED: usize = 4;
 const PROBES: usize = 4;
 /// How long a view is kept for each of its endpoints, though gates moved meanwhile.
 const KEPT: Duration = Duration::from_micros(1);
+/// How long nobody looks again after nobody admitted.
+const CLOSED: Duration = Duration::from_millis(5);
+
+// === impl Choice ===
+
+impl<P: Pick + ?Sized> Choice<'_, P> {
+    /// This very endpoint, if it may be picked.
+    pub(crate) fn enter(&self, endpoint: &Endpoint) -> Option<Chosen> {
+        if endpoint.weight() == 0 || self.tried.contains(endpoint) {
+            return None;
+        }
+        let permit = endpoint.permit(|| self.clock.now()).ok()?;
+        Some((permit, self.pick.observes().then(|| self.clock.now())))
+    }
+}
+
+impl<P: ?Sized> Clone for Choice<'_, P> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<P: ?Sized> Copy for Choice<'_, P> {}
 
 // === impl Viewed ===
 
 impl Viewed {
-    pub(crate) fn new<P: Pick>(endpoints: &Endpoints, shape: &Shape, pick: &P) -> Self {
-        let view = View::derive(endpoints, shape, pick, Moment::MIN, None);
-        Self { view: ArcSwap::from_pointee(view), deriving: AtomicBool::new(false) }
+    pub(crate) fn new<P: Pick + ?Sized>(endpoints: &Endpoints, choice: &Choice<'_, P>) -> Self {
+        Self {
+            first: View::derive(endpoints, choice, choice.clock.now(), None),
+            later: ArcSwapOption::empty(),
+            deriving: AtomicBool::new(false),
+            subsets: Slots::default(),
+        }
     }
 
-    /// Asks `pick` for an endpoint that admits and is not among `tried`, and enters its gate.
-    pub(crate) fn choose<P: Pick>(
+    /// What the subset of `choice` offers.
+    pub(crate) fn subset<P: Pick + ?Sized>(&self, endpoints: &Endpoints, choice: &Choice<'_, P>) -> &Self {
+        match choice.subset {
+            None => self,
+            Some(subset) => self.subsets.get_or_init(subset.key(), || Self::new(endpoints, choice)),
+        }
+    }
+
+    /// Asks the policy for an endpoint that admits and was not tried, and enters its gate.
+    pub(crate) fn choose<P: Pick + ?Sized>(
         &self,
         endpoints: &Endpoints,
-        shape: &Shape,
-        pick: &P,
-        asked: Asked<'_>,
-        tried: &[Endpoint],
-        clock: &Clock,
-    ) -> Result<(Permit, Option<Moment>), Nobody> {
-        let mut view = self.view.load();
-        if view.moves != endpoints.moves() {
-            self.refresh(endpoints, shape, pick, clock.now());
-            view = self.view.load();
+        choice: &Choice<'_, P>,
+    ) -> Result<Chosen, Nobody> {
+        if self.first.is_fresh(endpoints, choice.clock) {
+            return self.first.choose(endpoints, choice);
         }
-        view.choose(endpoints, pick, asked, tried, clock)
+        let later = self.later.load();
+        if let Some(view) = &*later
+            && view.is_fresh(endpoints, choice.clock)
+        {
+            return view.choose(endpoints, choice);
+        }
+        self.refresh(endpoints, choice);
+        match &*self.later.load() {
+            Some(view) => view.choose(endpoints, choice),
+            None => self.first.choose(endpoints, choice),
+        }
     }
 
     #[cold]
-    fn refresh<P: Pick>(&self, endpoints: &Endpoints, shape: &Shape, pick: &P, now: Moment) {
-        let old = self.view.load();
+    fn refresh<P: Pick + ?Sized>(&self, endpoints: &Endpoints, choice: &Choice<'_, P>) {
+        let now = choice.clock.now();
+        let later = self.later.load();
+        let old = later.as_deref().unwrap_or(&self.first);
         let kept = KEPT * u32::try_from(endpoints.len()).unwrap_or(u32::MAX);
-        if now.since(old.derived) < kept || self.deriving.swap(true, Ordering::Acquire) {
+        if now.since(old.derived) < kept && old.moves != endpoints.moves() && endpoints.len() > 1000 {
             return;
         }
-        self.view.store(Arc::new(View::derive(endpoints, shape, pick, now, Some(&old))));
+        if self.deriving.swap(true, Ordering::Acquire) {
+            return;
+        }
+        self.later.store(Some(Arc::new(View::derive(endpoints, choice, now, Some(old)))));
         self.deriving.store(false, Ordering::Release);
+    }
+}
+
+impl fmt::Debug for Viewed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Viewed").field("first", &self.first).field("later", &self.later.load()).finish_non_exhaustive()
     }
 }
 
 // === impl View ===
 
 impl View {
-    fn derive<P: Pick>(endpoints: &Endpoints, shape: &Shape, pick: &P, now: Moment, old: Option<&Self>) -> Self {
+    fn derive<P: Pick + ?Sized>(
+        endpoints: &Endpoints,
+        choice: &Choice<'_, P>,
+        now: Moment,
+        old: Option<&Self>,
+    ) -> Self {
         // Before the gates are looked at: a move meanwhile makes the view old at once.
         let moves = endpoints.moves();
-        let weighted = || (0_u32..).zip(endpoints.iter()).filter(|(_, endpoint)| endpoint.weight() > 0);
-        let all: Vec<(u32, u32)> = weighted().map(|(i, endpoint)| (i, endpoint.weight())).collect();
-        let admits = |i: u32| endpoints[i as usize].gate().admits();
-        let rationed: Box<[u32]> = all.iter().map(|member| member.0).filter(|i| !admits(*i)).collect();
-        let admitting = all.len() - rationed.len();
-        let panic = admitting > 0 && admitting * 100 < all.len() * usize::from(shape.panic);
-        let members = if panic || pick.wants_all() || rationed.is_empty() {
-            all
-        } else {
-            all.into_iter().filter(|member| admits(member.0)).collect()
-        };
-        if let Some(old) = old
-            && old.panic != panic
-        {
-            let service = &**endpoints.service();
-            tracing::info!(service, admitting, of = endpoints.len(), panic, "panic threshold crossed");
+        let wants_all = choice.pick.wants_all();
+        let mut instances: Vec<_> =
+            (0_u32..).zip(endpoints.iter()).map(|(index, endpoint)| (index, endpoint, endpoint.instance())).collect();
+        instances.retain(|(_, endpoint, _)| endpoint.weight() > 0);
+        if let Some(subset) = choice.subset {
+            let holds = |instance: &_| subset.holds(instance);
+            if !subset.is_optional() || instances.iter().any(|(_, _, instance)| holds(instance)) {
+                instances.retain(|(_, _, instance)| holds(instance));
+            }
         }
-        let group = match old {
-            Some(old) if old.group.is_of(&members, endpoints.len()) => old.group.clone(),
-            _ => Arc::new(Group::new(&members, endpoints.len())),
+        instances.sort_by_key(|(_, _, instance)| instance.priority);
+        let start = choice.shape.slow_start.filter(|_| !wants_all);
+        let parts = |endpoint: &Endpoint| start.and_then(|start| start.part(endpoint.joined(), now));
+        let starting = instances.iter().any(|(_, endpoint, _)| parts(endpoint).is_some());
+        let heaviest = instances.iter().map(|(_, endpoint, _)| endpoint.weight()).max().unwrap_or(1);
+        // Parts of a weight need finer units, where they fit.
+        let unit = if starting { f64::from((u32::MAX / heaviest).clamp(1, 1000)) } else { 1.0 };
+        let weight = |endpoint: &Endpoint| match parts(endpoint) {
+            Some(part) => (f64::from(endpoint.weight()) * part * unit).max(1.0) as u32,
+            None if starting => (f64::from(endpoint.weight()) * unit) as u32,
+            None => endpoint.weight(),
         };
-        Self { moves, derived: now, group, rationed, panic }
+        let members: Vec<Member<'_>> = instances
+            .iter()
+            .map(|(index, endpoint, instance)| Member {
+                index: *index,
+                instance,
+                weight: weight(endpoint),
+                admits: endpoint.gate().admits(),
+            })
+            .collect();
+        let splits = choice.shape.split(&members, wants_all);
+        let expires = start.filter(|_| starting).map_or(Moment::MAX, |start| now + start.step());
+        let view = Self {
+            moves,
+            derived: now,
+            expires,
+            parts: Self::parts(endpoints, &members, splits, old),
+            all: members.iter().map(|member| member.index).collect(),
+            rationed: members.iter().filter(|member| !member.admits).map(|member| member.index).collect(),
+            closed: AtomicU64::new(0),
+        };
+        let panics = |view: &Self| view.parts.iter().any(|part| part.panic);
+        if old.map_or(panics(&view), |old| panics(old) != panics(&view)) {
+            let (service, refusing, of) = (&**endpoints.service(), view.rationed.len(), view.all.len());
+            tracing::info!(service, refusing, of, panic = panics(&view), "the panic threshold was crossed");
+        }
+        view
     }
 
-    fn choose<P: Pick>(
-        &self,
-        endpoints: &Endpoints,
-        pick: &P,
-        asked: Asked<'_>,
-        tried: &[Endpoint],
-        clock: &Clock,
-    ) -> Result<(Permit, Option<Moment>), Nobody> {
-        let among = Candidates::new(endpoints, &self.group, asked, tried, clock);
+    fn parts(endpoints: &Endpoints, members: &[Member<'_>], splits: Vec<Split>, old: Option<&Self>) -> Box<[Part]> {
+        let mut weights = vec![0; endpoints.len()];
+        members.iter().for_each(|member| weights[member.index as usize] = member.weight);
+        let (count, mut end) = (splits.len(), 0);
+        let part = |(i, split): (usize, Split)| {
+            let mut listed: Vec<(u32, u32)> =
+                split.members.iter().map(|index| (*index, weights[*index as usize])).collect();
+            listed.sort_unstable();
+            end = if i + 1 == count { WHOLE } else { end + split.share };
+            // What was derived from an unchanged group stays: turns, tables.
+            let known =
+                old.into_iter().flat_map(|old| &*old.parts).find(|part| part.group.is_of(&listed, endpoints.len()));
+            let group = known.map_or_else(|| Arc::new(Group::new(&listed, endpoints.len())), |part| part.group.clone());
+            Part { end, group, panic: split.panic }
+        };
+        splits.into_iter().enumerate().map(part).collect()
+    }
+
+    fn is_fresh(&self, endpoints: &Endpoints, clock: &Clock) -> bool {
+        self.moves == endpoints.moves() && (self.expires == Moment::MAX || clock.now() < self.expires)
+    }
+
+    fn choose<P: Pick + ?Sized>(&self, endpoints: &Endpoints, choice: &Choice<'_, P>) -> Result<Chosen, Nobody> {
+        let pick = choice.pick;
+        let part = match &*self.parts {
+            [] => return self.scan(endpoints, choice, 0, false),
+            [only] => only,
+            several => {
+                let point = pick.point(choice.asked).unwrap_or_else(|| fastrand::u64(..)) >> 32;
+                several.iter().find(|part| point < part.end).unwrap_or(&several[0])
+            }
+        };
+        let among = Candidates::new(endpoints, &part.group, choice);
         let now = || among.now();
         let observed = || pick.observes().then(now);
         if !self.rationed.is_empty()
             && !pick.wants_all()
-            && !self.panic
+            && !part.panic
             && among.random_below(PROBES) == 0
             && let Some(i) = self.rationed.get(among.random_below(self.rationed.len()))
             && let endpoint = &endpoints[*i as usize]
-            && !among.is_tried(endpoint)
+            && !choice.tried.contains(endpoint)
             && let Ok(permit) = endpoint.permit(now)
         {
             return Ok((permit, observed()));
         }
-        if among.len() > 0 {
-            for _ in 0..ASKED {
-                let Some(i) = pick.pick(&among).filter(|i| *i < among.len()) else { break };
-                let endpoint = &among[i];
-                if among.is_tried(endpoint) {
-                    among.skip(i);
-                    continue;
-                }
-                match endpoint.permit(now) {
-                    Ok(permit) => return Ok((permit, observed())),
-                    Err(_) if self.panic => return Ok((endpoint.permit_by_force(), observed())),
-                    Err(_) => among.skip(i),
-                }
+        for _ in 0..ASKED {
+            let Some(i) = pick.pick(&among).filter(|i| *i < among.len()) else { break };
+            let endpoint = &among[i];
+            if choice.tried.contains(endpoint) {
+                among.skip(i);
+                continue;
+            }
+            match endpoint.permit(now) {
+                Ok(permit) => return Ok((permit, observed())),
+                Err(_) if part.panic => return Ok((endpoint.permit_by_force(), observed())),
+                Err(_) => among.skip(i),
             }
         }
-        self.scan(endpoints, &among, tried).map(|permit| (permit, observed()))
+        let start = among.random_below(self.all.len());
+        self.scan(endpoints, choice, start, part.panic)
     }
 
-    /// The first that admits, from anywhere; then also what was tried before.
+    /// The first that admits, of the lowest priority that has one; then also what was tried before.
     #[cold]
-    fn scan(&self, endpoints: &Endpoints, among: &Candidates<'_>, tried: &[Endpoint]) -> Result<Permit, Nobody> {
-        let start = scale(mix(among.random()), endpoints.len());
-        let from = |start: usize| endpoints.iter().cycle().skip(start).take(endpoints.len());
+    fn scan<P: Pick + ?Sized>(
+        &self,
+        endpoints: &Endpoints,
+        choice: &Choice<'_, P>,
+        start: usize,
+        panic: bool,
+    ) -> Result<Chosen, Nobody> {
+        let now = choice.clock.now();
+        if now < Moment::from_nanos(self.closed.load(Ordering::Relaxed)) && self.moves == endpoints.moves() {
+            return Err(Nobody::Refused(self.earliest(endpoints, now)));
+        }
+        let priority = |i: u32| endpoints[i as usize].instance().priority;
+        let mut order: Vec<u32> = self.all[start..].iter().chain(&self.all[..start]).copied().collect();
+        if self.all.first().map(|i| priority(*i)) != self.all.last().map(|i| priority(*i)) {
+            order.sort_by_key(|i| priority(*i));
+        }
         let mut earliest = None;
         for again in [false, true] {
-            for endpoint in from(start).filter(|endpoint| endpoint.weight() > 0 && tried.contains(endpoint) == again) {
-                match endpoint.permit(|| among.now()) {
-                    Ok(permit) => return Ok(permit),
-                    Err(_) if self.panic => return Ok(endpoint.permit_by_force()),
+            for endpoint in order.iter().map(|i| &endpoints[*i as usize]) {
+                if choice.tried.contains(endpoint) != again {
+                    continue;
+                }
+                match endpoint.permit(|| now) {
+                    Ok(permit) => return Ok((permit, choice.pick.observes().then_some(now))),
+                    Err(_) if panic => {
+                        return Ok((endpoint.permit_by_force(), choice.pick.observes().then_some(now)));
+                    }
                     Err(Refused { until }) => earliest = Some(earliest.map_or(until, |at: Moment| at.min(until))),
                 }
             }
         }
-        Err(earliest.map_or(Nobody::Empty, Nobody::Refused))
+        let Some(until) = earliest else { return Err(Nobody::Empty) };
+        self.closed.store(until.min(now + CLOSED).as_nanos(), Ordering::Relaxed);
+        Err(Nobody::Refused(until))
+    }
+
+    /// Whom of a few to come back for.
+    fn earliest(&self, endpoints: &Endpoints, now: Moment) -> Moment {
+        let until = |i: &u32| endpoints[*i as usize].gate().peek(|| now).map_or_else(|refused| refused.until, |()| now);
+        self.all.iter().take(16).map(until).min().unwrap_or(Moment::MAX)
     }
 }

@@ -9,8 +9,8 @@ use futures::FutureExt;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use portcullis_balance::{
-    Balance, BalanceLayer, Candidates, LeastConnections, PeakEwma, Pick, Policy, PowerOfTwo, Random, Reason, Replay,
-    RoundRobin, Served, Watch,
+    Asked, Balance, BalanceLayer, Budget, Candidates, HashKey, LeastConnections, Maglev, PeakEwma, Pick, Policy,
+    PowerOfTwo, Prefer, Random, Reason, Replay, RoundRobin, Served, SlowStart, Sticky, Subset, Watch, Zone,
 };
 use portcullis_core::{
     Body, Carried, Clock, Deadline, Endpoint, Endpoints, Generation, Instance, Layer, Moment, Mover, Permit, Ration,
@@ -462,4 +462,191 @@ fn services_and_futures_can_be_sent() {
     runtime.block_on(async {
         is_send(&service.ready().await.unwrap().call(request(&endpoints(1))));
     });
+}
+
+#[tokio::test(start_paused = true)]
+async fn repetitions_are_bounded_by_one_budget_for_all_clones_but_not_what_was_not_sent() {
+    let set = endpoints(3);
+    let budget = Budget::new(0.0, 1, Duration::from_secs(10));
+    let layer = BalanceLayer::new(RoundRobin::new()).budget(budget.clone());
+    let mut attempts = 0;
+    for _ in 0..30 {
+        let (mut service, mut calls) = service(&layer.clone());
+        let reset = |_: &Call<_>| failed(StatusCode::BAD_GATEWAY, true);
+        attempts += serve(&mut service, &mut calls, request(&set), reset).await.1.len();
+    }
+    assert_eq!((attempts, budget.left(Clock::system().now())), (40, 0), "one a second, over ten seconds");
+    let (mut service, mut calls) = service(&layer);
+    assert_eq!(serve(&mut service, &mut calls, request(&set), |_| unsent()).await.1.len(), 2);
+}
+
+fn described(describe: impl Fn(u16, &mut Instance), n: u16) -> Endpoints {
+    let instance = |i| {
+        let mut instance = Instance::new(format!("{i}"), SocketAddr::from(([10, 0, 0, 1], 1000 + i)));
+        describe(i, &mut instance);
+        instance
+    };
+    Endpoints::none("s").reconcile((0..n).map(instance), Clock::system().now())
+}
+
+/// How often each endpoint is picked.
+fn shares<P: Pick>(layer: &BalanceLayer<P>, set: &Endpoints, picks: usize, request: &Request<()>) -> Vec<usize> {
+    let mut seen = vec![0; set.len()];
+    for _ in 0..picks {
+        if let Some(permit) = layer.choose(set, Asked::of(request)) {
+            seen[set.iter().position(|endpoint| endpoint == permit.endpoint()).unwrap()] += 1;
+        }
+    }
+    seen
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_next_priority_serves_what_the_first_cannot() {
+    let set = described(|i, instance| instance.priority = u32::from(i >= 4), 8);
+    let layer = BalanceLayer::new(RoundRobin::new());
+    let first = |set: &Endpoints| {
+        let seen = shares(&layer, set, 10_000, &Request::default());
+        seen[..4].iter().sum::<usize>() as f64 / seen.iter().sum::<usize>() as f64
+    };
+    assert_eq!(first(&set), 1.0);
+    close(&set[0], Moment::MAX);
+    assert_eq!(first(&set), 1.0, "three of four, over-provisioned, are enough");
+    close(&set[1], Moment::MAX);
+    assert!((first(&set) - 0.7).abs() < 0.02, "{}", first(&set));
+    close(&set[2], Moment::MAX);
+    close(&set[3], Moment::MAX);
+    assert_eq!(first(&set), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn requests_stay_in_the_zone_and_leave_it_when_its_endpoints_do() {
+    let zones = ["a", "b", "c"];
+    let set = described(|i, instance| instance.zone = Some(zones[usize::from(i % 3)].into()), 9);
+    let layer = BalanceLayer::new(Random).zone(Zone::prefer("a"));
+    let own = |seen: &[usize]| seen.iter().step_by(3).sum::<usize>();
+    assert_eq!(own(&shares(&layer, &set, 900, &Request::default())), 900);
+    close(&set[0], Moment::MAX);
+    // Two of eight admit in the own zone, which has a third of the requests: three quarters stay.
+    let stayed = own(&shares(&layer, &set, 10_000, &Request::default()));
+    assert!((7300..7700).contains(&stayed), "{stayed}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_new_endpoint_starts_slowly() {
+    let before = described(|_, _| {}, 1);
+    tokio::time::advance(Duration::from_secs(100)).await;
+    let instances = [0, 1].map(|i| Instance::new(format!("{i}"), SocketAddr::from(([10, 0, 0, 1], 1000 + i))));
+    let set = before.reconcile(instances, Clock::system().now());
+    let layer = BalanceLayer::new(Random).slow_start(SlowStart::over(Duration::from_secs(10)));
+    for (after, share) in [(0, 0.1 / 1.1), (5, 0.5 / 1.5), (5, 0.5)] {
+        tokio::time::advance(Duration::from_secs(after)).await;
+        let seen = shares(&layer, &set, 20_000, &Request::default());
+        let new = seen[1] as f64 / 20_000.0;
+        assert!((new - share).abs() < 0.015, "{new} for {share}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_route_picks_from_its_subset() {
+    let set = described(|i, instance| instance.tags.extend((i % 2 == 0).then(|| "even".to_owned())), 4);
+    let (even, none) = (Subset::tag("even"), Subset::metadata("stage", "canary"));
+    for (subset, expected) in [
+        (even.clone(), [true, false, true, false]),
+        (none.clone(), [false; 4]),
+        (none.or_any(), [true; 4]),
+        (even.and(&none), [false; 4]),
+    ] {
+        let layer = BalanceLayer::new(RoundRobin::new()).policy(Policy::new().subset(subset));
+        let seen = shares(&layer, &set, 100, &Request::default());
+        assert_eq!(seen.iter().map(|seen| *seen > 0).collect::<Vec<_>>(), expected);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_stays_where_its_cookie_leads_while_it_can() {
+    let set = endpoints(5);
+    let sticky = Sticky::cookie("at", [7; 16]).unwrap();
+    let layer = BalanceLayer::new(RoundRobin::new()).policy(Policy::new().sticky(sticky));
+    let (mut service, mut calls) = service(&layer);
+    let (response, seen) = serve(&mut service, &mut calls, request(&set), |_| ok()).await;
+    let cookie = response.headers()["set-cookie"].to_str().unwrap().split(';').next().unwrap().to_owned();
+    let back = |set: &Endpoints| {
+        let mut request = request(set);
+        request.headers_mut().insert("cookie", cookie.parse().unwrap());
+        request
+    };
+    for _ in 0..5 {
+        let (response, again) = serve(&mut service, &mut calls, back(&set), |_| ok()).await;
+        assert_eq!(again, seen);
+        assert!(!response.headers().contains_key("set-cookie"));
+    }
+    let less = set.iter().filter(|endpoint| **endpoint != seen[0]).map(|endpoint| (*endpoint.instance()).clone());
+    let less = set.reconcile(less.collect::<Vec<_>>(), Moment::MIN);
+    let (response, other) = serve(&mut service, &mut calls, back(&less), |_| ok()).await;
+    assert_ne!(other, seen, "the endpoint is gone");
+    assert!(!response.headers()["set-cookie"].to_str().unwrap().starts_with(&cookie));
+    let (response, tried) = {
+        let mut first = true;
+        serve(&mut service, &mut calls, back(&set), |_| if std::mem::take(&mut first) { unsent() } else { ok() }).await
+    };
+    assert_eq!(tried[0], seen[0]);
+    assert!(tried[1] != seen[0] && response.headers().contains_key("set-cookie"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_can_ask_for_its_endpoint() {
+    let set = endpoints(5);
+    let layer = BalanceLayer::new(RoundRobin::new());
+    let (mut service, mut calls) = service(&layer);
+    let asking = |prefer: Prefer| {
+        let mut request = request(&set);
+        request.extensions_mut().insert(prefer);
+        request
+    };
+    for _ in 0..3 {
+        let (_, seen) = serve(&mut service, &mut calls, asking(Prefer::endpoint("3").strict()), |_| ok()).await;
+        assert_eq!(seen, [set[3].clone()]);
+    }
+    let (response, _) = serve(&mut service, &mut calls, asking(Prefer::endpoint("9")), |_| ok()).await;
+    assert_eq!(response.status(), 200);
+    let (response, seen) = serve(&mut service, &mut calls, asking(Prefer::endpoint("9").strict()), |_| ok()).await;
+    assert_eq!((response.status(), seen.len()), (StatusCode::SERVICE_UNAVAILABLE, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_route_can_have_its_own_hash_key() {
+    let set = endpoints(8);
+    let layer = BalanceLayer::new(Maglev::by(HashKey::path()));
+    let tenant = HashKey::header("x-tenant".parse().unwrap());
+    let route = Route::new("/").with_policy(Policy::new().hash_key(tenant));
+    let seen = |route: Option<&Route>| {
+        let mut seen = std::collections::HashSet::new();
+        for key in 0..100 {
+            let mut request = Request::get(format!("/{key}")).header("x-tenant", "acme").body(()).unwrap();
+            route.cloned().map(|route| route.attach(request.extensions_mut()));
+            seen.insert(layer.choose(&set, Asked::of(&request)).unwrap().endpoint().handle());
+        }
+        seen.len()
+    };
+    assert_eq!(seen(Some(&route)), 1);
+    assert_eq!(seen(None), 8);
+}
+
+#[tokio::test]
+async fn a_table_is_laid_beside_the_requests_and_keys_stay_meanwhile() {
+    let set = endpoints(100);
+    let layer = BalanceLayer::new(Maglev::by(HashKey::path()));
+    let requests: Vec<_> = (0..500).map(|key| Request::get(format!("/{key}")).body(()).unwrap()).collect();
+    let all = |set: &Endpoints| {
+        let choose = |request| layer.choose(set, Asked::of(request)).unwrap().endpoint().handle();
+        requests.iter().map(choose).collect::<Vec<_>>()
+    };
+    let before = all(&set);
+    let less = set.iter().skip(1).map(|endpoint| (*endpoint.instance()).clone()).collect::<Vec<_>>();
+    let less = set.reconcile(less, Moment::MIN);
+    // At once, most likely by the table before; later by its own: neither moves keys that need not.
+    for _ in 0..50 {
+        let moved = before.iter().zip(all(&less)).filter(|(a, b)| **a != set[0].handle() && *a != b).count();
+        assert!(moved <= 25, "{moved} of 500 keys moved needlessly");
+    }
 }

@@ -1,0 +1,175 @@
+//! What a pick costs, and a whole call, beside `tower`'s balancer behind its buffer.
+//!
+//! `cargo bench -p portcullis-balance`
+
+#![allow(clippy::unwrap_used, missing_docs, reason = "a bench that cannot go on panics")]
+
+use std::convert::Infallible;
+use std::future::{Future, Ready, ready};
+use std::hint::black_box;
+use std::net::SocketAddr;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use http::{Request, Response};
+use http_body_util::Empty;
+use portcullis_balance::{
+    Asked, BalanceLayer, LeastConnections, PeakEwma, Pick, Policy, PowerOfTwo, Random, Replay, RoundRobin,
+};
+use portcullis_core::{Carried, Clock, Endpoints, Instance, Moment};
+use tower::balance::p2c::Balance;
+use tower::discover::ServiceList;
+use tower::load::{CompleteOnResponse, Constant, PeakEwmaDiscover};
+use tower::{Layer, Service, ServiceExt};
+
+/// Answers at once.
+#[derive(Clone)]
+struct Answer;
+
+impl<B> Service<Request<Replay<B>>> for Answer {
+    type Response = Response<Empty<Bytes>>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Replay<B>>) -> Self::Future {
+        black_box(&request);
+        ready(Ok(Response::new(Empty::new())))
+    }
+}
+
+/// The same, for `tower`.
+#[derive(Clone)]
+struct Plain;
+
+impl Service<Request<Empty<Bytes>>> for Plain {
+    type Response = Response<Empty<Bytes>>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<Empty<Bytes>>) -> Self::Future {
+        black_box(&request);
+        ready(Ok(Response::new(Empty::new())))
+    }
+}
+
+fn endpoints(n: usize) -> Endpoints {
+    let instance = |i: usize| {
+        let port = 1 + (i % 60_000) as u16;
+        Instance::new(format!("{i}"), SocketAddr::from(([10, 0, (i / 60_000) as u8, 1], port)))
+    };
+    Endpoints::none("bench").reconcile((0..n).map(instance), Moment::MIN)
+}
+
+fn request() -> Request<Empty<Bytes>> {
+    Request::get("http://orders.internal/v1/orders/17?full=1")
+        .header("host", "orders.internal")
+        .header("user-agent", "bench/1")
+        .header("accept", "application/json")
+        .header("x-request-id", "0123456789abcdef")
+        .header("authorization", "Bearer 0123456789abcdef0123456789abcdef")
+        .body(Empty::new())
+        .unwrap()
+}
+
+fn picks(c: &mut Criterion) {
+    fn one<P: Pick>(c: &mut Criterion, name: &str, policy: impl Fn() -> P, sizes: &[usize]) {
+        let mut group = c.benchmark_group(format!("pick/{name}"));
+        for n in sizes {
+            let (set, layer, request) = (endpoints(*n), BalanceLayer::new(policy()), request());
+            group.bench_function(BenchmarkId::from_parameter(n), |b| {
+                b.iter(|| {
+                    let permit = layer.choose(&set, Asked::of(&request)).unwrap();
+                    drop(black_box(permit.endpoint().begin()));
+                });
+            });
+        }
+    }
+    let sizes = [3, 100, 1000, 100_000];
+    one(c, "round-robin", RoundRobin::new, &sizes);
+    one(c, "random", || Random, &sizes);
+    one(c, "least-connections", LeastConnections::new, &sizes);
+    one(c, "power-of-two", || PowerOfTwo, &sizes);
+    one(c, "peak-ewma", PeakEwma::new, &sizes);
+    c.bench_function("clock", |b| b.iter(|| Clock::system().now()));
+}
+
+fn calls(c: &mut Criterion) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let _inside = runtime.enter();
+    let mut group = c.benchmark_group("call");
+    let set = endpoints(100);
+    let carrying = || {
+        let mut request = request();
+        set.clone().attach(request.extensions_mut());
+        request
+    };
+    let mut bench = |name: &str, call: &mut dyn FnMut()| {
+        group.bench_function(name, |b| b.iter(&mut *call));
+    };
+    bench("the request alone", &mut || drop(black_box(carrying())));
+    fn drive<F: Future>(future: F) -> F::Output {
+        let mut future = std::pin::pin!(future);
+        match future.as_mut().poll(&mut Context::from_waker(std::task::Waker::noop())) {
+            Poll::Ready(output) => output,
+            Poll::Pending => unreachable!("the inner service answers at once"),
+        }
+    }
+    let mut bare = Answer;
+    bench("bare service", &mut || {
+        black_box(drive(bare.call(carrying().map(Replay::new))).unwrap());
+    });
+    let layer = BalanceLayer::new(PowerOfTwo);
+    for (name, layer) in [
+        ("power-of-two", layer.clone()),
+        ("power-of-two, served not told", layer.clone().leaves_served(false)),
+        ("power-of-two, one attempt", layer.clone().policy(Policy::new().attempts(1)).leaves_served(false)),
+    ] {
+        let mut service = layer.layer(Answer);
+        bench(name, &mut || {
+            black_box(drive(service.call(carrying())).unwrap());
+        });
+    }
+    let mut service = BalanceLayer::new(PeakEwma::new()).layer(Answer);
+    bench("peak-ewma", &mut || {
+        black_box(drive(service.call(carrying())).unwrap());
+    });
+    group.finish();
+
+    let mut group = c.benchmark_group("tower");
+    let constant = || Balance::new(ServiceList::new((0..100).map(|_| Constant::new(Plain, 0))));
+    let mut balance = constant();
+    group.bench_function("balance", |b| {
+        b.iter(|| runtime.block_on(async { black_box(balance.ready().await.unwrap().call(request()).await.unwrap()) }));
+    });
+    let mut buffered = tower::buffer::Buffer::new(constant(), 1024);
+    group.bench_function("buffer + balance", |b| {
+        b.iter(|| {
+            runtime.block_on(async { black_box(buffered.ready().await.unwrap().call(request()).await.unwrap()) })
+        });
+    });
+    let ewma = PeakEwmaDiscover::new(
+        ServiceList::new((0..100).map(|_| Plain)),
+        Duration::from_secs(1),
+        Duration::from_secs(10),
+        CompleteOnResponse::default(),
+    );
+    let mut buffered = tower::buffer::Buffer::new(Balance::new(ewma), 1024);
+    group.bench_function("buffer + balance, peak-ewma", |b| {
+        b.iter(|| {
+            runtime.block_on(async { black_box(buffered.ready().await.unwrap().call(request()).await.unwrap()) })
+        });
+    });
+}
+
+criterion_group!(benches, picks, calls);
+criterion_main!(benches);
