@@ -128,45 +128,45 @@ impl Breaker {
     /// What it does with requests, unless its [mode](Self::mode) says otherwise.
     #[must_use]
     pub fn state(&self) -> State {
-        self.shared.guard(&self.target).breaker.state()
+        self.shared.guarded(&self.target).breaker.state()
     }
 
     /// How long until it lets a probe pass, if it is open; zero when the next request will be one.
     #[must_use]
     pub fn open_for(&self) -> Option<Duration> {
-        Some(self.shared.guard(&self.target).breaker.until()?.since(self.shared.now()))
+        Some(self.shared.guarded(&self.target).breaker.until()?.since(self.shared.now()))
     }
 
     /// How many calls failed since the last that succeeded; not known unless it is closed.
     #[must_use]
     pub fn failures_in_a_row(&self) -> Option<u16> {
-        let breaker = &self.shared.guard(&self.target).breaker;
+        let breaker = &self.shared.guarded(&self.target).breaker;
         (breaker.state() == State::Closed).then(|| breaker.count())
     }
 
     /// What it counted since it was made.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        let breaker = &self.shared.guard(&self.target).breaker;
+        let breaker = &self.shared.guarded(&self.target).breaker;
         Counts { failed: breaker.failed(), ignored: breaker.ignored(), refused: breaker.refused() }
     }
 
     /// The shares in its window of calls, if it has one.
     #[must_use]
     pub fn call_rates(&self) -> Option<Rates> {
-        self.shared.guard(&self.target).breaker.call_sum().map(Rates::of)
+        self.shared.guarded(&self.target).breaker.call_sum().map(Rates::of)
     }
 
     /// The shares in its window of time, if it has one.
     #[must_use]
     pub fn time_rates(&self) -> Option<Rates> {
-        self.shared.guard(&self.target).breaker.time_sum(self.shared.now()).map(Rates::of)
+        self.shared.guarded(&self.target).breaker.time_sum(self.shared.now()).map(Rates::of)
     }
 
     /// What it may do: what it was told itself, else what all were.
     #[must_use]
     pub fn mode(&self) -> Mode {
-        self.shared.mode_of(self.shared.guard(&self.target))
+        self.shared.mode_of(self.shared.guarded(&self.target))
     }
 
     /// Says what it may do; `None` for whatever all may. While it is forced open, its endpoint's gate refuses, so that

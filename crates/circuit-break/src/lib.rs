@@ -83,6 +83,7 @@ mod handle;
 mod rules;
 mod shared;
 mod sync;
+mod watch;
 mod window;
 
 use std::fmt;
@@ -96,39 +97,36 @@ use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use pin_project_lite::pin_project;
 use portcullis_core::{
-    Body, Carried, Classify, Clock, Dialect, Judge, Layer as Name, Moment, Permit, Refused, Rejection, Report,
-    Standard, WallClock, judge,
+    Body, Carried, Classify, Clock, Dialect, Layer as Name, Moment, Permit, Refused, Rejection, Standard, WallClock,
 };
 
 pub use crate::breaker::{Reason, State};
 pub use crate::handle::{Breaker, Change, Changes, Counts, Handle, Mode, Rates, Scope};
 pub use crate::rules::{Error, OpenTime, Share, Window};
 use crate::rules::{Rules, Span};
-pub use crate::shared::Watch;
 use crate::shared::{Parts, Shared};
+use crate::watch::Lines;
+pub use crate::watch::Watch;
 
 /// Applies [`CircuitBreak`]. All services made from one layer share its breakers.
 ///
 /// Every setter returns a layer with breakers of its own: set first, then take [handles](Self::handle) and make services.
-#[derive(Debug)]
 pub struct CircuitBreakLayer<C = Standard> {
-    shared: Arc<Shared>,
-    classify: Arc<C>,
+    lines: Arc<Lines<C>>,
 }
 
 /// Keeps requests away from what keeps failing.
 pub struct CircuitBreak<S, C = Standard> {
     inner: S,
-    shared: Arc<Shared>,
-    classify: Arc<C>,
+    lines: Arc<Lines<C>>,
 }
 
 /// The response body of [`CircuitBreak`].
-pub type ResponseBody<B, C = Standard> = Body<B, Judge<C, Watch>>;
+pub type ResponseBody<B, C = Standard> = Body<B, Watch<C>>;
 
 pin_project! {
     /// The response of [`CircuitBreak`].
-    pub struct ResponseFuture<F, C = Standard> {
+    pub struct ResponseFuture<F, C: Classify = Standard> {
         #[pin]
         state: Step<F, C>,
     }
@@ -136,8 +134,8 @@ pin_project! {
 
 pin_project! {
     #[project = Project]
-    enum Step<F, C> {
-        Called { #[pin] future: F, watch: Option<Watch>, classify: Arc<C> },
+    enum Step<F, C: Classify> {
+        Called { #[pin] future: F, watch: Option<Watch<C>> },
         Refused { rejection: Option<Rejection>, dialect: Dialect },
     }
 }
@@ -148,8 +146,8 @@ impl CircuitBreakLayer {
     /// Opens after five failures in a row, for a minute, and then lets one request at a time see how things are.
     #[must_use]
     pub fn new() -> Self {
-        let shared = Shared::new(Parts::default());
-        Self { shared: Arc::new(shared), classify: Arc::new(Standard::default()) }
+        let lines = Lines::new(Shared::new(Parts::default()), &Arc::new(Standard::default()));
+        Self { lines: Arc::new(lines) }
     }
 }
 
@@ -205,7 +203,8 @@ impl<C> CircuitBreakLayer<C> {
     /// Decides by `classify` how calls went, instead of [`Standard`].
     #[must_use]
     pub fn with_classify<D: Classify>(self, classify: D) -> CircuitBreakLayer<D> {
-        CircuitBreakLayer { shared: self.with(|_| ()).shared, classify: Arc::new(classify) }
+        let lines = Lines::new(Shared::new(self.lines.shared().parts.clone()), &Arc::new(classify));
+        CircuitBreakLayer { lines: Arc::new(lines) }
     }
 
     /// Reads time from `clock`, which must be the one that moves the gates of the endpoints, if there are any.
@@ -223,18 +222,17 @@ impl<C> CircuitBreakLayer<C> {
     /// Looks into the breakers, and moves them by hand.
     #[must_use]
     pub fn handle(&self) -> Handle {
-        Handle(self.shared.clone())
+        Handle(self.lines.shared().clone())
     }
 
     fn with_rules(self, set: impl FnOnce(&mut Rules)) -> Self {
         self.with(|parts| set(&mut parts.rules))
     }
 
-    fn with(mut self, set: impl FnOnce(&mut Parts)) -> Self {
-        let mut parts = self.shared.parts.clone();
+    fn with(self, set: impl FnOnce(&mut Parts)) -> Self {
+        let mut parts = self.lines.shared().parts.clone();
         set(&mut parts);
-        self.shared = Arc::new(Shared::new(parts));
-        self
+        Self { lines: Arc::new(Lines::new(Shared::new(parts), self.lines.classify())) }
     }
 }
 
@@ -244,9 +242,15 @@ impl Default for CircuitBreakLayer {
     }
 }
 
+impl<C> fmt::Debug for CircuitBreakLayer<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CircuitBreakLayer").field("shared", self.lines.shared()).finish_non_exhaustive()
+    }
+}
+
 impl<C> Clone for CircuitBreakLayer<C> {
     fn clone(&self) -> Self {
-        Self { shared: self.shared.clone(), classify: self.classify.clone() }
+        Self { lines: self.lines.clone() }
     }
 }
 
@@ -254,7 +258,7 @@ impl<S, C> tower_layer::Layer<S> for CircuitBreakLayer<C> {
     type Service = CircuitBreak<S, C>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        CircuitBreak { inner, shared: self.shared.clone(), classify: self.classify.clone() }
+        CircuitBreak { inner, lines: self.lines.clone() }
     }
 }
 
@@ -266,20 +270,13 @@ impl<S, C> CircuitBreak<S, C> {
         &self.inner
     }
 
-    fn admit<B>(&self, request: &mut Request<B>) -> Result<Option<Watch>, Refused> {
-        match Permit::of_mut(request.extensions_mut()) {
-            Some(permit) => self.shared.adopt(permit),
-            None => self.shared.enter(None),
-        }
-    }
-
     #[cold]
     fn reject(&self, refused: Refused) -> Rejection {
         let rejection = Rejection::new(Name::CircuitBreak, StatusCode::SERVICE_UNAVAILABLE, "open")
             .with_detail("kept failing, and is being left alone");
         let rejection = match refused.until {
             Moment::MAX => rejection,
-            until => rejection.with_retry_after(until.since(self.shared.now())),
+            until => rejection.with_retry_after(until.since(self.lines.shared().now())),
         };
         tracing::debug!(retry_after = ?rejection.retry_after(), "refused: circuit open");
         rejection
@@ -301,8 +298,12 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let state = match self.admit(&mut request) {
-            Ok(watch) => Step::Called { future: self.inner.call(request), watch, classify: self.classify.clone() },
+        let admitted = match Permit::of_mut(request.extensions_mut()) {
+            Some(permit) => self.lines.adopt(permit),
+            None => self.lines.enter(None),
+        };
+        let state = match admitted {
+            Ok(watch) => Step::Called { future: self.inner.call(request), watch },
             Err(refused) => {
                 Step::Refused { rejection: Some(self.reject(refused)), dialect: Dialect::of(request.headers()) }
             }
@@ -313,7 +314,7 @@ where
 
 impl<S: Clone, C> Clone for CircuitBreak<S, C> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), shared: self.shared.clone(), classify: self.classify.clone() }
+        Self { inner: self.inner.clone(), lines: self.lines.clone() }
     }
 }
 
@@ -335,17 +336,16 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            Project::Called { future, watch, classify } => {
+            Project::Called { future, watch } => {
                 let result = ready!(future.poll(cx));
                 let Some(mut watch) = watch.take() else { return Poll::Ready(result.map(|r| r.map(Body::new))) };
-                watch.answered();
                 Poll::Ready(match result {
                     Ok(response) => {
-                        let judge = judge(classify.clone(), &response, watch);
-                        Ok(response.map(|body| Body::guarded(body, judge)))
+                        watch.answered(&response);
+                        Ok(response.map(|body| Body::guarded(body, watch)))
                     }
                     Err(error) => {
-                        watch.report(classify.error());
+                        watch.failed();
                         Err(error)
                     }
                 })
@@ -359,7 +359,7 @@ where
     }
 }
 
-impl<F, C> fmt::Debug for ResponseFuture<F, C> {
+impl<F, C: Classify> fmt::Debug for ResponseFuture<F, C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ResponseFuture").finish_non_exhaustive()
     }

@@ -4,21 +4,17 @@ use std::any::Any;
 use std::fmt;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
-use http::HeaderMap;
-use portcullis_core::{
-    Clock, Endpoint, Gate, Moment, Mover, Outcome, Pass, Permit, Refused, Report, SlotKey, WallClock, retry_after,
-};
+use portcullis_core::{Clock, Endpoint, Gate, Moment, Mover, Refused, SlotKey, WallClock};
 
-use crate::breaker::{Breaker, Call, Desk, State, Turn, Zeal};
+use crate::breaker::{Breaker, State, Turn, Zeal};
 use crate::handle::{Change, Mode, Scope};
 use crate::rules::Rules;
 
 pub(crate) struct Shared {
     pub(crate) parts: Parts,
     pub(crate) mover: Mover,
-    slot: SlotKey<Guard>,
+    slot: SlotKey<Guarded>,
     /// What is guarded when the request says nothing else.
     pub(crate) whole: Arc<Alone>,
     /// What this layer's breakers now ration, so that they let go when the layer goes.
@@ -44,7 +40,7 @@ pub(crate) struct Parts {
 
 /// What is kept for one thing that is guarded, beside its gate.
 #[derive(Debug)]
-pub(crate) struct Guard {
+pub(crate) struct Guarded {
     pub(crate) breaker: Breaker,
     /// [`NONE`], unless it was told one itself.
     mode: AtomicU8,
@@ -52,8 +48,8 @@ pub(crate) struct Guard {
 
 /// Something guarded that is not an endpoint, and so needs a gate of its own.
 pub(crate) struct Alone {
-    gate: Arc<Gate>,
-    guard: Guard,
+    pub(crate) gate: Gate,
+    pub(crate) guarded: Guarded,
     pub(crate) key: Option<Box<dyn Any + Send + Sync>>,
 }
 
@@ -62,18 +58,6 @@ pub(crate) struct Alone {
 pub(crate) enum Target {
     Endpoint(Endpoint),
     Alone(Arc<Alone>),
-}
-
-/// Sees one call to its end, or to its being dropped, and tells the breaker.
-pub struct Watch {
-    shared: Arc<Shared>,
-    /// What has a key; without one the pass is for an endpoint, or for the whole.
-    alone: Option<Arc<Alone>>,
-    pass: Pass,
-    started: Option<Moment>,
-    took: Option<Duration>,
-    asked: Option<Duration>,
-    told: bool,
 }
 
 /// How many changes a listener may be behind before it misses some.
@@ -108,12 +92,12 @@ impl Shared {
         Mode::from_bits(self.mode.load(Ordering::Acquire) & !SOME).unwrap_or_default()
     }
 
-    pub(crate) fn mode_of(&self, guard: &Guard) -> Mode {
-        Mode::from_bits(guard.mode.load(Ordering::Acquire)).unwrap_or_else(|| self.mode())
+    pub(crate) fn mode_of(&self, guarded: &Guarded) -> Mode {
+        Mode::from_bits(guarded.mode.load(Ordering::Acquire)).unwrap_or_else(|| self.mode())
     }
 
     /// Whether every breaker may do as it sees fit.
-    fn is_normal(&self) -> bool {
+    pub(crate) fn is_normal(&self) -> bool {
         self.mode.load(Ordering::Acquire) == Mode::Normal.to_bits()
     }
 
@@ -127,7 +111,7 @@ impl Shared {
 
     pub(crate) fn set_mode_of(&self, target: &Target, mode: Option<Mode>) {
         self.mode.fetch_or(SOME, Ordering::AcqRel);
-        self.guard(target).mode.store(mode.map_or(NONE, Mode::to_bits), Ordering::Release);
+        self.guarded(target).mode.store(mode.map_or(NONE, Mode::to_bits), Ordering::Release);
         tracing::info!(?mode, ?target, "a circuit breaker was told a mode");
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
         held.retain(|other| !other.is(target));
@@ -144,7 +128,7 @@ impl Shared {
     /// Closes what must let everything pass. Whoever opens a breaker comes here after it is listed, and whoever sets a mode
     /// after it is set, so one of them sees both.
     fn obey(&self, target: &Target) {
-        if self.mode_of(self.guard(target)).zeal() != Zeal::Acts {
+        if self.mode_of(self.guarded(target)).zeal() != Zeal::Acts {
             self.reset(target);
         }
     }
@@ -157,75 +141,30 @@ impl Shared {
         self.listeners.subscribe()
     }
 
-    pub(crate) fn guard<'a>(&self, target: &'a Target) -> &'a Guard {
+    pub(crate) fn guarded<'a>(&self, target: &'a Target) -> &'a Guarded {
         match target {
             Target::Endpoint(endpoint) => self.of_endpoint(endpoint),
-            Target::Alone(alone) => &alone.guard,
+            Target::Alone(alone) => &alone.guarded,
         }
     }
 
-    fn of_endpoint<'a>(&self, endpoint: &'a Endpoint) -> &'a Guard {
-        endpoint.slot(&self.slot, || Guard::new(&self.parts.rules))
-    }
-
-    /// Takes over the right that a permit gave, or asks the endpoint's gate. `None` for a call that does not count.
-    pub(crate) fn adopt(self: &Arc<Self>, permit: &mut Permit) -> Result<Option<Watch>, Refused> {
-        let pass = permit.take_pass();
-        let endpoint = permit.endpoint();
-        if !self.is_normal() && self.is_told(self.of_endpoint(endpoint))? {
-            return Ok(None);
-        }
-        let started = self.start();
-        let pass = match pass {
-            Some(pass) if pass.is_forced() => return Ok(None),
-            Some(pass) => pass,
-            None => endpoint
-                .pass(|| started.unwrap_or_else(|| self.now()))
-                .inspect_err(|_| self.of_endpoint(endpoint).breaker.refuse())?,
-        };
-        Ok(Some(self.watch(None, pass, started)))
-    }
-
-    /// Asks the gate of what has a key, or else of the whole. `None` for a call that does not count.
-    pub(crate) fn enter(self: &Arc<Self>, alone: Option<Arc<Alone>>) -> Result<Option<Watch>, Refused> {
-        let asked = alone.as_ref().unwrap_or(&self.whole);
-        if !self.is_normal() && self.is_told(&asked.guard)? {
-            return Ok(None);
-        }
-        let started = self.start();
-        let pass =
-            asked.gate.pass(|| started.unwrap_or_else(|| self.now())).inspect_err(|_| asked.guard.breaker.refuse())?;
-        Ok(Some(self.watch(alone, pass, started)))
+    pub(crate) fn of_endpoint<'a>(&self, endpoint: &'a Endpoint) -> &'a Guarded {
+        endpoint.slot(&self.slot, || Guarded::new(&self.parts.rules))
     }
 
     /// Whether it was told to look away.
     #[cold]
-    fn is_told(&self, guard: &Guard) -> Result<bool, Refused> {
-        let mode = self.mode_of(guard);
+    pub(crate) fn is_told(&self, guarded: &Guarded) -> Result<bool, Refused> {
+        let mode = self.mode_of(guarded);
         if mode == Mode::ForcedOpen {
-            guard.breaker.refuse();
+            guarded.breaker.refuse();
             return Err(Refused { until: Moment::MAX });
         }
         Ok(mode == Mode::Disabled)
     }
 
-    /// When the call begins, if that matters.
-    fn start(&self) -> Option<Moment> {
-        self.parts.rules.time_calls().then(|| self.now())
-    }
-
-    fn watch(self: &Arc<Self>, alone: Option<Arc<Alone>>, pass: Pass, started: Option<Moment>) -> Watch {
-        let watch = Watch { shared: self.clone(), alone, pass, started, took: None, asked: None, told: false };
-        if watch.pass.is_rationed()
-            && let Some(turn) = watch.guard().breaker.probe(watch.pass.generation())
-        {
-            self.turned(&watch.target(), turn);
-        }
-        watch
-    }
-
     pub(crate) fn reset(&self, target: &Target) {
-        let turn = self.guard(target).breaker.reset(target.gate(), self.mover, self.now());
+        let turn = self.guarded(target).breaker.reset(target.gate(), self.mover, self.now());
         if let Some(turn) = turn {
             self.turned(target, turn);
         }
@@ -233,12 +172,14 @@ impl Shared {
 
     /// Called without any lock of ours.
     #[cold]
-    fn turned(&self, target: &Target, turn: Turn) {
+    pub(crate) fn turned(&self, target: &Target, turn: Turn) {
         {
             let mut rationed = self.rationed();
             // Looked up rather than believed: of two who turned, the second may come here first.
-            rationed.retain(|other| !other.is(target) && self.guard(other).breaker.state() != State::Closed);
-            if self.guard(target).breaker.state() != State::Closed {
+            rationed.retain(|other| {
+                !other.is(target) && !other.is_gone() && self.guarded(other).breaker.state() != State::Closed
+            });
+            if self.guarded(target).breaker.state() != State::Closed {
                 rationed.push(target.clone());
             }
         }
@@ -301,9 +242,9 @@ impl Default for Parts {
     }
 }
 
-// === impl Guard ===
+// === impl Guarded ===
 
-impl Guard {
+impl Guarded {
     fn new(rules: &Rules) -> Self {
         Self { breaker: Breaker::new(rules), mode: AtomicU8::new(NONE) }
     }
@@ -313,13 +254,13 @@ impl Guard {
 
 impl Alone {
     pub(crate) fn new(rules: &Rules, key: Option<Box<dyn Any + Send + Sync>>) -> Self {
-        Self { gate: Arc::new(Gate::new()), guard: Guard::new(rules), key }
+        Self { gate: Gate::new(), guarded: Guarded::new(rules), key }
     }
 }
 
 impl fmt::Debug for Alone {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Alone").field("gate", &self.gate).field("guard", &self.guard).finish_non_exhaustive()
+        f.debug_struct("Alone").field("gate", &self.gate).field("guarded", &self.guarded).finish_non_exhaustive()
     }
 }
 
@@ -331,6 +272,11 @@ impl Target {
             Self::Endpoint(endpoint) => endpoint.gate(),
             Self::Alone(alone) => &alone.gate,
         }
+    }
+
+    /// Whether nobody asks for it any more.
+    fn is_gone(&self) -> bool {
+        matches!(self, Self::Endpoint(endpoint) if endpoint.is_removed())
     }
 
     fn is(&self, other: &Self) -> bool {
@@ -346,69 +292,5 @@ impl Target {
             Self::Endpoint(endpoint) => Scope::endpoint(endpoint.clone()),
             Self::Alone(alone) => Scope::alone(alone.clone()),
         }
-    }
-}
-
-// === impl Watch ===
-
-impl Watch {
-    fn guard(&self) -> &Guard {
-        match (&self.alone, self.pass.endpoint()) {
-            (Some(alone), _) => &alone.guard,
-            (None, Some(endpoint)) => self.shared.of_endpoint(endpoint),
-            (None, None) => &self.shared.whole.guard,
-        }
-    }
-
-    fn target(&self) -> Target {
-        match (&self.alone, self.pass.endpoint()) {
-            (Some(alone), _) => Target::Alone(alone.clone()),
-            (None, Some(endpoint)) => Target::Endpoint(endpoint.clone()),
-            (None, None) => Target::Alone(self.shared.whole.clone()),
-        }
-    }
-
-    /// The head of the response is here.
-    pub(crate) fn answered(&mut self) {
-        self.took = self.started.map(|started| self.shared.now().since(started));
-    }
-
-    fn tell(&mut self, outcome: Outcome) {
-        if std::mem::replace(&mut self.told, true) || self.pass.is_forced() {
-            return;
-        }
-        let call = Call { entered: self.pass.generation(), outcome, took: self.took, asked: self.asked };
-        let shared = &*self.shared;
-        let (now, random) = (|| shared.now(), fastrand::f64);
-        let guard = self.guard();
-        let zeal = if shared.is_normal() { Zeal::Acts } else { shared.mode_of(guard).zeal() };
-        let desk = Desk { rules: &shared.parts.rules, gate: self.pass.gate(), mover: shared.mover, zeal };
-        let turn = guard.breaker.record(desk, call, now, random);
-        if let Some(turn) = turn {
-            shared.turned(&self.target(), turn);
-        }
-    }
-}
-
-impl Report for Watch {
-    fn failing(&mut self, headers: &HeaderMap) {
-        self.asked = retry_after(headers, || self.shared.parts.wall.since_epoch());
-    }
-
-    fn report(mut self, outcome: Outcome) {
-        self.tell(outcome);
-    }
-}
-
-/// Dropped untold, the caller went away.
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.tell(Outcome::Ignored);
-    }
-}
-
-impl fmt::Debug for Watch {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watch").field("pass", &self.pass).field("told", &self.told).finish_non_exhaustive()
     }
 }

@@ -70,9 +70,10 @@ pub struct Refused {
     pub until: Moment,
 }
 
-/// What a request got at the gate.
+/// What a request got at the gate. One who keeps it must give it [back](Gate::leave) himself; a [`Pass`] does so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
+#[must_use = "a place that is not given back stays taken until it is lost"]
+pub struct Entry {
     generation: Generation,
     kind: Kind,
 }
@@ -176,8 +177,13 @@ impl Gate {
         Pass { gate: Guarded::Alone(self.clone()), entry: self.force() }
     }
 
-    /// Takes a place. The clock is read only while the gate is rationed.
-    pub(crate) fn enter(&self, now: impl FnOnce() -> Moment) -> Result<Entry, Refused> {
+    /// Enters, for one who keeps the gate and is sure to [`leave`](Self::leave). The clock is read only while the gate is
+    /// rationed.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`] when every place is taken.
+    pub fn enter(&self, now: impl FnOnce() -> Moment) -> Result<Entry, Refused> {
         let word = self.word();
         if !word.is_rationed() {
             return Ok(Entry { generation: word.generation(), kind: Kind::Free });
@@ -217,21 +223,20 @@ impl Gate {
             book.out.push(Out { id, lost: now + ration.every.max(SHORTEST) });
             Entry { generation, kind: Kind::Place { id } }
         });
-        let until = book.out.iter().map(|out| out.lost).min().unwrap_or(now);
+        let until = book.earliest();
         self.publish(Word::rationed(generation, book.left(places)), until);
         entry.ok_or(Refused { until })
     }
 
-    /// Gives a place back.
-    pub(crate) fn leave(&self, entry: Entry) {
+    /// Gives a place of this gate back. Free entries have nothing to give back.
+    pub fn leave(&self, entry: Entry) {
         let Kind::Place { id } = entry.kind else { return };
         let book = &mut *lock(&self.book);
         let Some(index) = book.out.iter().position(|out| out.id == id) else { return };
         book.out.swap_remove(index);
-        let word = self.word();
         if let Some(ration) = strictest(&book.votes).filter(|_| book.begun) {
-            let left = book.left(usize::from(ration.places));
-            self.word.store(Word::rationed(word.generation(), left).0, Ordering::Release);
+            let word = Word::rationed(self.word().generation(), book.left(usize::from(ration.places)));
+            self.publish(word, book.earliest());
         }
     }
 
@@ -394,6 +399,23 @@ impl Generation {
     }
 }
 
+// === impl Entry ===
+
+impl Entry {
+    /// When the gate was entered; a result counts if this has [`reached`](Generation::reached) the move that began the
+    /// period.
+    #[must_use]
+    pub const fn generation(self) -> Generation {
+        self.generation
+    }
+
+    /// Whether it holds one of the places of a rationed gate.
+    #[must_use]
+    pub const fn is_rationed(self) -> bool {
+        matches!(self.kind, Kind::Place { .. })
+    }
+}
+
 // === impl Pass ===
 
 impl Pass {
@@ -411,7 +433,7 @@ impl Pass {
     /// Whether it holds one of the places of a rationed gate.
     #[must_use]
     pub fn is_rationed(&self) -> bool {
-        matches!(self.entry.kind, Kind::Place { .. })
+        self.entry.is_rationed()
     }
 
     /// Whether the gate was not asked. The request is let through and its outcome changes nothing; otherwise a panic
@@ -455,6 +477,11 @@ impl fmt::Debug for Pass {
 // === impl Book ===
 
 impl Book {
+    /// When the first place that is out will be lost.
+    fn earliest(&self) -> Moment {
+        self.out.iter().map(|out| out.lost).min().unwrap_or(Moment::MIN)
+    }
+
     fn left(&self, places: usize) -> u32 {
         u32::try_from(places.saturating_sub(self.out.len())).unwrap_or(u32::MAX)
     }

@@ -49,7 +49,7 @@ pub use client_address::{InvalidNetwork, TrustedProxies, canonical_address, ipv6
 pub use clock::{Clock, ManualClock, Moment, WallClock};
 pub use endpoint::{Address, Endpoint, InFlight, Instance, InvalidAddress, Protocol, Scheme};
 pub use endpoints::Endpoints;
-pub use gate::{Gate, Generation, Mover, Pass, Ration, Refused};
+pub use gate::{Entry, Gate, Generation, Mover, Pass, Ration, Refused};
 pub use grpc::{
     Dialect, GRPC_MESSAGE, GRPC_RETRY_PUSHBACK, GRPC_STATUS, GRPC_STATUS_DETAILS, GRPC_TIMEOUT, GrpcCode, grpc_timeout,
     grpc_timeout_value, retry_after,

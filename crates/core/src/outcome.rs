@@ -90,11 +90,6 @@ pub struct Judge<C: Classify + ?Sized, R: Report> {
 
 /// Is told how a call went, exactly once.
 pub trait Report {
-    /// These headers, or trailers, tell of a failure; [`report`](Self::report) follows.
-    fn failing(&mut self, headers: &HeaderMap) {
-        let _ = headers;
-    }
-
     /// The call has ended.
     fn report(self, outcome: Outcome);
 }
@@ -180,19 +175,12 @@ pub fn judge<B, C: Classify + ?Sized, R: Report>(classify: Arc<C>, response: &Re
     let verdict = classify.head(Head::of(response));
     let mut judge = Judge { classify, report: Some(report), verdict };
     if let Verdict::Decided(outcome) = verdict {
-        judge.tell_of(outcome, response.headers());
+        judge.tell(outcome);
     }
     judge
 }
 
 impl<C: Classify + ?Sized, R: Report> Judge<C, R> {
-    fn tell_of(&mut self, outcome: Outcome, headers: &HeaderMap) {
-        if let (Outcome::Failure, Some(report)) = (outcome, &mut self.report) {
-            report.failing(headers);
-        }
-        self.tell(outcome);
-    }
-
     fn tell(&mut self, outcome: Outcome) {
         if let Some(report) = self.report.take() {
             report.report(outcome);
@@ -204,7 +192,7 @@ impl<C: Classify + ?Sized, R: Report> Guard for Judge<C, R> {
     fn trailers(&mut self, trailers: &HeaderMap) {
         if self.verdict == Verdict::AtTrailers {
             let outcome = self.classify.trailers(trailers);
-            self.tell_of(outcome, trailers);
+            self.tell(outcome);
         }
     }
 

@@ -1,0 +1,266 @@
+//! One call, from its being admitted to its end.
+
+use std::cell::Cell;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use http::{HeaderMap, Response};
+use portcullis_core::{
+    Classify, Entry, Gate, Generation, Guard, Head, Moment, Outcome, Pass, Permit, Refused, Verdict, retry_after,
+};
+
+use crate::breaker::{Call, Desk, Zeal};
+use crate::shared::{Alone, Guarded, Shared, Target};
+
+/// Sees one call to its end, or to its being dropped, and tells its breaker.
+pub struct Watch<C: Classify> {
+    line: Arc<Line<C>>,
+    entered: Entered,
+    time: Time,
+    verdict: Verdict,
+    told: bool,
+}
+
+/// The ways to what a layer shares.
+///
+/// Every call holds on to it, and if all threads counted those holds in one place they would spend most of their time
+/// passing that place around. So each thread has a line of its own, as far as they go round.
+pub(crate) struct Lines<C>([Arc<Line<C>>; LINES]);
+
+#[repr(align(128))]
+struct Line<C> {
+    shared: Arc<Shared>,
+    classify: Arc<C>,
+}
+
+/// Where a call entered.
+enum Entered {
+    Whole(Entry),
+    Alone(Arc<Alone>, Entry),
+    Endpoint(Pass),
+}
+
+/// How long the head of a response takes, if that matters.
+#[derive(Clone, Copy)]
+enum Time {
+    Unknown,
+    Since(Moment),
+    Took(Duration),
+}
+
+const LINES: usize = 8;
+
+// === impl Lines ===
+
+impl<C> Lines<C> {
+    pub(crate) fn new(shared: Shared, classify: &Arc<C>) -> Self {
+        let shared = Arc::new(shared);
+        Self(std::array::from_fn(|_| Arc::new(Line { shared: shared.clone(), classify: classify.clone() })))
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.0[0].shared
+    }
+
+    pub(crate) fn classify(&self) -> &Arc<C> {
+        &self.0[0].classify
+    }
+
+    fn here(&self) -> &Arc<Line<C>> {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        thread_local!(static HERE: Cell<usize> = const { Cell::new(usize::MAX) });
+        let here = HERE.try_with(|here| {
+            if here.get() == usize::MAX {
+                here.set(NEXT.fetch_add(1, Ordering::Relaxed) % LINES);
+            }
+            here.get()
+        });
+        &self.0[here.unwrap_or(0) % LINES]
+    }
+}
+
+impl<C: Classify> Lines<C> {
+    /// Takes over the right that a permit gave, or asks the endpoint's gate. `None` for a call that does not count.
+    pub(crate) fn adopt(&self, permit: &mut Permit) -> Result<Option<Watch<C>>, Refused> {
+        let (line, pass) = (self.here(), permit.take_pass());
+        let (shared, endpoint) = (&*line.shared, permit.endpoint());
+        if !shared.is_normal() && shared.is_told(shared.of_endpoint(endpoint))? {
+            return Ok(None);
+        }
+        let time = line.start();
+        let pass = match pass {
+            Some(pass) if pass.is_forced() => return Ok(None),
+            Some(pass) => pass,
+            None => {
+                endpoint.pass(|| time.or_now(shared)).inspect_err(|_| shared.of_endpoint(endpoint).breaker.refuse())?
+            }
+        };
+        Ok(Some(line.watch(Entered::Endpoint(pass), time)))
+    }
+
+    /// Asks the gate of what has a key, or else of the whole. `None` for a call that does not count.
+    pub(crate) fn enter(&self, alone: Option<Arc<Alone>>) -> Result<Option<Watch<C>>, Refused> {
+        let line = self.here();
+        let shared = &*line.shared;
+        let asked = alone.as_ref().unwrap_or(&shared.whole);
+        if !shared.is_normal() && shared.is_told(&asked.guarded)? {
+            return Ok(None);
+        }
+        let time = line.start();
+        let entry = asked.gate.enter(|| time.or_now(shared)).inspect_err(|_| asked.guarded.breaker.refuse())?;
+        let entered = match alone {
+            Some(alone) => Entered::Alone(alone, entry),
+            None => Entered::Whole(entry),
+        };
+        Ok(Some(line.watch(entered, time)))
+    }
+}
+
+// === impl Line ===
+
+impl<C: Classify> Line<C> {
+    fn start(&self) -> Time {
+        if self.shared.parts.rules.time_calls() { Time::Since(self.shared.now()) } else { Time::Unknown }
+    }
+
+    fn watch(self: &Arc<Self>, entered: Entered, time: Time) -> Watch<C> {
+        let watch = Watch { line: self.clone(), entered, time, verdict: Verdict::AtEnd, told: false };
+        if watch.entered.is_rationed() {
+            watch.probe();
+        }
+        watch
+    }
+}
+
+// === impl Time ===
+
+impl Time {
+    fn or_now(self, shared: &Shared) -> Moment {
+        if let Self::Since(started) = self { started } else { shared.now() }
+    }
+}
+
+// === impl Entered ===
+
+impl Entered {
+    fn generation(&self) -> Generation {
+        match self {
+            Self::Whole(entry) | Self::Alone(_, entry) => entry.generation(),
+            Self::Endpoint(pass) => pass.generation(),
+        }
+    }
+
+    fn is_rationed(&self) -> bool {
+        match self {
+            Self::Whole(entry) | Self::Alone(_, entry) => entry.is_rationed(),
+            Self::Endpoint(pass) => pass.is_rationed(),
+        }
+    }
+}
+
+// === impl Watch ===
+
+impl<C: Classify> Watch<C> {
+    /// The head of the response is here.
+    pub(crate) fn answered<B>(&mut self, response: &Response<B>) {
+        if let Time::Since(started) = self.time {
+            self.time = Time::Took(self.line.shared.now().since(started));
+        }
+        self.verdict = self.line.classify.head(Head::of(response));
+        if let Verdict::Decided(outcome) = self.verdict {
+            self.tell(outcome, Some(response.headers()));
+        }
+    }
+
+    /// There is no response, but an error.
+    pub(crate) fn failed(mut self) {
+        self.error();
+    }
+
+    /// Tells how the call went, once. `by` is what says so.
+    fn tell(&mut self, outcome: Outcome, by: Option<&HeaderMap>) {
+        if std::mem::replace(&mut self.told, true) {
+            return;
+        }
+        let shared = &*self.line.shared;
+        let took = match self.time {
+            Time::Took(took) => Some(took),
+            Time::Unknown | Time::Since(_) => None,
+        };
+        let asked = match outcome {
+            Outcome::Failure => by.and_then(|headers| retry_after(headers, || shared.parts.wall.since_epoch())),
+            _ => None,
+        };
+        let (gate, guarded) = self.gate();
+        let zeal = if shared.is_normal() { Zeal::Acts } else { shared.mode_of(guarded).zeal() };
+        let desk = Desk { rules: &shared.parts.rules, gate, mover: shared.mover, zeal };
+        let call = Call { entered: self.entered.generation(), outcome, took, asked };
+        if let Some(turn) = guarded.breaker.record(desk, call, || shared.now(), fastrand::f64) {
+            shared.turned(&self.target(), turn);
+        }
+    }
+
+    #[cold]
+    fn probe(&self) {
+        if let Some(turn) = self.gate().1.breaker.probe(self.entered.generation()) {
+            self.line.shared.turned(&self.target(), turn);
+        }
+    }
+
+    fn gate(&self) -> (&Gate, &Guarded) {
+        match &self.entered {
+            Entered::Whole(_) => (&self.line.shared.whole.gate, &self.line.shared.whole.guarded),
+            Entered::Alone(alone, _) => (&alone.gate, &alone.guarded),
+            Entered::Endpoint(pass) => (
+                pass.gate(),
+                pass.endpoint().map_or(&self.line.shared.whole.guarded, |it| self.line.shared.of_endpoint(it)),
+            ),
+        }
+    }
+
+    #[cold]
+    fn target(&self) -> Target {
+        match &self.entered {
+            Entered::Alone(alone, _) => Target::Alone(alone.clone()),
+            Entered::Endpoint(pass) if let Some(endpoint) = pass.endpoint() => Target::Endpoint(endpoint.clone()),
+            _ => Target::Alone(self.line.shared.whole.clone()),
+        }
+    }
+}
+
+impl<C: Classify> Guard for Watch<C> {
+    fn trailers(&mut self, trailers: &HeaderMap) {
+        if self.verdict == Verdict::AtTrailers {
+            self.tell(self.line.classify.trailers(trailers), Some(trailers));
+        }
+    }
+
+    fn end(&mut self) {
+        self.tell(if self.verdict == Verdict::AtTrailers { Outcome::Failure } else { Outcome::Success }, None);
+    }
+
+    fn error(&mut self) {
+        self.tell(self.line.classify.error(), None);
+    }
+}
+
+/// Dropped untold, the caller went away.
+impl<C: Classify> Drop for Watch<C> {
+    fn drop(&mut self) {
+        self.tell(Outcome::Ignored, None);
+        match &self.entered {
+            Entered::Whole(entry) => self.line.shared.whole.gate.leave(*entry),
+            Entered::Alone(alone, entry) => alone.gate.leave(*entry),
+            // A pass leaves by itself.
+            Entered::Endpoint(_) => {}
+        }
+    }
+}
+
+impl<C: Classify> fmt::Debug for Watch<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch").field("verdict", &self.verdict).field("told", &self.told).finish_non_exhaustive()
+    }
+}
