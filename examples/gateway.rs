@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::error::Error;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use axum::extract::Path;
 use axum::routing::delete;
@@ -15,6 +16,7 @@ use portcullis::discovery::{DiscoveryLayer, EmbeddedRegistry, Registry, ServiceD
 use portcullis::forward::Forward;
 use portcullis::gateway::{Gateway, Route};
 use portcullis::rate_limit::{self, Rate, RateLimitLayer};
+use portcullis::serve::Server;
 use portcullis_testing::{Backend, token};
 use serde_json::json;
 
@@ -56,11 +58,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .with_forward(Forward::new())
         .build()?;
 
-    let listener = match tokio::net::TcpListener::bind("127.0.0.1:8080").await {
-        Ok(listener) => listener,
-        Err(_) => tokio::net::TcpListener::bind("127.0.0.1:0").await?,
-    };
-    let address = listener.local_addr()?;
+    let at = |port| Server::bind(([127, 0, 0, 1], port));
+    let server = at(8080).or_else(|_| at(0))?;
+    let address = server.local_addr()?;
     let control = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
     let control_address = control.local_addr()?;
     let kill = move |Path(name): Path<String>| async move {
@@ -99,8 +99,8 @@ for i in $(seq 30); do curl -si -H 'authorization: Bearer {token}' http://{addre
 Ctrl-C drains and stops."
     );
 
-    let app = axum::Router::new().fallback_service(gateway);
-    axum::serve(listener, app).with_graceful_shutdown(async { drop(tokio::signal::ctrl_c().await) }).await?;
+    let stop = async { drop(tokio::signal::ctrl_c().await) };
+    server.graceful(stop, Duration::from_secs(5)).serve(gateway).await?;
     for registration in registrations {
         registration.deregister().await?;
     }

@@ -9,7 +9,7 @@ use portcullis::balance::{BalanceLayer, PowerOfTwo};
 use portcullis::circuit_break::CircuitBreakLayer;
 use portcullis::discovery::{DiscoveryLayer, EmbeddedRegistry, Registry, ServiceDefinition};
 use portcullis::forward::Forward;
-use portcullis_testing::EchoBackend;
+use portcullis_testing::Backend;
 use portcullis_testing::echo::Ping;
 use portcullis_testing::echo::echo_client::EchoClient;
 use tower::ServiceBuilder;
@@ -19,7 +19,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let registry = EmbeddedRegistry::new();
     let (mut servers, mut registrations) = (Vec::new(), Vec::new());
     for name in ["a", "b", "c"] {
-        let server = EchoBackend::start(name).await;
+        let server = Backend::grpc(name).await;
         registrations.push(registry.register(ServiceDefinition::new("echo", name, server.address())).await?);
         servers.push(server);
     }

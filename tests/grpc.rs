@@ -8,7 +8,7 @@ use futures::{StreamExt, stream};
 use portcullis::discovery::EmbeddedRegistry;
 use portcullis::gateway::{Gateway, Route};
 use portcullis::rate_limit::Rate;
-use portcullis_testing::EchoBackend;
+use portcullis_testing::Backend;
 use portcullis_testing::echo::Ping;
 use portcullis_testing::echo::echo_client::EchoClient;
 use tonic::transport::Channel;
@@ -18,9 +18,9 @@ fn ping(text: &str) -> Ping {
     Ping { text: text.to_owned(), times: 3, fail: 0 }
 }
 
-async fn behind_a_gateway(build: impl FnOnce(EmbeddedRegistry) -> Gateway) -> (EchoClient<Channel>, EchoBackend) {
+async fn behind_a_gateway(build: impl FnOnce(EmbeddedRegistry) -> Gateway) -> (EchoClient<Channel>, Backend) {
     let registry = EmbeddedRegistry::new();
-    let backend = EchoBackend::start("a").await;
+    let backend = Backend::grpc("a").await;
     let registrations = support::register(&registry, "echo", [("a".to_owned(), backend.address())]).await;
     let gateway = support::listen(build(registry)).await;
     // They stay registered for as long as the test runs.

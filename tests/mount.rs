@@ -16,12 +16,12 @@ use portcullis::gateway::{Gateway, Route};
 use portcullis::rate_limit::{Rate, RateLimitLayer};
 use portcullis_testing::echo::Ping;
 use portcullis_testing::echo::echo_client::EchoClient;
-use portcullis_testing::{EchoBackend, client};
+use portcullis_testing::{Backend, client};
 use tower::{ServiceBuilder, ServiceExt};
 
 async fn gateway() -> (Gateway, impl Sized) {
     let registry = EmbeddedRegistry::new();
-    let (backends, echo) = (support::backends(&["a"]).await, EchoBackend::start("a").await);
+    let (backends, echo) = (support::backends(&["a"]).await, Backend::grpc("a").await);
     let orders = support::register(&registry, "orders", support::places(&backends)).await;
     let echoes = support::register(&registry, "echo", [("a".to_owned(), echo.address())]).await;
     let gateway = Gateway::builder(registry)
@@ -76,7 +76,7 @@ async fn under_a_generated_tonic_client() {
 #[tokio::test]
 async fn three_layers_under_a_tonic_client() {
     let registry = EmbeddedRegistry::new();
-    let (a, b) = (EchoBackend::start("a").await, EchoBackend::start("b").await);
+    let (a, b) = (Backend::grpc("a").await, Backend::grpc("b").await);
     let places = [("a".to_owned(), a.address()), ("b".to_owned(), b.address())];
     let _registrations = support::register(&registry, "echo", places).await;
     let channel = ServiceBuilder::new()

@@ -20,6 +20,10 @@ use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 use tower_service::Service;
 
+use crate::client::Error;
+use crate::echo::echo_server::EchoServer;
+use crate::echoing::Echoing;
+
 /// The body of a [`Backend`]'s answer.
 pub type BackendBody = UnsyncBoxBody<Bytes, hyper::Error>;
 
@@ -63,8 +67,30 @@ impl Backend {
     ///
     /// When the address is taken.
     pub async fn start_at(name: &str, address: SocketAddr) -> Self {
+        Self::run(name, address, |name, requests| Answering { name, requests }).await
+    }
+
+    /// Starts one that answers [`echo`](crate::echo) calls over gRPC instead.
+    ///
+    /// # Panics
+    ///
+    /// When there is no free port.
+    pub async fn grpc(name: &str) -> Self {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        Self::run(name, any, |name, requests| EchoServer::new(Echoing { name, requests })).await
+    }
+
+    /// Runs what is made from the name and the counter.
+    async fn run<S, R>(name: &str, address: SocketAddr, make: impl FnOnce(Arc<str>, Arc<AtomicU64>) -> S) -> Self
+    where
+        S: Service<Request<Incoming>, Response = Response<R>> + Clone + Send + 'static,
+        S::Future: Send,
+        S::Error: Into<Error>,
+        R: http_body::Body<Data = Bytes> + Send + 'static,
+        R::Error: Into<Error>,
+    {
         let (name, requests) = (Arc::<str>::from(name), Arc::<AtomicU64>::default());
-        let (address, server) = serve(address, Answering { name: name.clone(), requests: requests.clone() }).await;
+        let (address, server) = serve(address, make(name.clone(), requests.clone())).await;
         Self { name, address, requests, server }
     }
 
@@ -110,9 +136,9 @@ pub async fn serve<S, R>(address: SocketAddr, service: S) -> (SocketAddr, JoinHa
 where
     S: Service<Request<Incoming>, Response = Response<R>> + Clone + Send + 'static,
     S::Future: Send,
-    S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    S::Error: Into<Error>,
     R: http_body::Body<Data = Bytes> + Send + 'static,
-    R::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    R::Error: Into<Error>,
 {
     let listener = TcpListener::bind(address).await.expect("a free address");
     let address = listener.local_addr().expect("a bound socket");

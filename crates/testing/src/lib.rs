@@ -19,5 +19,4 @@ pub mod token;
 
 pub use backend::Backend;
 pub use consul::Consul;
-pub use echoing::EchoBackend;
 pub use redis::Redis;
