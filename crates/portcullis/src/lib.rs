@@ -27,7 +27,7 @@
 //! # Features
 //!
 //! Each layer is a feature of its own name, on by default. Off by default: `gateway` ([`Gateway`](gateway::Gateway), the
-//! whole stack behind routes), `serve` (a server with limits and a drain), `consul`, `dns` and `file` (where instances come
+//! whole stack behind routes), `health` (asks endpoints how they are), `serve` (a server with limits and a drain), `consul`, `dns` and `file` (where instances come
 //! from), `fetch` (keys from a URL), `redis` (limits across processes), `tls` (to upstreams); `full` is all of them.
 
 pub use portcullis_core as core;
@@ -47,6 +47,8 @@ pub use portcullis_rate_limit as rate_limit;
 
 #[cfg(feature = "gateway")]
 pub mod gateway;
+#[cfg(feature = "health")]
+pub mod health;
 #[cfg(feature = "serve")]
 pub mod serve;
 

@@ -141,7 +141,7 @@ struct Worker<S> {
 }
 
 /// Ends its task when it is dropped.
-struct Abort(#[expect(dead_code, reason = "for its drop")] tokio::task::JoinHandle<io::Result<()>>);
+struct Abort(tokio::task::JoinHandle<io::Result<()>>);
 
 /// Adds what is known of the connection to each of its requests.
 #[derive(Clone)]

@@ -16,39 +16,50 @@
 //!     upstream
 //! ```
 
+mod answer;
+mod matches;
 mod route;
 mod router;
+mod upstream;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body::{Frame, SizeHint};
 use pin_project_lite::pin_project;
 use portcullis_auth::{Attempt, Auth, AuthLayer, Authenticate, Denied, Head, SharedAuthenticate};
-use portcullis_balance::{Balance, BalanceLayer, Pick, PowerOfTwo};
-use portcullis_circuit_break::{CircuitBreak, CircuitBreakLayer};
-use portcullis_core::{Carried, Clock, Deadline, Dialect, Identity, Layer as Where, Rejection, is_normal_path};
-use portcullis_discovery::{Discovery, DiscoveryLayer, Registry};
+use portcullis_balance::{BalanceLayer, Pick};
+use portcullis_circuit_break::CircuitBreakLayer;
+use portcullis_core::is_normal_path;
+use portcullis_core::{Body, Carried, Clock, Deadline, Dialect, Identity, Layer as Where, Rejection, Route as Matched};
+use portcullis_discovery::{DiscoveryLayer, Registry};
 use portcullis_forward::{BoxError, Forward};
 use portcullis_rate_limit::{Rate, RateLimit, RateLimitLayer};
 use tower_layer::Layer;
 use tower_service::Service;
 
+pub use self::answer::{Cors, Redirect};
+pub use self::matches::Is;
 pub use self::route::Route;
-use self::route::Target;
-use self::router::{Missing, Router};
+use self::route::{Action, Target};
+use self::router::{Asked, Missing, Router};
+pub use self::upstream::Upstream;
+use self::upstream::Ways;
 
 /// An API gateway as a service: it mounts wherever a [`Service`] of [`Request`]s does, and is cheap to clone.
 #[derive(Clone)]
 pub struct Gateway {
     routes: Arc<Router<Target>>,
     clock: Clock,
-    discovery: DiscoveryLayer,
+    leaves_route: bool,
+    /// Of every service that has a route.
+    discoveries: Arc<[DiscoveryLayer]>,
     stack: Stack,
 }
 
@@ -58,10 +69,10 @@ pub struct Builder {
     routes: Vec<(String, Route)>,
     auth: Option<AuthLayer<SharedAuthenticate>>,
     rate_limit: Option<RateLimitLayer>,
-    discovery: DiscoveryLayer,
-    balance: BalanceLayer<Arc<dyn Pick>>,
-    circuit_break: CircuitBreakLayer,
-    forward: Forward,
+    /// Of services that have no other.
+    upstream: Upstream,
+    upstreams: HashMap<Arc<str>, Upstream>,
+    leaves_route: bool,
     clock: Clock,
 }
 
@@ -70,7 +81,7 @@ pub struct Builder {
 pub struct Error(String);
 
 /// The layers in the order a request travels.
-type Stack = Auth<RateLimit<Discovery<Balance<CircuitBreak<Forward>, Arc<dyn Pick>>>>, SharedAuthenticate>;
+type Stack = Auth<RateLimit<Ways>, SharedAuthenticate>;
 
 /// What comes out of the stack, whatever goes in: a refusal or the upstream's body, watched by the layers it passed.
 type StackBody = <<Stack as Service<Request<http_body_util::Empty<Bytes>>>>::Response as HasBody>::Body;
@@ -106,9 +117,15 @@ pin_project! {
 pin_project! {
     #[project = Project]
     enum State<F> {
-        Called { #[pin] future: F },
-        Refused { rejection: Option<Rejection>, dialect: Dialect },
+        Called { #[pin] future: F, after: Option<Box<After>> },
+        Answered { response: Option<Response<GatewayBody>> },
     }
+}
+
+/// What is to be done to a response.
+struct After {
+    route: Option<Matched>,
+    cors: Option<(Cors, Option<HeaderValue>)>,
 }
 
 // === impl Gateway ===
@@ -120,10 +137,9 @@ impl Gateway {
             routes: Vec::new(),
             auth: None,
             rate_limit: None,
-            discovery: DiscoveryLayer::new(registry),
-            balance: BalanceLayer::new(Arc::new(PowerOfTwo) as Arc<dyn Pick>),
-            circuit_break: CircuitBreakLayer::new(),
-            forward: Forward::new(),
+            upstream: Upstream::new(registry),
+            upstreams: HashMap::new(),
+            leaves_route: false,
             clock: Clock::system(),
         }
     }
@@ -131,38 +147,98 @@ impl Gateway {
     /// Whether the registry has answered for every service that has a route.
     #[must_use]
     pub fn is_ready(&self) -> bool {
-        self.discovery.is_ready()
+        self.discoveries.iter().all(DiscoveryLayer::is_ready)
     }
 
     /// Waits until the registry has answered for every service that has a route.
     pub async fn ready(&self) {
-        self.discovery.ready().await;
+        for discovery in &*self.discoveries {
+            discovery.ready().await;
+        }
     }
 
-    /// What the request asks for, left in it for the layers below; else the answer it gets. A path that is not in normal
-    /// form is matched as it is, since forward sends it so or refuses it.
-    fn route<B>(&self, request: &mut Request<B>) -> Result<(), Rejection> {
-        let path = request.uri().path();
-        let target = self.routes.find(request.method(), path).map_err(|missing| match missing {
-            Missing::Path if !is_normal_path(path) => {
-                Rejection::new(Where::Route, StatusCode::BAD_REQUEST, "path-not-normal")
+    /// What the request asks for, left in it for the layers below, and what is to be done to the response; else the
+    /// answer it gets. A path that is not in normal form is matched as it is, since forward sends it so or refuses it.
+    #[expect(clippy::result_large_err, reason = "it is the answer, and moved once")]
+    fn route<B>(&self, request: &mut Request<B>) -> Result<Option<Box<After>>, Response<GatewayBody>> {
+        let asked = Asked { method: request.method(), uri: request.uri(), headers: request.headers() };
+        if let Some(method) = Cors::asked(request)
+            && let Ok(target) = self.routes.find(Asked { method: &method, ..asked })
+            && let Some(cors) = &target.cors
+        {
+            return Err(self.named(target, cors.preflight(request).map(|Nothing| GatewayBody::empty())));
+        }
+        let target = match self.routes.find(asked) {
+            Ok(target) => target,
+            Err(missing) => return Err(refuse(request, missing.into_rejection(request.uri().path()))),
+        };
+        let service = match &target.action {
+            Action::Send(split) => split.pick(|below| fastrand::u64(..below)),
+            // Sent back to the caller, such a path could lead to another host.
+            Action::Redirect(_) if !is_normal_path(request.uri().path()) => {
+                return Err(self.named(target, refuse(request, not_normal())));
             }
-            Missing::Path => Rejection::new(Where::Route, StatusCode::NOT_FOUND, "no-route"),
-            Missing::Method(allowed) => {
-                let allowed = allowed.iter().map(Method::as_str).collect::<Vec<_>>().join(", ");
-                Rejection::new(Where::Route, StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed")
-                    .with_header(header::ALLOW, HeaderValue::try_from(allowed).unwrap_or(HeaderValue::from_static("")))
+            Action::Redirect(redirect) => {
+                let response = redirect.answer(request).map(|response| response.map(|Nothing| GatewayBody::empty()));
+                let no_host = || Rejection::new(Where::Route, StatusCode::BAD_REQUEST, "no-host");
+                return Err(self.named(target, response.unwrap_or_else(|| refuse(request, no_host()))));
             }
-        })?;
+            Action::Respond(fixed) => {
+                let mut response = fixed.answer(|body| GatewayBody::new(Body::refusal(body)));
+                if let Some(cors) = &target.cors {
+                    cors.leave(request.headers().get(header::ORIGIN), response.headers_mut());
+                }
+                return Err(self.named(target, response));
+            }
+        };
+        let cors = target.cors.as_ref().map(|cors| (cors.clone(), request.headers().get(header::ORIGIN).cloned()));
+        let route = self.leaves_route.then(|| target.route.clone());
+        let after = (route.is_some() || cors.is_some()).then(|| Box::new(After { route, cors }));
         let extensions = request.extensions_mut();
         target.route.clone().attach(extensions);
-        target.service.clone().attach(extensions);
+        if let Some(service) = service {
+            service.clone().attach(extensions);
+        }
         if let Some(timeout) = target.timeout {
             let deadline = Deadline(self.clock.now() + timeout);
             let sooner = Deadline::of(extensions).map_or(deadline, |other| deadline.min(*other));
             sooner.attach(extensions);
         }
-        Ok(())
+        Ok(after)
+    }
+
+    fn named(&self, target: &Target, mut response: Response<GatewayBody>) -> Response<GatewayBody> {
+        if self.leaves_route {
+            response.extensions_mut().insert(target.route.clone());
+        }
+        response
+    }
+}
+
+/// The body of an answer that has none.
+#[derive(Default)]
+struct Nothing;
+
+fn refuse<B>(request: &Request<B>, rejection: Rejection) -> Response<GatewayBody> {
+    tracing::debug!(reason = rejection.reason(), "refused");
+    rejection.into_response(Dialect::of(request.headers())).map(GatewayBody::new)
+}
+
+fn not_normal() -> Rejection {
+    Rejection::new(Where::Route, StatusCode::BAD_REQUEST, "path-not-normal")
+}
+
+impl Missing {
+    fn into_rejection(self, path: &str) -> Rejection {
+        match self {
+            Self::Route if !is_normal_path(path) => not_normal(),
+            Self::Route => Rejection::new(Where::Route, StatusCode::NOT_FOUND, "no-route"),
+            Self::Method(allowed) => {
+                let allowed = allowed.iter().map(Method::as_str).collect::<Vec<_>>().join(", ");
+                Rejection::new(Where::Route, StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed")
+                    .with_header(header::ALLOW, HeaderValue::try_from(allowed).unwrap_or(HeaderValue::from_static("")))
+            }
+        }
     }
 }
 
@@ -181,11 +257,8 @@ where
 
     fn call(&mut self, mut request: Request<B>) -> ResponseFuture<B> {
         let state = match self.route(&mut request) {
-            Ok(()) => State::Called { future: self.stack.call(request) },
-            Err(rejection) => {
-                tracing::debug!(reason = rejection.reason(), "refused");
-                State::Refused { rejection: Some(rejection), dialect: Dialect::of(request.headers()) }
-            }
+            Ok(after) => State::Called { future: self.stack.call(request), after },
+            Err(response) => State::Answered { response: Some(response) },
         };
         ResponseFuture { state }
     }
@@ -193,7 +266,7 @@ where
 
 impl fmt::Debug for Gateway {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Gateway").field("discovery", &self.discovery).finish_non_exhaustive()
+        f.debug_struct("Gateway").field("discoveries", &self.discoveries).finish_non_exhaustive()
     }
 }
 
@@ -241,25 +314,38 @@ impl Builder {
 
     /// Replaces the discovery layer, to set more than its registry.
     pub fn with_discovery(mut self, layer: DiscoveryLayer) -> Self {
-        self.discovery = layer;
+        self.upstream.discovery = layer;
         self
     }
 
     /// Replaces the balance layer, to set more than its policy.
     pub fn with_balance(mut self, layer: BalanceLayer<Arc<dyn Pick>>) -> Self {
-        self.balance = layer;
+        self.upstream.balance = layer;
         self
     }
 
     /// Replaces the circuit-break layer. It guards each endpoint by itself.
     pub fn with_circuit_break(mut self, layer: CircuitBreakLayer) -> Self {
-        self.circuit_break = layer;
+        self.upstream.circuit_break = layer;
         self
     }
 
     /// Replaces what sends requests on.
     pub fn with_forward(mut self, forward: Forward) -> Self {
-        self.forward = forward;
+        self.upstream.forward = forward;
+        self
+    }
+
+    /// Sends requests for this service its own way, instead of by the layers that serve all others.
+    pub fn service(mut self, name: &str, upstream: Upstream) -> Self {
+        self.upstreams.insert(name.into(), upstream);
+        self
+    }
+
+    /// Leaves the matched [`Route`](portcullis_core::Route) in the extensions of responses, for logs and metrics. Default
+    /// no; it costs what one value costs there.
+    pub fn leaves_route(mut self, yes: bool) -> Self {
+        self.leaves_route = yes;
         self
     }
 
@@ -294,19 +380,27 @@ impl Builder {
             layer.handle().set_limits([]);
             layer
         });
-        // From the inside out, as `Layer`s nest.
-        let stack = self.circuit_break.layer(self.forward);
-        let stack = self.discovery.layer(self.balance.layer(stack));
-        let stack = auth.layer(rate_limit.layer(stack));
-        for (_, route) in &self.routes {
-            self.discovery.follow(route.service.as_str());
+        for (pattern, route) in &self.routes {
+            route.check().map_err(|Error(what)| Error(format!("the route {pattern:?}: {what}")))?;
+        }
+        let stack = auth.layer(rate_limit.layer(Ways::new(&self.upstream, &self.upstreams)));
+        let mut discoveries = Vec::new();
+        for service in self.routes.iter().flat_map(|(_, route)| route.services()) {
+            let discovery = &self.upstreams.get(service.name()).unwrap_or(&self.upstream).discovery;
+            discovery.follow(service.as_str());
+            discoveries.push(discovery.clone());
         }
         let routes = self.routes.into_iter().map(|(pattern, route)| {
             let target = route.target(&pattern);
-            (pattern, route.methods, target)
+            (pattern, route.matches, target)
         });
-        let routes = Router::new(routes.collect())?;
-        Ok(Gateway { routes: Arc::new(routes), clock: self.clock, discovery: self.discovery, stack })
+        Ok(Gateway {
+            routes: Arc::new(Router::new(routes.collect())?),
+            clock: self.clock,
+            leaves_route: self.leaves_route,
+            discoveries: discoveries.into(),
+            stack,
+        })
     }
 }
 
@@ -353,10 +447,20 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match self.project().state.project() {
-            Project::Called { future } => future.poll(cx).map_ok(|response| response.map(GatewayBody::new)),
-            Project::Refused { rejection, dialect } => {
-                let Some(rejection) = rejection.take() else { return Poll::Pending };
-                Poll::Ready(Ok(rejection.into_response(*dialect).map(GatewayBody::new)))
+            Project::Called { future, after } => {
+                let Ok(mut response) = ready!(future.poll(cx));
+                if let Some(After { route, cors }) = after.take().map(|after| *after) {
+                    if let Some((cors, origin)) = cors {
+                        cors.leave(origin.as_ref(), response.headers_mut());
+                    }
+                    if let Some(route) = route {
+                        response.extensions_mut().insert(route);
+                    }
+                }
+                Poll::Ready(Ok(response.map(GatewayBody::new)))
+            }
+            Project::Answered { response } => {
+                response.take().map_or(Poll::Pending, |response| Poll::Ready(Ok(response)))
             }
         }
     }
@@ -376,6 +480,10 @@ where
 impl GatewayBody {
     const fn new(inner: StackBody) -> Self {
         Self { inner }
+    }
+
+    fn empty() -> Self {
+        Self::new(Body::refusal(Bytes::new()))
     }
 }
 

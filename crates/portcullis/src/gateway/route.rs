@@ -3,8 +3,13 @@
 use std::any::Any;
 use std::time::Duration;
 
-use http::Method;
+use bytes::Bytes;
+use http::{HeaderName, HeaderValue, Method, StatusCode};
 use portcullis_core::{Destination, Route as Matched};
+
+use super::Error;
+use super::answer::{Cors, Fixed, Redirect};
+use super::matches::{Is, Matches};
 
 /// Where the requests of a pattern go, and the policies with which they override the layers' defaults.
 ///
@@ -17,18 +22,36 @@ use portcullis_core::{Destination, Route as Matched};
 /// ```
 #[derive(Clone, Debug)]
 pub struct Route {
-    pub(super) methods: Vec<Method>,
-    pub(super) service: Destination,
+    pub(super) matches: Matches,
+    pub(super) action: Action,
     pub(super) timeout: Option<Duration>,
+    cors: Option<Cors>,
+    name: Option<String>,
     policies: Matched,
+}
+
+/// What becomes of a request.
+#[derive(Clone, Debug)]
+pub(super) enum Action {
+    Send(Split),
+    Redirect(Redirect),
+    Respond(Fixed),
+}
+
+/// Services and their shares.
+#[derive(Clone, Debug)]
+pub(super) struct Split {
+    /// Each with the sum of the weights up to it.
+    services: Vec<(Destination, u64)>,
 }
 
 /// A route in the router.
 #[derive(Clone)]
 pub(super) struct Target {
     pub(super) route: Matched,
-    pub(super) service: Destination,
+    pub(super) action: Action,
     pub(super) timeout: Option<Duration>,
+    pub(super) cors: Option<Cors>,
 }
 
 // === impl Route ===
@@ -37,16 +60,87 @@ impl Route {
     /// Sends requests to the service of that name, whatever their method.
     #[must_use]
     pub fn to(service: &str) -> Self {
-        Self { methods: Vec::new(), service: Destination::new(service), timeout: None, policies: Matched::new("") }
+        Self::split([(service, 1)])
+    }
+
+    /// Sends requests to one of these services, by weight and at random.
+    #[must_use]
+    pub fn split<'a>(services: impl IntoIterator<Item = (&'a str, u32)>) -> Self {
+        let mut sum = 0;
+        let mut add = |(service, weight): (&str, u32)| {
+            sum += u64::from(weight);
+            (Destination::new(service), sum)
+        };
+        Self::new(Action::Send(Split { services: services.into_iter().map(&mut add).collect() }))
+    }
+
+    /// Sends callers elsewhere. The gateway answers by itself, before anybody is asked who they are.
+    #[must_use]
+    pub fn redirect(redirect: Redirect) -> Self {
+        Self::new(Action::Redirect(redirect))
+    }
+
+    /// Always answers the same. The gateway does so by itself, before anybody is asked who they are.
+    #[must_use]
+    pub fn respond(status: StatusCode, content_type: HeaderValue, body: impl Into<Bytes>) -> Self {
+        Self::new(Action::Respond(Fixed { status, content_type, body: body.into() }))
+    }
+
+    fn new(action: Action) -> Self {
+        let (matches, policies) = (Matches::default(), Matched::new(""));
+        Self { matches, action, timeout: None, cors: None, name: None, policies }
+    }
+
+    /// Is called so in logs and metrics, instead of by its pattern.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        self.name = Some(name.to_owned());
+        self
+    }
+
+    /// Takes requests for this host, and for no other that is not named as well: `api.example.com`, or `*.example.com`
+    /// for all below it. Case and port do not matter.
+    #[must_use]
+    pub fn host(mut self, host: &str) -> Self {
+        self.matches.hosts.push(host.to_owned());
+        self
+    }
+
+    /// Takes requests of which this header is so.
+    #[must_use]
+    pub fn header(mut self, name: HeaderName, is: Is) -> Self {
+        self.matches.headers.push((name, is));
+        self
+    }
+
+    /// Takes requests of which this query parameter is so, when decoded.
+    #[must_use]
+    pub fn query(mut self, name: &str, is: Is) -> Self {
+        self.matches.query.push((name.to_owned(), is));
+        self
+    }
+
+    /// Takes gRPC calls alone. The pattern of a service is `/package.Service/{method}`.
+    #[must_use]
+    pub fn grpc(mut self) -> Self {
+        self.matches.grpc = true;
+        self.method(Method::POST)
+    }
+
+    /// Lets pages of other origins call.
+    #[must_use]
+    pub fn cors(mut self, cors: Cors) -> Self {
+        self.cors = Some(cors);
+        self
     }
 
     /// Takes this method, and no other that is not named as well. `GET` takes `HEAD` along.
     #[must_use]
     pub fn method(mut self, method: Method) -> Self {
         if method == Method::GET {
-            self.methods.push(Method::HEAD);
+            self.matches.methods.push(Method::HEAD);
         }
-        self.methods.push(method);
+        self.matches.methods.push(method);
         self
     }
 
@@ -90,10 +184,61 @@ impl Route {
     }
 
     pub(super) fn target(&self, pattern: &str) -> Target {
-        Target { route: self.policies.clone().named(pattern), service: self.service.clone(), timeout: self.timeout }
+        Target {
+            route: self.policies.clone().named(self.name.as_deref().unwrap_or(pattern)),
+            action: self.action.clone(),
+            timeout: self.timeout,
+            cors: self.cors.clone(),
+        }
+    }
+
+    /// The services requests may go to.
+    pub(super) fn services(&self) -> impl Iterator<Item = &Destination> {
+        let split = match &self.action {
+            Action::Send(split) => Some(split),
+            Action::Redirect(_) | Action::Respond(_) => None,
+        };
+        split.into_iter().flat_map(|split| split.services.iter().map(|(service, _)| service))
+    }
+
+    pub(super) fn check(&self) -> Result<(), Error> {
+        self.cors.as_ref().map_or(Ok(()), Cors::check)?;
+        match &self.action {
+            Action::Send(split) if split.sum() == 0 => Err(Error::new("a route to services without a weight")),
+            Action::Send(_) | Action::Respond(_) => Ok(()),
+            Action::Redirect(redirect) => redirect.check(),
+        }
     }
 
     pub(super) fn policy<P: Any + Send + Sync>(&self) -> Option<&P> {
         self.policies.policy()
+    }
+}
+
+// === impl Split ===
+
+impl Split {
+    fn sum(&self) -> u64 {
+        self.services.last().map_or(0, |(_, sum)| *sum)
+    }
+
+    /// The service of one request; `random` is below any bound it is given.
+    pub(super) fn pick(&self, random: impl FnOnce(u64) -> u64) -> Option<&Destination> {
+        let drawn = if self.services.len() > 1 { random(self.sum()) } else { 0 };
+        self.services.iter().find(|(_, sum)| drawn < *sum).map(|(service, _)| service)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_split_by_weight() {
+        let Action::Send(split) = Route::split([("a", 3), ("none", 0), ("b", 1)]).action else { unreachable!() };
+        let picked: Vec<_> = (0..4).map(|drawn| split.pick(|_| drawn).unwrap().as_str()).collect();
+        assert_eq!(picked, ["a", "a", "a", "b"]);
+        assert!(Route::split([("a", 0), ("b", 0)]).check().is_err());
+        assert!(Route::split([]).check().is_err());
     }
 }

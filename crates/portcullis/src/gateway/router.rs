@@ -1,98 +1,272 @@
-//! From a path and a method to a route.
+//! From a request's head to a route.
 
-use http::Method;
+use std::cmp::Reverse;
+use std::collections::HashMap;
+
+use http::{HeaderMap, Method, Uri, header};
+use portcullis_core::Dialect;
 
 use super::Error;
+use super::matches::{Is, Matches};
 
-/// Finds what was put in by pattern and method.
+/// Finds what was put in by host, path, method, headers and query.
 ///
-/// A pattern of the whole path wins over one with a rest, a literal segment over a parameter, a longer prefix over a shorter.
-/// `/a/{*rest}` also matches `/a` and `/a/`, unless they were put in themselves.
+/// The most specific wins, as the [Gateway API](https://gateway-api.sigs.k8s.io/api-types/httproute/) has it: an exact host,
+/// then the longest wildcard, then any; within a host a pattern of the whole path, then one with a rest; a literal segment,
+/// then a parameter; a longer prefix, then a shorter; then a method, the most headers, the most query parameters, and last the order. What does not match in all of that is passed over for the
+/// next. `/a/{*rest}` also matches `/a` and `/a/`, unless they were put in themselves.
 #[derive(Clone)]
 pub(super) struct Router<T> {
-    /// Two, since one cannot tell `/a/{x}` from `/a/{*rest}`.
-    whole: Paths<T>,
-    rest: Paths<T>,
+    exact: HashMap<Box<str>, Paths<T>>,
+    /// By what follows the asterisk, with its dot; the longest first.
+    wildcards: Vec<(Box<str>, Paths<T>)>,
+    any: Paths<T>,
 }
 
-type Paths<T> = matchit::Router<Vec<Entry<T>>>;
+/// The routes of one host.
+#[derive(Clone)]
+struct Paths<T> {
+    /// Two, since one cannot tell `/a/{x}` from `/a/{*rest}`.
+    whole: matchit::Router<usize>,
+    rest: matchit::Router<usize>,
+    /// The most specific first.
+    patterns: Vec<Pattern<T>>,
+}
+
+#[derive(Clone)]
+struct Pattern<T> {
+    alone: matchit::Router<()>,
+    entries: Vec<Entry<T>>,
+}
 
 #[derive(Clone)]
 struct Entry<T> {
-    methods: Vec<Method>,
+    matches: Matches,
     value: T,
+}
+
+/// What is looked at in a request.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked<'a> {
+    pub(super) method: &'a Method,
+    pub(super) uri: &'a Uri,
+    pub(super) headers: &'a HeaderMap,
 }
 
 /// Why nothing was found.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Missing {
-    /// No pattern matches the path.
-    Path,
-    /// A pattern does, but only for these methods.
+    /// Nothing matches but for the method, whatever it is.
+    Route,
+    /// Something would, for these methods.
     Method(Vec<Method>),
 }
 
 // === impl Router ===
 
 impl<T: Clone> Router<T> {
-    /// A router for routes of (pattern, methods, value); no methods means any.
-    pub(super) fn new(routes: Vec<(String, Vec<Method>, T)>) -> Result<Self, Error> {
-        let mut patterns: Vec<(String, Vec<Entry<T>>)> = Vec::new();
-        for (pattern, methods, value) in routes {
-            let entry = Entry { methods, value };
-            match patterns.iter_mut().find(|(have, _)| *have == pattern) {
-                Some((_, entries)) => {
-                    if entries.iter().any(|have| have.overlaps(&entry)) {
-                        return Err(Error::new(format!("two routes for {pattern:?} and one method")));
-                    }
-                    entries.push(entry);
-                }
-                None => patterns.push((pattern, vec![entry])),
-            }
-        }
-        let (mut whole, mut rest) = (Paths::new(), Paths::new());
-        for (pattern, entries) in patterns {
-            let insert = |paths: &mut Paths<T>, pattern: &str| {
-                let used = paths.insert(pattern, entries.clone());
-                used.map_err(|error| Error::new(format!("the pattern {pattern:?} cannot be used: {error}")))
-            };
+    pub(super) fn new(routes: Vec<(String, Matches, T)>) -> Result<Self, Error> {
+        let mut hosts: HashMap<Option<String>, Vec<(String, Entry<T>)>> = HashMap::new();
+        for (pattern, matches, value) in routes {
             if !pattern.starts_with('/') {
                 return Err(Error::new(format!("the pattern {pattern:?} does not begin with a slash")));
             }
-            let Some(at) = pattern.rfind("{*") else {
-                insert(&mut whole, &pattern)?;
-                continue;
+            let names: Vec<Option<String>> = match matches.hosts.as_slice() {
+                [] => vec![None],
+                names => names.iter().map(|name| Some(name.to_ascii_lowercase())).collect(),
             };
-            insert(&mut rest, &pattern)?;
-            let prefix = &pattern[..at];
-            insert(&mut rest, prefix)?;
-            if let Some(bare) = prefix.strip_suffix('/').filter(|bare| !bare.is_empty()) {
-                insert(&mut rest, bare)?;
+            for host in names {
+                let entry = Entry { matches: matches.clone(), value: value.clone() };
+                hosts.entry(host).or_default().push((pattern.clone(), entry));
             }
         }
-        Ok(Self { whole, rest })
+        let mut router = Self { exact: HashMap::new(), wildcards: Vec::new(), any: Paths::new(Vec::new())? };
+        for (host, entries) in hosts {
+            let paths = Paths::new(entries)?;
+            match host {
+                None => router.any = paths,
+                Some(host) => match host.strip_prefix('*') {
+                    Some(suffix) if suffix.len() > 1 && suffix.starts_with('.') && !suffix.contains('*') => {
+                        router.wildcards.push((suffix.into(), paths));
+                    }
+                    None if !host.is_empty() && !host.contains(['*', ':', '/']) => {
+                        router.exact.insert(host.into(), paths);
+                    }
+                    _ => return Err(Error::new(format!("{host:?} is no host: want `a.example` or `*.example`"))),
+                },
+            }
+        }
+        router.wildcards.sort_by_key(|(suffix, _)| Reverse(suffix.len()));
+        Ok(router)
     }
 
-    /// What was put in for the best pattern that matches. The path is taken as it is: no part of it is decoded.
-    pub(super) fn find(&self, method: &Method, path: &str) -> Result<&T, Missing> {
-        let found = self.whole.at(path).or_else(|_| self.rest.at(path));
-        let entries = found.map_err(|_| Missing::Path)?.value;
-        if let Some(entry) = entries.iter().find(|entry| entry.takes(method)) {
-            return Ok(&entry.value);
+    /// What was put in for the most specific that matches. The path is taken as it is: no part of it is decoded.
+    pub(super) fn find(&self, asked: Asked<'_>) -> Result<&T, Missing> {
+        let mut allowed = Vec::new();
+        if !(self.exact.is_empty() && self.wildcards.is_empty())
+            && let Some(host) = asked.host()
+        {
+            let host = host.to_ascii_lowercase();
+            let exact = self.exact.get(host.as_str()).into_iter();
+            let wild =
+                self.wildcards.iter().filter(|(suffix, _)| host.len() > suffix.len() && host.ends_with(&**suffix));
+            for paths in exact.chain(wild.map(|(_, paths)| paths)) {
+                if let Some(value) = paths.find(asked, &mut allowed) {
+                    return Ok(value);
+                }
+            }
         }
-        let mut allowed: Vec<Method> = entries.iter().flat_map(|entry| entry.methods.iter().cloned()).collect();
-        allowed.dedup();
-        Err(Missing::Method(allowed))
+        if let Some(value) = self.any.find(asked, &mut allowed) {
+            return Ok(value);
+        }
+        Err(if allowed.is_empty() { Missing::Route } else { Missing::Method(allowed) })
     }
 }
 
-impl<T> Entry<T> {
+// === impl Paths ===
+
+impl<T: Clone> Paths<T> {
+    fn new(routes: Vec<(String, Entry<T>)>) -> Result<Self, Error> {
+        let mut grouped: Vec<(String, Vec<Entry<T>>)> = Vec::new();
+        for (pattern, entry) in routes {
+            match grouped.iter_mut().find(|(have, _)| *have == pattern) {
+                Some((_, entries)) => {
+                    if entries.iter().any(|have| have.matches.is_alike(&entry.matches)) {
+                        return Err(Error::new(format!("two routes for {pattern:?} that take the same requests")));
+                    }
+                    entries.push(entry);
+                }
+                None => grouped.push((pattern, vec![entry])),
+            }
+        }
+        grouped.sort_by_key(|(pattern, _)| specificity(pattern));
+        let (mut whole, mut rest) = (matchit::Router::new(), matchit::Router::new());
+        let mut patterns = Vec::new();
+        for (index, (pattern, mut entries)) in grouped.into_iter().enumerate() {
+            let cannot = |error| Error::new(format!("the pattern {pattern:?} cannot be used: {error}"));
+            let best = if pattern.contains("{*") { &mut rest } else { &mut whole };
+            best.insert(pattern.clone(), index).map_err(cannot)?;
+            let mut alone = matchit::Router::new();
+            alone.insert(pattern.clone(), ()).map_err(cannot)?;
+            for shorter in without_rest(&pattern) {
+                let _ = alone.insert(shorter, ());
+            }
+            entries.sort_by_key(|entry| entry.matches.rank());
+            patterns.push((pattern, Pattern { alone, entries }));
+        }
+        for (index, (pattern, _)) in patterns.iter().enumerate() {
+            for shorter in without_rest(pattern) {
+                // What was put in by itself goes first.
+                let _ = rest.insert(shorter, index);
+            }
+        }
+        Ok(Self { whole, rest, patterns: patterns.into_iter().map(|(_, pattern)| pattern).collect() })
+    }
+
+    fn find(&self, asked: Asked<'_>, allowed: &mut Vec<Method>) -> Option<&T> {
+        let path = asked.uri.path();
+        let best = *self.whole.at(path).or_else(|_| self.rest.at(path)).ok()?.value;
+        let first = self.patterns.get(best)?;
+        if let Some(value) = first.find(asked, allowed) {
+            return Some(value);
+        }
+        // Rare: the path matches and something else does not; a less specific pattern may take it.
+        let others = self.patterns.iter().enumerate().filter(|&(index, _)| index != best);
+        others
+            .filter(|(_, pattern)| pattern.alone.at(path).is_ok())
+            .find_map(|(_, pattern)| pattern.find(asked, allowed))
+    }
+}
+
+impl<T> Pattern<T> {
+    fn find(&self, asked: Asked<'_>, allowed: &mut Vec<Method>) -> Option<&T> {
+        let fitting = self.entries.iter().filter(|entry| entry.matches.fits(asked));
+        for entry in fitting {
+            if entry.matches.takes(asked.method) {
+                return Some(&entry.value);
+            }
+            for method in &entry.matches.methods {
+                if !allowed.contains(method) {
+                    allowed.push(method.clone());
+                }
+            }
+        }
+        None
+    }
+}
+
+/// Sorts the most specific pattern first: the whole path, then segment by segment literal, parameter, rest.
+fn specificity(pattern: &str) -> (bool, Vec<u8>, Reverse<usize>) {
+    let kinds = pattern.split('/').skip(1).map(|segment| match segment {
+        rest if rest.starts_with("{*") => 2,
+        parameter if parameter.contains('{') => 1,
+        _ => 0,
+    });
+    (pattern.contains("{*"), kinds.chain([1]).collect(), Reverse(pattern.len()))
+}
+
+/// `/a/` and `/a` for `/a/{*rest}`.
+fn without_rest(pattern: &str) -> impl Iterator<Item = String> {
+    let prefix = pattern.rfind("{*").map(|at| pattern[..at].to_owned());
+    let bare = prefix.as_ref().and_then(|prefix| prefix.strip_suffix('/')).filter(|bare| !bare.is_empty());
+    let bare = bare.map(str::to_owned);
+    prefix.into_iter().chain(bare)
+}
+
+// === impl Matches ===
+
+impl Matches {
     fn takes(&self, method: &Method) -> bool {
         self.methods.is_empty() || self.methods.contains(method)
     }
 
-    fn overlaps(&self, other: &Self) -> bool {
-        self.methods.is_empty() || other.methods.is_empty() || self.methods.iter().any(|method| other.takes(method))
+    /// Whether all but host, path and method is as it must be.
+    fn fits(&self, asked: Asked<'_>) -> bool {
+        if self.grpc && Dialect::of(asked.headers) != Dialect::Grpc {
+            return false;
+        }
+        let header = |(name, is): &(http::HeaderName, Is)| {
+            is.holds(asked.headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes())).as_deref())
+        };
+        let query = |(name, is): &(String, Is)| is.holds(asked.query(name).as_deref());
+        self.headers.iter().all(header) && self.query.iter().all(query)
+    }
+
+    /// Lower goes first.
+    fn rank(&self) -> (bool, bool, Reverse<usize>, Reverse<usize>) {
+        (!self.grpc, self.methods.is_empty(), Reverse(self.headers.len()), Reverse(self.query.len()))
+    }
+
+    /// Whether nothing tells which of the two a request is for.
+    fn is_alike(&self, other: &Self) -> bool {
+        let methods = self.methods.is_empty() && other.methods.is_empty()
+            || self.methods.iter().any(|method| other.methods.contains(method));
+        methods && self.grpc == other.grpc && self.headers == other.headers && self.query == other.query
+    }
+}
+
+// === impl Asked ===
+
+impl<'a> Asked<'a> {
+    /// The host without its port: the target's, else the `Host` field's.
+    pub(super) fn host(&self) -> Option<&'a str> {
+        if let Some(host) = self.uri.host() {
+            return Some(host);
+        }
+        let field = self.headers.get(header::HOST)?.to_str().ok()?;
+        // An IPv6 address has colons of its own.
+        let end = if field.starts_with('[') { field.find(']').map(|at| at + 1) } else { field.find(':') };
+        Some(&field[..end.unwrap_or(field.len())])
+    }
+
+    /// The first query parameter of that name, decoded.
+    fn query(&self, name: &str) -> Option<String> {
+        let decode = |text: &str| {
+            let spaced = text.replace('+', " ");
+            percent_encoding::percent_decode_str(&spaced).decode_utf8_lossy().into_owned()
+        };
+        let pairs = self.uri.query()?.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+        pairs.into_iter().find(|(have, _)| decode(have) == name).map(|(_, value)| decode(value))
     }
 }
 
@@ -100,8 +274,27 @@ impl<T> Entry<T> {
 mod tests {
     use super::*;
 
+    fn ask(
+        router: &Router<&'static str>,
+        method: Method,
+        target: &str,
+        headers: &[(&str, &str)],
+    ) -> Result<&'static str, Missing> {
+        let uri: Uri = target.parse().unwrap();
+        let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
+        router.find(Asked { method: &method, uri: &uri, headers: &headers }).copied()
+    }
+
+    fn get(router: &Router<&'static str>, target: &str) -> Result<&'static str, Missing> {
+        ask(router, Method::GET, target, &[])
+    }
+
+    fn any() -> Matches {
+        Matches::default()
+    }
+
     fn router(patterns: &[&'static str]) -> Router<&'static str> {
-        Router::new(patterns.iter().map(|&pattern| (pattern.to_owned(), Vec::new(), pattern)).collect()).unwrap()
+        Router::new(patterns.iter().map(|&pattern| (pattern.to_owned(), any(), pattern)).collect()).unwrap()
     }
 
     #[test]
@@ -114,39 +307,110 @@ mod tests {
             ("/a", "/a/{*rest}"),
             ("/a/", "/a/{*rest}"),
         ] {
-            assert_eq!(router.find(&Method::GET, path), Ok(&expected), "{path}");
+            assert_eq!(get(&router, path), Ok(expected), "{path}");
         }
-        for path in ["/", "/ab", "/ab/c", "*", ""] {
-            assert_eq!(router.find(&Method::GET, path), Err(Missing::Path), "{path}");
+        for path in ["/", "/ab", "/ab/c", "*"] {
+            assert_eq!(get(&router, path), Err(Missing::Route), "{path}");
         }
     }
 
     #[test]
     fn a_rest_does_not_take_what_was_put_in_by_itself() {
         let router = router(&["/{*rest}", "/a", "/a/{*rest}"]);
-        assert_eq!(router.find(&Method::GET, "/"), Ok(&"/{*rest}"));
-        assert_eq!(router.find(&Method::GET, "/a"), Ok(&"/a"));
-        assert_eq!(router.find(&Method::GET, "/a/"), Ok(&"/a/{*rest}"));
-        assert_eq!(router.find(&Method::GET, "/b"), Ok(&"/{*rest}"));
+        assert_eq!(get(&router, "/"), Ok("/{*rest}"));
+        assert_eq!(get(&router, "/a"), Ok("/a"));
+        assert_eq!(get(&router, "/a/"), Ok("/a/{*rest}"));
+        assert_eq!(get(&router, "/b"), Ok("/{*rest}"));
     }
 
     #[test]
     fn one_path_may_lead_to_several_places_by_method() {
-        let routes =
-            vec![("/a".to_owned(), vec![Method::GET, Method::HEAD], 1), ("/a".to_owned(), vec![Method::POST], 2)];
+        let routes = vec![
+            ("/a".to_owned(), Matches { methods: vec![Method::GET, Method::HEAD], ..any() }, "get"),
+            ("/a".to_owned(), Matches { methods: vec![Method::POST], ..any() }, "post"),
+        ];
         let router = Router::new(routes.clone()).unwrap();
-        assert_eq!(router.find(&Method::HEAD, "/a"), Ok(&1));
-        assert_eq!(router.find(&Method::POST, "/a"), Ok(&2));
+        assert_eq!(ask(&router, Method::HEAD, "/a", &[]), Ok("get"));
+        assert_eq!(ask(&router, Method::POST, "/a", &[]), Ok("post"));
         let allowed = vec![Method::GET, Method::HEAD, Method::POST];
-        assert_eq!(router.find(&Method::PUT, "/a"), Err(Missing::Method(allowed)));
-        let twice = [routes, vec![("/a".to_owned(), Vec::new(), 3)]].concat();
+        assert_eq!(ask(&router, Method::PUT, "/a", &[]), Err(Missing::Method(allowed)));
+        let with_any = [routes.clone(), vec![("/a".to_owned(), any(), "any")]].concat();
+        assert_eq!(ask(&Router::new(with_any).unwrap(), Method::PUT, "/a", &[]), Ok("any"));
+        let twice =
+            [routes, vec![("/a".to_owned(), Matches { methods: vec![Method::POST], ..any() }, "again")]].concat();
         assert!(Router::new(twice).is_err());
+    }
+
+    #[test]
+    fn exact_hosts_win_over_wildcards_and_the_longest_of_those() {
+        let host = |name: &str| Matches { hosts: vec![name.to_owned()], ..any() };
+        let router = Router::new(vec![
+            ("/{*rest}".to_owned(), any(), "any"),
+            ("/{*rest}".to_owned(), host("*.example"), "wild"),
+            ("/{*rest}".to_owned(), host("*.api.example"), "longer"),
+            ("/a".to_owned(), host("v1.API.example"), "exact"),
+        ])
+        .unwrap();
+        let at = |host: &str, path| ask(&router, Method::GET, path, &[("host", host)]);
+        assert_eq!(at("v1.api.example:8080", "/a"), Ok("exact"));
+        assert_eq!(at("V1.api.example", "/b"), Ok("longer"), "what is more specific takes only what matches");
+        assert_eq!(at("x.example", "/a"), Ok("wild"));
+        assert_eq!(at("a.b.example", "/a"), Ok("wild"), "a wildcard takes any number of labels");
+        for other in ["example", ".example", "example.org", "[::1]:80", ""] {
+            assert_eq!(at(other, "/a"), Ok("any"), "{other}");
+        }
+        assert_eq!(get(&router, "http://v1.api.example/a"), Ok("exact"), "the target's authority is the host");
+        assert_eq!(get(&router, "/a"), Ok("any"));
+        for wrong in ["*", "*.", "a.*", "*.*.b", "a:80", ""] {
+            assert!(Router::new(vec![("/".to_owned(), host(wrong), ())]).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn the_most_headers_and_parameters_win_and_others_are_passed_over() {
+        let header = |is| ("x-canary".parse().unwrap(), is);
+        let router = Router::new(vec![
+            ("/{*rest}".to_owned(), any(), "all"),
+            ("/a".to_owned(), Matches { headers: vec![header(Is::Exactly("yes".into()))], ..any() }, "header"),
+            (
+                "/a".to_owned(),
+                Matches {
+                    headers: vec![header(Is::Present)],
+                    query: vec![("v w".to_owned(), Is::Prefixed("2".into()))],
+                    ..any()
+                },
+                "both",
+            ),
+            ("/b".to_owned(), Matches { headers: vec![header(Is::Absent)], ..any() }, "without"),
+        ])
+        .unwrap();
+        let canary = [("x-canary", "yes")];
+        assert_eq!(ask(&router, Method::GET, "/a?v+w=2.1", &canary), Ok("both"));
+        assert_eq!(
+            ask(&router, Method::GET, "/a?v%20w=1&v%20w=2", &canary),
+            Ok("header"),
+            "the first of a name counts"
+        );
+        assert_eq!(get(&router, "/a?v+w=2"), Ok("all"), "a less specific pattern takes what others refuse");
+        assert_eq!(get(&router, "/b"), Ok("without"));
+        assert_eq!(ask(&router, Method::GET, "/b", &canary), Ok("all"));
+    }
+
+    #[test]
+    fn grpc_routes_take_grpc_alone() {
+        let grpc = Matches { grpc: true, methods: vec![Method::POST], ..any() };
+        let router =
+            Router::new(vec![("/s.S/M".to_owned(), grpc, "grpc"), ("/s.S/M".to_owned(), any(), "web")]).unwrap();
+        let grpc = [("content-type", "application/grpc+proto")];
+        assert_eq!(ask(&router, Method::POST, "/s.S/M", &grpc), Ok("grpc"));
+        assert_eq!(ask(&router, Method::POST, "/s.S/M", &[]), Ok("web"));
     }
 
     #[test]
     fn patterns_that_cannot_be_used_are_errors() {
         for pattern in ["", "a", "/{", "/{*rest}/b", "/{x}{y}"] {
-            assert!(Router::new(vec![(pattern.to_owned(), Vec::new(), ())]).is_err(), "{pattern:?}");
+            assert!(Router::new(vec![(pattern.to_owned(), any(), ())]).is_err(), "{pattern:?}");
         }
+        assert!(Router::new(vec![("/{a}".to_owned(), any(), ()), ("/{b}".to_owned(), any(), ())]).is_err());
     }
 }

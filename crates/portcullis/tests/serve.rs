@@ -1,0 +1,377 @@
+//! The server: limits, and an end that comes.
+
+#![cfg(feature = "serve")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Empty, Full};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use portcullis::core::{Carried, PeerAddress, PeerTls};
+use portcullis::serve::{Server, ServerTls};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, oneshot};
+use tokio::task::JoinHandle;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn within<F: Future>(future: F) -> F::Output {
+    tokio::time::timeout(PATIENCE, future).await.expect("in time")
+}
+
+/// Says who is calling; `/slow` waits for `release` first, `/upgrade` changes the protocol and echoes.
+async fn answer(mut request: Request<Incoming>, release: Arc<Notify>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let PeerAddress(peer) = *PeerAddress::of(request.extensions()).unwrap();
+    let tls = PeerTls::of(request.extensions()).is_some();
+    match request.uri().path() {
+        "/slow" => release.notified().await,
+        "/upgrade" => {
+            let upgraded = hyper::upgrade::on(&mut request);
+            tokio::spawn(async move {
+                let mut io = TokioIo::new(upgraded.await.unwrap());
+                let mut buffer = [0; 64];
+                while let Ok(count @ 1..) = io.read(&mut buffer).await {
+                    io.write_all(&buffer[..count]).await.unwrap();
+                }
+            });
+            let response = Response::builder().status(101).header("connection", "upgrade").header("upgrade", "echo");
+            return Ok(response.body(Full::default()).unwrap());
+        }
+        _ => {}
+    }
+    Ok(Response::new(Full::from(format!("{} {:?} {tls}", peer.ip(), request.version()))))
+}
+
+struct Running {
+    address: SocketAddr,
+    stop: Option<oneshot::Sender<()>>,
+    served: JoinHandle<std::io::Result<()>>,
+    release: Arc<Notify>,
+}
+
+impl Running {
+    fn start(server: Server, deadline: Duration) -> Self {
+        let address = server.local_addr().unwrap();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let server = server.graceful(async { _ = stopped.await }, deadline);
+        let release = Arc::new(Notify::new());
+        let shared = release.clone();
+        let service = tower::service_fn(move |request| answer(request, shared.clone()));
+        Self { address, stop: Some(stop), served: tokio::spawn(server.serve(service)), release }
+    }
+
+    fn drain(&mut self) {
+        self.stop.take().unwrap().send(()).unwrap();
+    }
+
+    async fn connect(&self) -> TcpStream {
+        within(TcpStream::connect(self.address)).await.unwrap()
+    }
+
+    async fn ended(self) {
+        within(self.served).await.unwrap().unwrap();
+    }
+}
+
+fn local() -> Server {
+    Server::bind(([127, 0, 0, 1], 0)).unwrap()
+}
+
+async fn send(io: &mut TcpStream, path: &str) {
+    io.write_all(format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n").as_bytes()).await.unwrap();
+}
+
+async fn until(io: &mut TcpStream, end: &str) -> String {
+    let mut read = String::new();
+    while !read.ends_with(end) {
+        let mut byte = [0];
+        within(io.read_exact(&mut byte)).await.unwrap_or_else(|error| panic!("{error} after {read:?}"));
+        read.push(byte[0].into());
+    }
+    read
+}
+
+async fn rest(io: &mut TcpStream) -> String {
+    let mut read = Vec::new();
+    _ = within(io.read_to_end(&mut read)).await;
+    String::from_utf8(read).unwrap()
+}
+
+async fn h2(io: TcpStream) -> hyper::client::conn::http2::SendRequest<Empty<Bytes>> {
+    let (sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(io)).await.unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+async fn upgraded(running: &Running) -> TcpStream {
+    let mut echo = running.connect().await;
+    echo.write_all(b"GET /upgrade HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: echo\r\n\r\n").await.unwrap();
+    until(&mut echo, "\r\n\r\n").await;
+    echo
+}
+
+fn get(path: &str) -> Request<Empty<Bytes>> {
+    Request::get(format!("http://a{path}")).body(Empty::new()).unwrap()
+}
+
+#[tokio::test]
+async fn requests_know_their_peer_over_both_protocols() {
+    let mut running = Running::start(local(), PATIENCE);
+    let mut io = running.connect().await;
+    send(&mut io, "/").await;
+    until(&mut io, "127.0.0.1 HTTP/1.1 false").await;
+    let mut sender = h2(running.connect().await).await;
+    let response = within(sender.send_request(get("/"))).await.unwrap();
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "127.0.0.1 HTTP/2.0 false");
+    drop((sender, io));
+    running.drain();
+    running.ended().await;
+}
+
+#[tokio::test]
+async fn a_drain_finishes_what_is_under_way_and_closes_what_is_idle() {
+    let mut running = Running::start(local(), PATIENCE);
+    let mut idle = running.connect().await;
+    send(&mut idle, "/").await;
+    until(&mut idle, "false").await;
+    let mut busy = running.connect().await;
+    send(&mut busy, "/slow").await;
+    let mut sender = h2(running.connect().await).await;
+    let stream = sender.send_request(get("/slow"));
+    // Both have arrived once a later request on another connection was answered.
+    within(sender.clone().send_request(get("/"))).await.unwrap();
+    let mut late = running.connect().await;
+    send(&mut late, "/").await;
+    until(&mut late, "false").await;
+    running.drain();
+    assert_eq!(rest(&mut idle).await, "");
+    running.release.notify_waiters();
+    let (answer, response) = tokio::join!(rest(&mut busy), within(stream));
+    assert!(answer.contains("connection: close\r\n") && answer.ends_with("127.0.0.1 HTTP/1.1 false"), "{answer}");
+    assert_eq!(response.unwrap().status(), 200);
+    drop(sender);
+    let address = running.address;
+    running.ended().await;
+    assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
+}
+
+#[tokio::test]
+async fn the_deadline_cuts_requests_streams_and_upgraded_connections() {
+    let mut running = Running::start(local(), Duration::from_millis(100));
+    let mut busy = running.connect().await;
+    send(&mut busy, "/slow").await;
+    let mut sender = h2(running.connect().await).await;
+    let stream = sender.send_request(get("/slow"));
+    let mut echo = upgraded(&running).await;
+    echo.write_all(b"hello").await.unwrap();
+    until(&mut echo, "hello").await;
+    running.drain();
+    running.ended().await;
+    assert_eq!(rest(&mut busy).await, "");
+    assert_eq!(rest(&mut echo).await, "");
+    assert!(within(stream).await.is_err());
+}
+
+#[tokio::test]
+async fn an_upgraded_connection_is_part_of_the_drain() {
+    let mut running = Running::start(local(), PATIENCE * 10);
+    let mut echo = upgraded(&running).await;
+    running.drain();
+    echo.write_all(b"still here").await.unwrap();
+    until(&mut echo, "still here").await;
+    assert!(!running.served.is_finished());
+    drop(echo);
+    running.ended().await;
+}
+
+#[tokio::test]
+async fn dropping_the_server_ends_everything() {
+    let running = Running::start(local(), PATIENCE);
+    let mut io = running.connect().await;
+    send(&mut io, "/slow").await;
+    let mut echo = upgraded(&running).await;
+    running.served.abort();
+    assert_eq!(rest(&mut io).await, "");
+    assert_eq!(rest(&mut echo).await, "");
+}
+
+#[tokio::test]
+async fn each_core_has_a_runtime_and_all_share_one_address() {
+    let server = Server::bind_per_core(([127, 0, 0, 1], 0), NonZeroUsize::new(3).unwrap()).unwrap();
+    let mut running = Running::start(server, PATIENCE);
+    for _ in 0..30 {
+        let mut io = running.connect().await;
+        send(&mut io, "/").await;
+        until(&mut io, "false").await;
+    }
+    let mut idle = running.connect().await;
+    send(&mut idle, "/").await;
+    until(&mut idle, "false").await;
+    running.drain();
+    assert_eq!(rest(&mut idle).await, "");
+    running.ended().await;
+}
+
+#[tokio::test]
+async fn heads_are_limited_in_size_and_time() {
+    let mut running = Running::start(local().max_head(8192).header_timeout(Duration::from_millis(200)), PATIENCE);
+    for fields in [format!("x: {}\r\n", "x".repeat(20_000)), "x: y\r\n".repeat(200)] {
+        let mut large = running.connect().await;
+        large.write_all(format!("GET / HTTP/1.1\r\nhost: a\r\n{fields}\r\n").as_bytes()).await.unwrap();
+        assert!(until(&mut large, "\r\n").await.starts_with("HTTP/1.1 431 "));
+    }
+    // hyper closes without an answer.
+    let mut slow = running.connect().await;
+    slow.write_all(b"GET / HTTP/1.1\r\nhos").await.unwrap();
+    assert_eq!(rest(&mut slow).await, "");
+    running.drain();
+    running.ended().await;
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_wait() {
+    let running = Running::start(local().max_connections(1), PATIENCE);
+    let mut first = running.connect().await;
+    send(&mut first, "/").await;
+    until(&mut first, "false").await;
+    let mut second = running.connect().await;
+    send(&mut second, "/").await;
+    let mut byte = [0];
+    assert!(tokio::time::timeout(Duration::from_millis(50), second.read(&mut byte)).await.is_err());
+    drop(first);
+    until(&mut second, "false").await;
+}
+
+/// Never ends, and says when it is let go.
+struct Endless(Arc<Notify>);
+
+impl http_body::Body for Endless {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Bytes>, Infallible>>> {
+        Poll::Ready(Some(Ok(http_body::Frame::data(Bytes::from_static(&[0; 16384])))))
+    }
+}
+
+impl Drop for Endless {
+    fn drop(&mut self) {
+        self.0.notify_one();
+    }
+}
+
+#[tokio::test]
+async fn a_reader_who_does_not_read_is_let_go() {
+    let server = local().write_timeout(Duration::from_millis(100));
+    let address = server.local_addr().unwrap();
+    let dropped = Arc::new(Notify::new());
+    let shared = dropped.clone();
+    let service = tower::service_fn(move |_: Request<Incoming>| {
+        let body = Endless(shared.clone());
+        async move { Ok::<_, Infallible>(Response::new(body)) }
+    });
+    let _served = tokio::spawn(server.serve(service));
+    let mut io = TcpStream::connect(address).await.unwrap();
+    send(&mut io, "/").await;
+    within(dropped.notified()).await;
+}
+
+/// The connection preface and empty settings.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+/// What the server said until it closed: whether it asked for calm (`GOAWAY`, `ENHANCE_YOUR_CALM`), unless the reset of
+/// the connection overtook that.
+async fn let_go(mut io: TcpStream) {
+    let mut read = Vec::new();
+    _ = within(io.read_to_end(&mut read)).await;
+    assert!(read.len() < 64 * 1024, "it answers: {}", read.len());
+}
+
+#[tokio::test]
+async fn a_client_that_resets_streams_without_end_is_let_go() {
+    let running = Running::start(local(), PATIENCE);
+    let mut io = running.connect().await;
+    io.write_all(PREFACE).await.unwrap();
+    // GET http://a/slow, then RST_STREAM, over and over.
+    let head = [&[0x82, 0x86, 0x41, 1, b'a', 0x44, 5][..], b"/slow"].concat();
+    let mut flood = Vec::new();
+    for stream in (1_u32..40_000).step_by(2) {
+        flood.extend([0, 0, u8::try_from(head.len()).unwrap(), 1, 5]);
+        flood.extend(stream.to_be_bytes());
+        flood.extend(&head);
+        flood.extend([0, 0, 4, 3, 0]);
+        flood.extend(stream.to_be_bytes());
+        flood.extend(8_u32.to_be_bytes());
+    }
+    _ = io.write_all(&flood).await;
+    let_go(io).await;
+    let mut other = running.connect().await;
+    send(&mut other, "/").await;
+    until(&mut other, "false").await;
+}
+
+#[tokio::test]
+async fn continuations_without_end_are_let_go() {
+    let running = Running::start(local(), PATIENCE);
+    let mut io = running.connect().await;
+    io.write_all(PREFACE).await.unwrap();
+    io.write_all(&[0, 0, 1, 1, 1, 0, 0, 0, 1, 0x82]).await.unwrap();
+    // One literal field in one CONTINUATION after the other, none of them the last.
+    let field = [&[0, 1, b'x', 126][..], &[b'y'; 126]].concat();
+    let mut frame = vec![0, 0, u8::try_from(field.len()).unwrap(), 9, 0, 0, 0, 0, 1];
+    frame.extend(&field);
+    let mut sent = 0;
+    while sent < 100_000 && io.write_all(&frame).await.is_ok() {
+        sent += 1;
+    }
+    assert!(sent < 100_000, "{sent} frames were taken");
+}
+
+#[tokio::test]
+async fn tls_offers_both_protocols_and_tells_the_service() {
+    let certificate = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let (chain, key) = (certificate.cert.pem(), certificate.signing_key.serialize_pem());
+    let tls = ServerTls::new(chain.as_bytes(), key.as_bytes()).unwrap();
+    assert!(ServerTls::new(b"", key.as_bytes()).is_err());
+    assert!(ServerTls::new(chain.as_bytes(), b"nonsense").is_err());
+    let running = Running::start(local().tls(tls), PATIENCE);
+    let mut roots = tokio_rustls::rustls::RootCertStore::empty();
+    roots.add(certificate.cert.der().clone()).unwrap();
+    for (protocol, version) in [(&b"h2"[..], "HTTP/2.0"), (b"http/1.1", "HTTP/1.1")] {
+        let provider = Arc::new(tokio_rustls::rustls::crypto::ring::default_provider());
+        let mut config = tokio_rustls::rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots.clone())
+            .with_no_client_auth();
+        config.alpn_protocols = vec![protocol.to_vec()];
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+        let stream = connector.connect("localhost".try_into().unwrap(), running.connect().await).await.unwrap();
+        let io = TokioIo::new(stream);
+        let body = if protocol == b"h2" {
+            let (mut sender, connection) =
+                hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
+            tokio::spawn(connection);
+            within(sender.send_request(get("/"))).await.unwrap().into_body()
+        } else {
+            let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
+            tokio::spawn(connection);
+            within(sender.send_request(get("/"))).await.unwrap().into_body()
+        };
+        assert_eq!(body.collect().await.unwrap().to_bytes(), format!("127.0.0.1 {version} true"));
+    }
+}
