@@ -9,6 +9,8 @@ pub struct Error(Kind);
 #[derive(Debug)]
 enum Kind {
     Period,
+    #[cfg(feature = "redis")]
+    Url,
 }
 
 // === impl Error ===
@@ -16,6 +18,18 @@ enum Kind {
 impl Error {
     pub(crate) const fn period() -> Self {
         Self(Kind::Period)
+    }
+
+    #[cfg(feature = "redis")]
+    pub(crate) const fn url() -> Self {
+        Self(Kind::Url)
+    }
+
+    /// The store's URL is none.
+    #[cfg(feature = "redis")]
+    #[must_use]
+    pub const fn is_url(&self) -> bool {
+        matches!(self.0, Kind::Url)
     }
 
     /// The period is zero, or longer than a year.
@@ -29,6 +43,9 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Kind::Period => f.write_str("a rate's period must be longer than zero and at most a year"),
+            // The URL may hold a password.
+            #[cfg(feature = "redis")]
+            Kind::Url => f.write_str("the store's url is not one of redis"),
         }
     }
 }

@@ -38,6 +38,17 @@ pub(crate) enum Holding {
     Place(Mark),
     /// A charge, at that time, of so many units.
     Charge { mark: Mark, interval: u64, units: u32, at: u64, settle: Option<Settle> },
+    /// A charge in the store, or to a lease.
+    #[cfg(feature = "redis")]
+    Stored {
+        store: crate::RedisStore,
+        mark: Mark,
+        key: String,
+        interval: u64,
+        units: u32,
+        lease: Option<u64>,
+        settle: Settle,
+    },
 }
 
 struct Inner {
@@ -72,8 +83,7 @@ impl Held {
 
     /// Watches the body of `response`.
     pub(crate) fn watch<R: http_body::Body<Data = Bytes>>(mut self, response: Response<R>) -> Response<Body<R, Self>> {
-        let settles = |holding: &Holding| matches!(holding, Holding::Charge { settle: Some(_), .. });
-        if self.0.holdings.iter().any(settles) {
+        if self.0.holdings.iter().any(Holding::settles) {
             self.0.response = Some(Seen {
                 status: response.status(),
                 headers: response.headers().clone(),
@@ -120,6 +130,12 @@ impl Drop for Inner {
                     };
                     self.limiter.settle(mark, interval, units, cost, at);
                 }
+                #[cfg(feature = "redis")]
+                Holding::Stored { store, mark, key, interval, units, lease, settle } => {
+                    if let Some(seen) = &self.response {
+                        store.settle(*mark, key, *interval, *lease, *units, settle(&seen.settlement()));
+                    }
+                }
             }
         }
     }
@@ -128,6 +144,19 @@ impl Drop for Inner {
 impl fmt::Debug for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Held").field("count", &self.0.holdings.len()).finish_non_exhaustive()
+    }
+}
+
+// === impl Holding ===
+
+impl Holding {
+    fn settles(&self) -> bool {
+        match self {
+            Self::Place(_) => false,
+            Self::Charge { settle, .. } => settle.is_some(),
+            #[cfg(feature = "redis")]
+            Self::Stored { .. } => true,
+        }
     }
 }
 

@@ -63,6 +63,8 @@ mod key;
 mod limit;
 mod limiter;
 mod rate;
+#[cfg(feature = "redis")]
+mod redis;
 mod sync;
 mod table;
 
@@ -90,9 +92,12 @@ pub use self::key::{
 };
 pub use self::limit::{Limit, Policy, Priority};
 pub use self::rate::Rate;
+#[cfg(feature = "redis")]
+pub use self::redis::{DEFAULT_LEASE, DEFAULT_STORE_DEADLINE, OnFailure, RedisStore, StoreStats};
 
-use self::answer::Refusal;
-use self::limiter::{Admission, Delay, Limiter, WaitingPlace};
+use self::answer::Standing;
+use self::held::Holding;
+use self::limiter::{Admission, Asking, Begun, Delay, Limiter, WaitingPlace};
 use self::table::Table;
 
 /// How many keys have a place of their own, unless told otherwise.
@@ -165,12 +170,12 @@ pin_project! {
     enum State<S, B, F> {
         Admitted { #[pin] inner: F, after: After },
         Waiting { #[pin] sleep: Sleep, place: WaitingPlace, call: Option<(S, Request<B>, After)> },
+        Asking { asking: Asking, call: Option<(S, Request<B>, Arc<Limiter>)> },
         Refused { rejection: Option<Rejection>, dialect: Dialect },
     }
 }
 
 /// What is left to do when the response is there.
-#[derive(Default)]
 struct After {
     fields: HeaderMap,
     held: Option<Held>,
@@ -243,6 +248,13 @@ impl RateLimitLayer {
         self.set(|limiter| limiter.delay = Some(Delay::new(longest, places)))
     }
 
+    /// Counts in a store that other processes share.
+    #[cfg(feature = "redis")]
+    #[must_use]
+    pub fn store(self, store: RedisStore) -> Self {
+        self.set(|limiter| limiter.store = Some(store))
+    }
+
     /// Counts on another clock than the process's.
     #[must_use]
     pub fn with_clock(self, clock: Clock) -> Self {
@@ -292,9 +304,14 @@ where
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let limiter = &self.limiter;
-        let state = match limiter.admit(&RequestHead::new(&request, &limiter.proxies)) {
-            Ok(admission) => self.go_on(admission, request),
-            Err(refusal) => State::refused(refusal, limiter, &request),
+        let state = match limiter.begin(&RequestHead::new(&request, &limiter.proxies)) {
+            Begun::Decided(Ok(admission)) => self.go_on(admission, request),
+            Begun::Decided(Err(rejection)) => State::refused(rejection, &request),
+            Begun::Asked(asking) => {
+                let not_ready = self.inner.clone();
+                let ready = std::mem::replace(&mut self.inner, not_ready);
+                State::Asking { asking, call: Some((ready, request, self.limiter.clone())) }
+            }
         };
         ResponseFuture { state }
     }
@@ -307,18 +324,14 @@ impl<S> RateLimit<S> {
         S: Service<Request<B>> + Clone,
     {
         let limiter = &self.limiter;
-        let mut after = After::default();
-        limiter.fields.write(&admission.standings, &mut after.fields);
-        if !admission.holdings.is_empty() {
-            after.held = Some(Held::new(limiter.clone(), admission.holdings));
-        }
+        let mut after = After::new(limiter, &admission.standings, admission.holdings);
         let Some(refusal) = admission.late else {
             after.start();
             return State::Admitted { inner: self.inner.call(request), after };
         };
         let Some(place) = limiter.wait() else {
             limiter.counters.add_anywhere(|stripe| &stripe.refused);
-            return State::refused(refusal, limiter, &request);
+            return State::refused(limiter.refuse(refusal), &request);
         };
         limiter.counters.add_anywhere(|stripe| &stripe.delayed);
         let not_ready = self.inner.clone();
@@ -403,6 +416,18 @@ where
                     after.start();
                     State::Admitted { inner: service.call(request), after }
                 }
+                Project::Asking { asking, call } => {
+                    let answer = ready!(asking.as_mut().poll(cx));
+                    let Some((mut service, request, limiter)) = call.take() else { return Poll::Pending };
+                    match answer {
+                        Ok(admission) => {
+                            let mut after = After::new(&limiter, &admission.standings, admission.holdings);
+                            after.start();
+                            State::Admitted { inner: service.call(request), after }
+                        }
+                        Err(rejection) => State::refused(rejection, &request),
+                    }
+                }
                 Project::Refused { rejection, dialect } => {
                     let Some(rejection) = rejection.take() else { return Poll::Pending };
                     return Poll::Ready(Ok(rejection.into_response(*dialect)));
@@ -418,6 +443,7 @@ impl<S: Service<Request<B>>, B> fmt::Debug for ResponseFuture<S, B> {
         f.write_str(match self.state {
             State::Admitted { .. } => "ResponseFuture::Admitted",
             State::Waiting { .. } => "ResponseFuture::Waiting",
+            State::Asking { .. } => "ResponseFuture::Asking",
             State::Refused { .. } => "ResponseFuture::Refused",
         })
     }
@@ -426,16 +452,21 @@ impl<S: Service<Request<B>>, B> fmt::Debug for ResponseFuture<S, B> {
 // === impl State ===
 
 impl<S, B, F> State<S, B, F> {
-    fn refused(refusal: Refusal, limiter: &Limiter, request: &Request<B>) -> Self {
-        tracing::debug!(limit = &*refusal.standing.name, wait = ?refusal.wait, "refused: too many requests");
-        let rejection = Some(refusal.into_rejection(limiter.fields));
-        Self::Refused { rejection, dialect: Dialect::of(request.headers()) }
+    fn refused(rejection: Rejection, request: &Request<B>) -> Self {
+        Self::Refused { rejection: Some(rejection), dialect: Dialect::of(request.headers()) }
     }
 }
 
 // === impl After ===
 
 impl After {
+    fn new(limiter: &Arc<Limiter>, standings: &[Standing], holdings: Vec<Holding>) -> Self {
+        let mut fields = HeaderMap::new();
+        limiter.fields.write(standings, &mut fields);
+        let held = (!holdings.is_empty()).then(|| Held::new(limiter.clone(), holdings));
+        Self { fields, held }
+    }
+
     fn start(&mut self) {
         if let Some(held) = &mut self.held {
             held.start();

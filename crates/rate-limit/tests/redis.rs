@@ -1,0 +1,291 @@
+//! Limits shared through a real Redis.
+
+#![cfg(feature = "redis")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full};
+use portcullis_core::{Carried, PeerAddress, Rejection};
+use portcullis_rate_limit::{
+    Everyone, Fields, Limit, OnFailure, Rate, RateLimit, RateLimitLayer, RedisStore, Settlement,
+};
+use portcullis_testing::{Redis, contract};
+use tokio::time::Instant;
+use tower::{Layer, Service, ServiceExt};
+
+/// Long enough for a machine that has other things to do.
+const PATIENT: Duration = Duration::from_secs(5);
+
+fn n(count: u32) -> NonZeroU32 {
+    NonZeroU32::new(count).unwrap()
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Ok200;
+
+impl<B> Service<Request<B>> for Ok200 {
+    type Response = Response<Full<Bytes>>;
+    type Error = std::convert::Infallible;
+    type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
+        std::task::Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Request<B>) -> Self::Future {
+        std::future::ready(Ok(Response::new(Full::from("ok"))))
+    }
+}
+
+/// Another process, as far as the store can tell.
+fn store(redis: &Redis) -> RedisStore {
+    RedisStore::new(&redis.url()).unwrap().deadline(PATIENT)
+}
+
+fn from(address: &str) -> Request<()> {
+    let mut request = Request::new(());
+    PeerAddress(SocketAddr::new(address.parse().unwrap(), 1)).attach(request.extensions_mut());
+    request
+}
+
+async fn call(service: &RateLimit<Ok200>, address: &str) -> Response<()> {
+    service.clone().oneshot(from(address)).await.unwrap().map(drop)
+}
+
+async fn status(service: &RateLimit<Ok200>, address: &str) -> u16 {
+    call(service, address).await.status().as_u16()
+}
+
+/// Calls so often, so many at a time; how many were admitted.
+async fn admitted(service: &RateLimit<Ok200>, address: &'static str, calls: usize) -> usize {
+    let mut admitted = 0;
+    for _ in 0..calls.div_ceil(16) {
+        let some = futures::future::join_all((0..16).map(|_| status(service, address))).await;
+        admitted += some.iter().filter(|status| **status == 200).count();
+    }
+    admitted
+}
+
+#[tokio::test]
+async fn the_contract_holds() {
+    let redis = Redis::start().await;
+    let layer = RateLimitLayer::new(Rate::per_second(n(10_000)))
+        .and(Limit::concurrent("at once", n(100)))
+        .and(Limit::new("bytes", Rate::per_second(n(10_000))).settle(|seen| seen.bytes as u32))
+        .store(store(&redis));
+    contract::holds(layer.clone(), |body| from("192.0.2.1").map(|()| body)).await;
+    assert_eq!(layer.handle().stats().in_flight, 0, "something was not given back");
+}
+
+#[tokio::test]
+async fn processes_share_one_budget_and_all_limits_are_charged_or_none() {
+    let redis = Redis::start().await;
+    let layer = |life| {
+        RateLimitLayer::new(Rate::per_hour(n(20)))
+            .and(Limit::new("all", Rate::per_hour(n(30))).with_key(Everyone))
+            .store(store(&redis).lease(life))
+            .layer(Ok200)
+    };
+    let (a, b) = (layer(Duration::ZERO), layer(Duration::ZERO));
+    let (first, second) = tokio::join!(admitted(&a, "192.0.2.1", 48), admitted(&b, "192.0.2.1", 48));
+    assert_eq!(first + second, 20);
+    assert_eq!(admitted(&b, "192.0.2.2", 48).await, 10, "refusals cost the common limit nothing");
+    assert_eq!(admitted(&a, "192.0.2.3", 16).await, 0);
+}
+
+#[tokio::test]
+async fn an_odd_rate_has_its_whole_burst() {
+    let redis = Redis::start().await;
+    for count in [3, 7, 11, 1000, 1023] {
+        let layer = RateLimitLayer::new(Rate::per_hour(n(count)));
+        let service = layer.store(store(&redis).prefix(format!("{{{count}}}"))).layer(Ok200);
+        assert_eq!(admitted(&service, "192.0.2.1", 1100).await, count as usize);
+    }
+}
+
+#[tokio::test]
+async fn a_refusal_says_when_and_is_remembered_until_then() {
+    let redis = Redis::start().await;
+    let store = store(&redis);
+    let service = RateLimitLayer::new(Rate::per_minute(n(400))).burst(n(1)).store(store.clone()).layer(Ok200);
+    assert_eq!(status(&service, "192.0.2.1").await, 200);
+    let start = Instant::now();
+    let refused = call(&service, "192.0.2.1").await;
+    assert_eq!(refused.headers()[header::RETRY_AFTER], "1");
+    assert_eq!(refused.headers()["ratelimit-policy"], r#""default";q=1;w=1"#);
+    while status(&service, "192.0.2.1").await == 429 {
+        tokio::task::yield_now().await;
+    }
+    assert!(start.elapsed() < Duration::from_secs(5));
+    let stats = store.stats();
+    assert!(stats.remembered > 10 && stats.round_trips <= 3, "{stats:?}");
+}
+
+#[tokio::test]
+async fn a_hot_key_is_decided_here_and_never_too_often() {
+    let redis = Redis::start().await;
+    let stores = [store(&redis), store(&redis)];
+    let [a, b] = stores.clone().map(|store| RateLimitLayer::new(Rate::per_second(n(2000))).store(store).layer(Ok200));
+    let start = Instant::now();
+    let (first, second) = tokio::join!(admitted(&a, "192.0.2.1", 8000), admitted(&b, "192.0.2.1", 8000));
+    let most = 2000.0 + 2000.0 * start.elapsed().as_secs_f64();
+    assert!(((first + second) as f64) <= most, "{} of {most}", first + second);
+    assert!(first + second >= 1900, "{first} and {second}");
+    let round_trips: u64 = stores.iter().map(|store| store.stats().round_trips).sum();
+    assert!(round_trips <= 1600, "{:?}", stores.map(|store| store.stats()));
+}
+
+#[tokio::test]
+async fn a_lease_is_withheld_from_others_until_it_is_reported() {
+    let redis = Redis::start().await;
+    let (first, second) = (store(&redis).lease(Duration::from_secs(600)), store(&redis).lease(Duration::ZERO));
+    let rate = Rate::per_hour(n(160));
+    let layer = |store: &RedisStore| RateLimitLayer::new(rate).store(store.clone()).layer(Ok200);
+    let (a, b) = (layer(&first), layer(&second));
+    // A quarter of a second of this rate is nothing: no lease.
+    assert_eq!(admitted(&a, "192.0.2.1", 16).await, 16);
+    assert_eq!(first.stats().leased, 0);
+    // Of this one it is.
+    let rate = Rate::new(n(1600), Duration::from_secs(60)).unwrap().burst(n(160));
+    let layer = |store: &RedisStore| RateLimitLayer::new(rate).store(store.clone()).layer(Ok200);
+    let (a, b2) = (layer(&first), layer(&second));
+    for _ in 0..12 {
+        assert_eq!(status(&a, "192.0.2.2").await, 200);
+    }
+    let leased = first.stats().leased;
+    assert!(leased > 0, "{:?}", first.stats());
+    let others = admitted(&b2, "192.0.2.2", 320).await;
+    let start = Instant::now();
+    let rest = admitted(&a, "192.0.2.2", 64).await;
+    let refilled = start.elapsed().as_secs_f64() * 27.0 + 27.0;
+    assert!((12 + others + rest) as f64 <= 160.0 + refilled, "{others} and {rest}");
+    assert!(others < 148, "what was leased is withheld: {others}");
+    drop(b);
+}
+
+#[tokio::test]
+async fn without_an_answer_a_request_gets_what_was_decided() {
+    let mut redis = Redis::start().await;
+    let with = |on_failure| {
+        let store = RedisStore::new(&redis.url()).unwrap().deadline(Duration::from_millis(200)).on_failure(on_failure);
+        let layer = RateLimitLayer::new(Rate::per_hour(n(4))).store(store.clone().prefix(format!("{on_failure:?}")));
+        (store, layer.layer(Ok200))
+    };
+    let services = [OnFailure::Admit, OnFailure::Refuse, OnFailure::Share(n(2))].map(with);
+    for (_, service) in &services {
+        assert_eq!(status(service, "192.0.2.1").await, 200);
+    }
+    redis.kill();
+    let [(_, admit), (_, refuse), (_, share)] = &services;
+    for _ in 0..8 {
+        assert_eq!(status(admit, "192.0.2.1").await, 200);
+    }
+    let refused = call(refuse, "192.0.2.1").await;
+    assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(refused.extensions().get::<Rejection>().unwrap().reason(), "limits-unavailable");
+    assert_eq!(admitted(share, "192.0.2.1", 16).await, 2, "its share of the rate, not of the whole");
+    // Three failures in a row, and it is left alone: nobody waits any more.
+    let start = Instant::now();
+    admitted(refuse, "192.0.2.1", 64).await;
+    assert!(start.elapsed() < Duration::from_secs(2));
+
+    redis.restart().await;
+    let start = Instant::now();
+    while status(refuse, "192.0.2.1").await == 503 {
+        assert!(start.elapsed() < Duration::from_secs(20), "it does not come back");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_hangs_holds_nobody_longer_than_the_deadline() {
+    let redis = Redis::start().await;
+    let store = RedisStore::new(&redis.url()).unwrap().deadline(Duration::from_millis(500));
+    let service = RateLimitLayer::new(Rate::per_second(n(100))).store(store.clone()).layer(Ok200);
+    assert_eq!(status(&service, "192.0.2.1").await, 200);
+    redis.pause();
+    let start = Instant::now();
+    for _ in 0..50 {
+        assert_eq!(status(&service, "192.0.2.1").await, 200);
+    }
+    assert!(start.elapsed() < Duration::from_secs(5), "fifty waits of half a second would be 25 s");
+    assert!(store.stats().down && store.stats().undecided >= 50, "{:?}", store.stats());
+    redis.resume();
+    let start = Instant::now();
+    while store.stats().down {
+        assert!(start.elapsed() < Duration::from_secs(20), "it does not come back");
+        status(&service, "192.0.2.1").await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn what_a_response_cost_more_is_charged_with_the_next_question() {
+    let redis = Redis::start().await;
+    let layer = RateLimitLayer::new(Rate::per_second(n(1)));
+    let cost = |seen: &Settlement<'_>| if seen.status == 200 { 40 } else { 1 };
+    layer.handle().set_limits([Limit::new("cost", Rate::per_hour(n(100))).settle(cost)]);
+    let service = layer.store(store(&redis)).fields(Fields::always()).layer(Ok200);
+    let mut left = Vec::new();
+    for _ in 0..4 {
+        let response = service.clone().oneshot(from("192.0.2.1")).await.unwrap();
+        left.push(response.headers().get("ratelimit").unwrap().to_str().unwrap().split(';').nth(1).unwrap().to_owned());
+        response.into_body().collect().await.unwrap();
+    }
+    assert_eq!(left, ["r=99", "r=59", "r=19", "r=0"]);
+}
+
+#[tokio::test]
+async fn keys_expire_and_tell_nothing_of_the_caller() {
+    let redis = Redis::start().await;
+    let service = RateLimitLayer::new(Rate::per_second(n(100))).store(store(&redis).prefix("{p}")).layer(Ok200);
+    assert_eq!(status(&service, "192.0.2.77").await, 200);
+    let client = redis::Client::open(redis.url()).unwrap();
+    let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+    let keys: Vec<String> = redis::cmd("KEYS").arg("*").query_async(&mut connection).await.unwrap();
+    if let [key] = &keys[..] {
+        assert!(key.starts_with("{p}:") && key.len() == 4 + 32, "{key}");
+    }
+    let start = Instant::now();
+    loop {
+        let left: u64 = redis::cmd("DBSIZE").query_async(&mut connection).await.unwrap();
+        if left == 0 {
+            break;
+        }
+        assert!(start.elapsed() < PATIENT);
+    }
+}
+
+#[tokio::test]
+async fn passwords_are_used_and_not_shown() {
+    let redis = Redis::start_with(&["--requirepass", "open-sesame"]).await;
+    let url = format!("redis://:open-sesame@{}", redis.address());
+    let store = RedisStore::new(&url).unwrap().deadline(PATIENT).on_failure(OnFailure::Refuse);
+    let layer = RateLimitLayer::new(Rate::per_hour(n(1))).store(store.clone());
+    assert!(!format!("{layer:?} {store:?}").contains("sesame"));
+    let service = layer.layer(Ok200);
+    assert_eq!(status(&service, "192.0.2.1").await, 200);
+    assert_eq!(status(&service, "192.0.2.1").await, 429);
+    let error = RedisStore::new("http://:open-sesame@localhost").unwrap_err();
+    assert!(error.is_url() && !format!("{error} {error:?}").contains("sesame"));
+}
+
+#[tokio::test]
+async fn a_caller_who_goes_away_while_the_store_thinks_gives_back_its_place() {
+    let redis = Redis::start().await;
+    let layer = RateLimitLayer::new(Rate::per_second(n(100))).and(Limit::concurrent("at once", n(1)));
+    let layer = layer.store(store(&redis));
+    let service = layer.layer(Ok200);
+    redis.pause();
+    let mut asked = Box::pin(service.clone().oneshot(from("192.0.2.1")));
+    assert!(futures::poll!(&mut asked).is_pending());
+    assert_eq!(layer.handle().stats().in_flight, 1);
+    drop(asked);
+    assert_eq!(layer.handle().stats().in_flight, 0);
+    redis.resume();
+}
