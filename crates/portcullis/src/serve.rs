@@ -474,11 +474,12 @@ where
         .timer(TokioTimer::new())
         .max_concurrent_streams(limits.max_streams)
         .max_header_list_size(u32::try_from(limits.max_head).unwrap_or(u32::MAX));
-    let mut served = pin!(builder.serve_connection_with_upgrades(transport, service));
     let mut draining = pin!(phase.clone().reaches(Phase::Draining));
     let mut over = pin!(phase.clone().reaches(Phase::Over));
     // The phase is asked for once, which leaves our waker there; after that, a look at the number does until it moves.
     let (mut seen, mut told) = (None, false);
+    // Boxed, since it must be gone before its end is waited for: done as it is, it still holds the connection.
+    let mut served = Box::pin(builder.serve_connection_with_upgrades(transport, service));
     let ended = poll_fn(|cx| {
         let now = phase.now();
         if seen.replace(now) != Some(now) {
@@ -498,6 +499,7 @@ where
         })
     })
     .await;
+    drop(served);
     if ended {
         // If it was upgraded, somebody else holds it now.
         poll_fn(|cx| match line.poll_gone(cx) {

@@ -253,6 +253,20 @@ async fn connections_beyond_the_limit_wait() {
     until(&mut second, "false").await;
 }
 
+#[tokio::test]
+async fn a_connection_that_has_ended_leaves_its_place() {
+    let mut running = Running::start(local().max_connections(1), Duration::from_secs(3600));
+    for _ in 0..5 {
+        let mut io = running.connect().await;
+        io.write_all(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+        rest(&mut io).await;
+        let h2 = h2(running.connect().await).await;
+        drop(h2);
+    }
+    running.drain();
+    running.ended().await;
+}
+
 /// Never ends, and says when it is let go.
 struct Endless(Arc<Notify>);
 
