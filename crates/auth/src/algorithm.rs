@@ -7,7 +7,6 @@ use aws_lc_rs::signature::{self, EcdsaVerificationAlgorithm, RsaParameters};
 
 /// A signature algorithm of JSON Web Tokens ([RFC 7518](https://www.rfc-editor.org/rfc/rfc7518) §3.1,
 /// [RFC 8037](https://www.rfc-editor.org/rfc/rfc8037)). There is no `none`.
-#[expect(clippy::upper_case_acronyms, reason = "as the registry spells them")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Algorithm {

@@ -2,23 +2,37 @@
 
 use std::fmt;
 use std::future::Future;
+use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use aws_lc_rs::digest;
-use portcullis_core::{Carried, Identity, PeerTls, WallClock};
+use bytes::Bytes;
+use portcullis_core::{Carried, Clock, Identity, PeerTls, TrustedProxies, WallClock};
 use subtle::ConstantTimeEq;
 
 use crate::authenticate::{Attempt, Authenticate, Denied, Head};
+use crate::cache::{Tag, TokenCache};
 use crate::claims::{Believed, MAX_LEEWAY, Rules};
 use crate::error::{Error, Kind};
 use crate::key_set::{KeySet, Lookup};
+use crate::limit::FailureLimit;
 use crate::token::{self, Token};
 
 /// The longest token that is looked at, unless said otherwise.
 pub const DEFAULT_MAX_TOKEN_BYTES: usize = 8 * 1024;
+
+/// How much memory tokens that verified may take up, unless said otherwise.
+pub const DEFAULT_CACHE_BYTES: usize = 8 << 20;
+
+/// How many tokens of one client address may fail at once, unless said otherwise.
+pub const DEFAULT_FAILURE_BURST: u32 = 100;
+
+/// After how long one more may fail, unless said otherwise.
+pub const DEFAULT_FAILURE_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Accepts callers with a signed JSON Web Token ([RFC 7519](https://www.rfc-editor.org/rfc/rfc7519)) in `Authorization:
 /// Bearer`.
@@ -42,6 +56,12 @@ struct Inner {
     others: Vec<Provider>,
     max_token_bytes: usize,
     wall: WallClock,
+    clock: Clock,
+    cache: Option<Arc<TokenCache>>,
+    failures: Option<Arc<FailureLimit>>,
+    proxies: TrustedProxies,
+    /// Told apart from every other set of rules in the process, so that no cache mixes them up.
+    version: u64,
 }
 
 /// One issuer: its keys, and the rules for its tokens.
@@ -68,6 +88,11 @@ impl Jwt {
             others: Vec::new(),
             max_token_bytes: DEFAULT_MAX_TOKEN_BYTES,
             wall: WallClock::system(),
+            clock: Clock::system(),
+            cache: TokenCache::new(DEFAULT_CACHE_BYTES).map(Arc::new),
+            failures: Some(Arc::new(FailureLimit::new(DEFAULT_FAILURE_BURST, DEFAULT_FAILURE_INTERVAL))),
+            proxies: TrustedProxies::none(),
+            version: next_version(),
         }))
     }
 
@@ -145,6 +170,7 @@ impl Jwt {
     /// [`Error::is_setting`] when either has no [issuer](Self::issuer), or both have the same.
     pub fn also(mut self, other: Self) -> Result<Self, Error> {
         let inner = Arc::make_mut(&mut self.0);
+        inner.version = next_version();
         let Inner { first, others, .. } = Arc::unwrap_or_clone(other.0);
         inner.others.push(first);
         inner.others.extend(others);
@@ -166,10 +192,36 @@ impl Jwt {
         self.change(|inner| inner.max_token_bytes = bytes)
     }
 
+    /// How much memory tokens that verified may take up; 8 MiB by default. With zero each request verifies anew.
+    #[must_use]
+    pub fn cache_bytes(self, bytes: usize) -> Self {
+        self.change(|inner| inner.cache = TokenCache::new(bytes).map(Arc::new))
+    }
+
+    /// How many tokens of one client address may fail to verify: so many at once, and one more after each `interval`; 100
+    /// and 50 ms by default. Further ones that were not verified before get 429 without being looked at; tokens that
+    /// verify cost nothing. Requests without a [`PeerAddress`](portcullis_core::PeerAddress) are not limited.
+    #[must_use]
+    pub fn failures_per_address(self, burst: u32, interval: Duration) -> Self {
+        self.change(|inner| inner.failures = Some(Arc::new(FailureLimit::new(burst, interval))))
+    }
+
+    /// Whom to believe about a client's address. Behind a proxy that is not named here all its clients share one limit.
+    #[must_use]
+    pub fn trusted_proxies(self, proxies: TrustedProxies) -> Self {
+        self.change(|inner| inner.proxies = proxies)
+    }
+
     /// Tells the time of day by this clock.
     #[must_use]
     pub fn wall_clock(self, clock: WallClock) -> Self {
         self.change(|inner| inner.wall = clock)
+    }
+
+    /// Tells the time between failures by this clock.
+    #[must_use]
+    pub fn clock(self, clock: Clock) -> Self {
+        self.change(|inner| inner.clock = clock)
     }
 
     fn rule(self, change: impl FnOnce(&mut Rules)) -> Self {
@@ -177,24 +229,94 @@ impl Jwt {
     }
 
     fn change(mut self, change: impl FnOnce(&mut Inner)) -> Self {
-        change(Arc::make_mut(&mut self.0));
+        let inner = Arc::make_mut(&mut self.0);
+        change(inner);
+        inner.version = next_version();
         self
     }
+}
+
+fn next_version() -> u64 {
+    static VERSION: AtomicU64 = AtomicU64::new(0);
+    VERSION.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Authenticate for Jwt {
     type Future = Verifying;
 
     fn authenticate(&self, head: &Head<'_>) -> Attempt<Verifying> {
-        Attempt::Now(token::bearer(head).and_then(|token| {
-            let believed = self.0.verify(token, self.0.wall.since_epoch())?;
-            match believed.certificate {
-                Some(bound) => check_certificate(&bound, head)?,
-                None => {}
+        let token = match token::bearer(head) {
+            Ok(token) if token.len() <= self.0.max_token_bytes => token,
+            Ok(_) => return Attempt::Now(Err(Denied::invalid("the token is too long"))),
+            Err(denied) => return Attempt::Now(Err(denied)),
+        };
+        let now = self.0.wall.since_epoch();
+        let tag = self.0.cache.as_ref().and_then(|cache| cache.tag(self.0.version, token));
+        if let (Some(cache), Some(tag)) = (&self.0.cache, tag)
+            && let Some(entry) = cache.find(tag, now)
+        {
+            let bound = entry.certificate.map_or(Ok(()), |bound| check_certificate(&bound, head));
+            return Attempt::Now(bound.map(|()| entry.identity.clone()));
+        }
+        let client = Client {
+            address: self.0.failures.as_ref().and_then(|_| address(&self.0.proxies, head)),
+            certificate: PeerTls::of(head.extensions()).and_then(|tls| tls.certificates().first()).cloned(),
+        };
+        match self.0.verify(token, tag, &client, now) {
+            Ok(identity) => Attempt::Now(Ok(identity)),
+            Err(Failure::Denied(denied)) => Attempt::Now(Err(denied)),
+            Err(Failure::Unknown { asking: Some(asking), .. }) => {
+                let (inner, token) = (self.0.clone(), token.to_vec());
+                Attempt::Later(Verifying(Box::pin(async move {
+                    asking.await;
+                    inner.verify(&token, tag, &client, inner.wall.since_epoch()).map_err(Failure::into_denied)
+                })))
             }
-            Ok(believed.identity)
-        }))
+            Err(unknown @ Failure::Unknown { .. }) => Attempt::Now(Err(unknown.into_denied())),
+        }
     }
+}
+
+/// What is known of the caller apart from the token.
+struct Client {
+    address: Option<IpAddr>,
+    certificate: Option<Bytes>,
+}
+
+/// Why a token did not verify.
+enum Failure {
+    Denied(Denied),
+    /// The key is not in the set, and there may be something to wait for.
+    Unknown {
+        asking: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+        blind: bool,
+    },
+}
+
+impl Failure {
+    fn into_denied(self) -> Denied {
+        match self {
+            Self::Denied(denied) => denied,
+            Self::Unknown { blind: true, .. } => Denied::unavailable("the issuer's keys are not available"),
+            Self::Unknown { .. } => Denied::invalid("the token is signed with an unknown key"),
+        }
+    }
+}
+
+impl From<Denied> for Failure {
+    fn from(denied: Denied) -> Self {
+        Self::Denied(denied)
+    }
+}
+
+/// The client's address; a stack without one is warned of once.
+fn address(proxies: &TrustedProxies, head: &Head<'_>) -> Option<IpAddr> {
+    let address = proxies.client_of(head.extensions(), head.headers());
+    if address.is_none() {
+        static ONCE: Once = Once::new();
+        ONCE.call_once(|| tracing::warn!("requests carry no peer address: failed tokens are not limited"));
+    }
+    address
 }
 
 impl Inner {
@@ -202,11 +324,8 @@ impl Inner {
         std::iter::once(&self.first).chain(&self.others)
     }
 
-    fn verify(&self, token: &[u8], now: Duration) -> Result<Believed, Denied> {
-        if token.len() > self.max_token_bytes {
-            return Err(Denied::invalid("the token is too long"));
-        }
-        let token = Token::parse(token)?;
+    fn verify(&self, bytes: &[u8], tag: Option<Tag>, client: &Client, now: Duration) -> Result<Identity, Failure> {
+        let token = Token::parse(bytes)?;
         // Among several issuers the token has to say whose it is before it is believed; what it says only chooses.
         let (provider, claims) = if self.others.is_empty() {
             (&self.first, None)
@@ -219,21 +338,43 @@ impl Inner {
         };
         let key = match provider.keys.find(token.kid.as_deref(), token.algorithm) {
             Lookup::Found(key) => key,
-            Lookup::Unknown => return Err(Denied::invalid("the token is signed with an unknown key")),
-            Lookup::Ambiguous => return Err(Denied::invalid("the token does not say which key signed it")),
+            Lookup::Ambiguous => return Err(Denied::invalid("the token does not say which key signed it").into()),
+            Lookup::Unknown => {
+                let asking = provider.keys.asking(token.kid.as_deref());
+                let asking = asking.map(|asking| Box::pin(asking) as Pin<Box<dyn Future<Output = ()> + Send>>);
+                return Err(Failure::Unknown { asking, blind: provider.keys.is_blind() });
+            }
+        };
+        let charge = match (&self.failures, client.address) {
+            (Some(failures), Some(address)) => Some(failures.take(address, self.clock.now()).map_err(Denied::limited)?),
+            _ => None,
         };
         if !key.verifies(token.signed, &token.signature) {
-            return Err(Denied::invalid("the token's signature does not hold"));
+            return Err(Denied::invalid("the token's signature does not hold").into());
         }
         let claims = claims.map_or_else(|| token.claims(), Ok)?;
-        provider.rules.check(token.typ.as_deref(), claims, now)
+        let Believed { identity, until, certificate } = provider.rules.check(token.typ.as_deref(), claims, now)?;
+        // Only now: an expired token would buy signatures as well as garbage does.
+        if let Some(charge) = charge {
+            charge.give_back();
+        }
+        if let (Some(cache), Some(tag), Some(until)) = (&self.cache, tag, until) {
+            cache.insert(tag, identity.clone(), certificate, until, key, now);
+        }
+        if let Some(bound) = certificate {
+            check_thumbprint(&bound, client.certificate.as_ref())?;
+        }
+        Ok(identity)
     }
 }
 
-/// Whether the connection's certificate is the one a token is bound to.
 fn check_certificate(bound: &[u8; 32], head: &Head<'_>) -> Result<(), Denied> {
-    let shown = PeerTls::of(head.extensions()).and_then(|tls| tls.certificates().first());
-    let shown = shown.map(|certificate| digest::digest(&digest::SHA256, certificate));
+    check_thumbprint(bound, PeerTls::of(head.extensions()).and_then(|tls| tls.certificates().first()))
+}
+
+/// Whether the connection's certificate is the one a token is bound to.
+fn check_thumbprint(bound: &[u8; 32], certificate: Option<&Bytes>) -> Result<(), Denied> {
+    let shown = certificate.map(|certificate| digest::digest(&digest::SHA256, certificate));
     match shown {
         Some(shown) if bool::from(shown.as_ref().ct_eq(bound)) => Ok(()),
         _ => Err(Denied::invalid("the token is bound to another certificate")),

@@ -29,7 +29,7 @@ pub(crate) struct Key {
 }
 
 enum Material {
-    Hmac(hmac::Key),
+    Hmac(Box<hmac::Key>),
     Public(ParsedPublicKey),
 }
 
@@ -46,7 +46,7 @@ impl Key {
         if secret.len() < needed {
             return Err(Error::key(format!("the secret has {} bytes, {algorithm} wants {needed}", secret.len())));
         }
-        Ok(Self::new(algorithm, Material::Hmac(hmac::Key::new(primitive, secret)), secret))
+        Ok(Self::new(algorithm, Material::Hmac(Box::new(hmac::Key::new(primitive, secret))), secret))
     }
 
     /// A public key or a certificate's, as PEM.

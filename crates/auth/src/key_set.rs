@@ -1,15 +1,18 @@
 //! The keys a token may be signed with: one snapshot behind one pointer.
 
 use std::fmt;
+use std::future::Future;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use serde_json::Value;
+use serde_json::{Map, Value};
+use tokio::task::AbortHandle;
 
 use crate::algorithm::Algorithm;
 use crate::error::{Error, Kind};
 use crate::json;
 use crate::key::Key;
+use crate::refresh::{Freshness, Refresh};
 
 /// The largest number of keys one set keeps; what comes after is ignored.
 pub const MAX_KEYS: usize = 100;
@@ -18,11 +21,24 @@ pub const MAX_KEYS: usize = 100;
 ///
 /// Each key is bound to one algorithm when it is loaded; what a token's header says only chooses among them. Readers never
 /// lock, and a new set takes the place of the old one in a single swap.
+///
+/// Keys that come from a [file or a provider](crate::KeySource) are kept fresh by one background task, which ends with the
+/// last clone of the handle.
 #[derive(Clone)]
-pub struct KeySet(Arc<Shared>);
+pub struct KeySet(Arc<Handle>);
 
+struct Handle {
+    shared: Arc<Shared>,
+    task: Option<Task>,
+}
+
+/// The task that keeps the keys fresh; it ends with this.
+struct Task(AbortHandle);
+
+/// What the handles and the task share.
 pub(crate) struct Shared {
     keys: ArcSwap<Vec<Arc<Key>>>,
+    refresh: Option<Refresh>,
 }
 
 /// What a set knows about the key a token names.
@@ -78,13 +94,14 @@ impl KeySet {
     ///
     /// [`Error::is_key_set`] when both have a key with the same `kid` and algorithm.
     pub fn with(self, other: &Self) -> Result<Self, Error> {
-        let keys: Vec<_> = self.0.keys.load().iter().chain(other.0.keys.load().iter()).cloned().collect();
+        let (ours, theirs) = (self.0.shared.keys.load(), other.0.shared.keys.load());
+        let keys: Vec<_> = ours.iter().chain(theirs.iter()).cloned().collect();
         for (index, key) in keys.iter().enumerate() {
             if keys[..index].iter().any(|have| have.kid() == key.kid() && have.algorithm() == key.algorithm()) {
                 return Err(Error::new(Kind::KeySet, "two keys with the same kid and algorithm"));
             }
         }
-        Ok(Self(Arc::new(Shared { keys: ArcSwap::from_pointee(keys) })))
+        Ok(Self::shared(keys))
     }
 
     /// Gives the only key of the set an identifier, so that tokens which name another are refused.
@@ -94,7 +111,8 @@ impl KeySet {
     /// [`Error::is_key_set`] when there is more than one key.
     pub fn named(self, kid: &str) -> Result<Self, Error> {
         let one_key = || Error::new(Kind::KeySet, "only a set of one key, not yet shared, can be named");
-        let shared = Arc::into_inner(self.0).ok_or_else(one_key)?;
+        let handle = Arc::into_inner(self.0).filter(|handle| handle.task.is_none()).ok_or_else(one_key)?;
+        let shared = Arc::into_inner(handle.shared).ok_or_else(one_key)?;
         let mut keys = Arc::into_inner(shared.keys.into_inner()).ok_or_else(one_key)?;
         let key = keys.pop().filter(|_| keys.is_empty()).and_then(Arc::into_inner).ok_or_else(one_key)?;
         Ok(Self::of(vec![key.with_kid(kid)?]))
@@ -103,7 +121,7 @@ impl KeySet {
     /// How many keys there are now.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.0.keys.load().len()
+        self.0.shared.keys.load().len()
     }
 
     /// Whether there is none, so that every token is refused.
@@ -112,17 +130,78 @@ impl KeySet {
         self.len() == 0
     }
 
+    /// How the keys are kept fresh; `None` for keys that do not change.
+    #[must_use]
+    pub fn freshness(&self) -> Option<Freshness> {
+        self.0.shared.refresh.as_ref().map(Refresh::freshness)
+    }
+
     fn of(keys: Vec<Key>) -> Self {
-        let keys = keys.into_iter().map(Arc::new).collect();
-        Self(Arc::new(Shared { keys: ArcSwap::from_pointee(keys) }))
+        Self::shared(keys.into_iter().map(Arc::new).collect())
+    }
+
+    fn shared(keys: Vec<Arc<Key>>) -> Self {
+        let shared = Arc::new(Shared { keys: ArcSwap::from_pointee(keys), refresh: None });
+        Self(Arc::new(Handle { shared, task: None }))
+    }
+
+    /// A set that `task` fills, given what it shares with the handles.
+    pub(crate) fn filled_by<F>(
+        refresh: Refresh,
+        runtime: &tokio::runtime::Handle,
+        task: impl FnOnce(Arc<Shared>) -> F,
+    ) -> Self
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let shared = Arc::new(Shared { keys: ArcSwap::default(), refresh: Some(refresh) });
+        let task = Task(runtime.spawn(task(shared.clone())).abort_handle());
+        Self(Arc::new(Handle { shared, task: Some(task) }))
     }
 
     pub(crate) fn find(&self, kid: Option<&str>, algorithm: Algorithm) -> Lookup {
-        self.0.find(kid, algorithm)
+        self.0.shared.find(kid, algorithm)
+    }
+
+    /// What to wait for before an unknown key is given up, if anything.
+    pub(crate) fn asking(&self, kid: Option<&str>) -> Option<impl Future<Output = ()> + Send + 'static> {
+        self.0.shared.refresh.as_ref()?.ask(kid)
+    }
+
+    /// Whether it cannot be told now which keys there are.
+    pub(crate) fn is_blind(&self) -> bool {
+        self.0.shared.refresh.as_ref().is_some_and(Refresh::is_blind)
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 
 impl Shared {
+    /// Puts new keys in the place of the old ones. Those that stay are the same keys as before, those that go are retired.
+    /// Whether anything changed.
+    pub(crate) fn replace(&self, new: Vec<Key>) -> bool {
+        let old = self.keys.load_full();
+        let same = |key: &Key| old.iter().find(|have| have.is_same(key)).cloned();
+        let keys: Vec<_> = new.into_iter().map(|key| same(&key).unwrap_or_else(|| Arc::new(key))).collect();
+        let gone: Vec<_> = old.iter().filter(|key| !keys.iter().any(|kept| Arc::ptr_eq(kept, key))).collect();
+        let changed = !gone.is_empty() || keys.len() != old.len();
+        self.keys.store(Arc::new(keys));
+        gone.iter().for_each(|key| key.retire());
+        changed
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.keys.load().len()
+    }
+
+    pub(crate) fn refresh(&self) -> Option<&Refresh> {
+        self.refresh.as_ref()
+    }
+
     /// The key named `kid`, else the only one without a name, if it is for `algorithm`. A token without `kid` is checked
     /// with the only key for its algorithm.
     fn find(&self, kid: Option<&str>, algorithm: Algorithm) -> Lookup {
@@ -144,7 +223,7 @@ impl Shared {
 
 impl fmt::Debug for KeySet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_list().entries(self.0.keys.load().iter()).finish()
+        f.debug_list().entries(self.0.shared.keys.load().iter()).finish()
     }
 }
 
@@ -168,6 +247,10 @@ pub(crate) fn parse(jwks: &[u8], with_secrets: bool) -> Result<Vec<Key>, Error> 
             leave_out(None, &"it is no object");
             continue;
         };
+        if members.iter().filter_map(Value::as_object).any(|other| is_rival(member, other)) {
+            leave_out(member.get("kid").and_then(Value::as_str), &"another key has the same kid");
+            continue;
+        }
         match Key::jwk(member) {
             Ok(key) => keys.push(key),
             Err(error) => leave_out(member.get("kid").and_then(Value::as_str), &error),
@@ -185,21 +268,13 @@ pub(crate) fn parse(jwks: &[u8], with_secrets: bool) -> Result<Vec<Key>, Error> 
         }
         keep
     });
-    let twice: Vec<bool> = keys
-        .iter()
-        .map(|key| {
-            let alike = |other: &&Key| other.kid() == key.kid() && other.algorithm() == key.algorithm();
-            key.kid().is_some() && keys.iter().filter(alike).any(|other| !other.is_same(key))
-        })
-        .collect();
-    let mut twice = twice.into_iter();
-    keys.retain(|key| {
-        let drop = twice.next() == Some(true);
-        if drop {
-            leave_out(key.kid(), &"another key has the same kid and algorithm");
-        }
-        !drop
-    });
     keys.dedup_by(|a, b| a.is_same(b));
     Ok(keys)
+}
+
+/// Whether two keys of a set could be meant by the same token: one of them is not what it seems, usable or not.
+fn is_rival(key: &Map<String, Value>, other: &Map<String, Value>) -> bool {
+    let same = |name: &str| key.get(name) == other.get(name);
+    let same_algorithm = same("alg") || !key.contains_key("alg") || !other.contains_key("alg");
+    key.contains_key("kid") && same("kid") && same("kty") && same_algorithm && key != other
 }

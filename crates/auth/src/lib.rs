@@ -2,31 +2,51 @@
 
 mod algorithm;
 mod authenticate;
+mod cache;
+mod certificate;
 mod claims;
 mod error;
+#[cfg(feature = "fetch")]
+mod fetch;
 mod json;
 mod jwt;
 mod key;
 mod key_set;
+mod key_source;
+mod limit;
 mod policy;
+mod refresh;
 mod refusal;
+mod secret;
 mod token;
+mod upstream;
 
 pub use algorithm::Algorithm;
 pub use authenticate::{And, Attempt, Authenticate, Both, Denied, Head, Or, Scheme, SharedAuthenticate, SharedFuture};
+pub use certificate::ClientCertificate;
 pub use claims::{DEFAULT_LEEWAY, MAX_LEEWAY};
 pub use error::Error;
-pub use jwt::{DEFAULT_MAX_TOKEN_BYTES, Jwt, Verifying};
+pub use jwt::{
+    DEFAULT_CACHE_BYTES, DEFAULT_FAILURE_BURST, DEFAULT_FAILURE_INTERVAL, DEFAULT_MAX_TOKEN_BYTES, Jwt, Verifying,
+};
 pub use key_set::{KeySet, MAX_KEYS};
+pub use key_source::{
+    DEFAULT_COOLDOWN, DEFAULT_LIFETIME, DEFAULT_MAX_STALE, FILE_INTERVAL, KeySource, MAX_DOCUMENT_BYTES, MAX_LIFETIME,
+    MIN_LIFETIME,
+};
 pub use policy::Policy;
+pub use refresh::Freshness;
+pub use secret::{ApiKey, Basic, MAX_SECRET_BYTES, MIN_API_KEY_BYTES};
+pub use upstream::IdentityHeaders;
 
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
-use http::{HeaderName, Method, Request, Response, header};
+use http::{HeaderName, Method, Request, Response, StatusCode, header};
 use pin_project_lite::pin_project;
 use portcullis_core::{Body, Carried, Dialect, Identity, Rejection, Route};
 use tower_layer::Layer;
@@ -58,6 +78,18 @@ struct Settings {
     carriers: Vec<HeaderName>,
     forward_credentials: bool,
     preflight: bool,
+    identity_headers: IdentityHeaders,
+    refusals: Arc<Refusals>,
+}
+
+/// How many requests a layer refused, and why. A handle that stays true.
+#[derive(Debug, Default)]
+pub struct Refusals {
+    unauthenticated: AtomicU64,
+    forbidden: AtomicU64,
+    malformed: AtomicU64,
+    limited: AtomicU64,
+    undecided: AtomicU64,
 }
 
 pin_project! {
@@ -102,6 +134,8 @@ impl<A: Authenticate> AuthLayer<A> {
             carriers,
             forward_credentials: false,
             preflight: false,
+            identity_headers: IdentityHeaders::new(),
+            refusals: Arc::default(),
         };
         Self { authenticate: Arc::new(authenticate), settings: Arc::new(settings) }
     }
@@ -119,6 +153,18 @@ impl<A> AuthLayer<A> {
     #[must_use]
     pub fn forward_credentials(self, forward: bool) -> Self {
         self.change(|settings| settings.forward_credentials = forward)
+    }
+
+    /// Tells the upstream who is calling in headers; by default in none.
+    #[must_use]
+    pub fn identity_headers(self, headers: IdentityHeaders) -> Self {
+        self.change(|settings| settings.identity_headers = headers)
+    }
+
+    /// How many requests were refused so far, by all services made from this layer.
+    #[must_use]
+    pub fn refusals(&self) -> Arc<Refusals> {
+        self.settings.refusals.clone()
     }
 
     /// Lets CORS preflights pass, which browsers send without credentials: `OPTIONS` with `Origin` and
@@ -179,6 +225,7 @@ where
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let mode = self.settings.policy_for(&request).mode;
         if mode == Mode::None || self.settings.preflight && is_preflight(&request) {
+            self.settings.identity_headers.strip(request.headers_mut());
             return ResponseFuture { state: State::Calling { response: self.inner.call(request) } };
         }
         let state = match self.authenticate.authenticate(&Head::of(&request)) {
@@ -225,27 +272,67 @@ impl Settings {
             Err(denied) if denied.is_missing() && policy.mode == Mode::Optional => Ok(None),
             Err(denied) => Err(self.challenges.denied(&denied)),
         };
-        match outcome {
-            Ok(None) => Ok(()),
-            Ok(Some(identity)) => {
-                if !self.forward_credentials {
-                    for carrier in &self.carriers {
-                        request.headers_mut().remove(carrier);
-                    }
-                }
-                identity.attach(request.extensions_mut());
-                Ok(())
+        let identity = outcome.inspect_err(|rejection| self.refusals.count(rejection))?;
+        self.identity_headers.strip(request.headers_mut());
+        if let Some(identity) = identity {
+            if !self.forward_credentials {
+                self.carriers.iter().for_each(|carrier| drop(request.headers_mut().remove(carrier)));
             }
-            Err(rejection) => {
-                tracing::debug!(
-                    status = rejection.status().as_u16(),
-                    reason = rejection.reason(),
-                    detail = rejection.detail(),
-                    "refused"
-                );
-                Err(rejection)
-            }
+            self.identity_headers.write(&identity, request.headers_mut());
+            identity.attach(request.extensions_mut());
         }
+        Ok(())
+    }
+}
+
+// === impl Refusals ===
+
+impl Refusals {
+    /// No credentials, or such as prove nothing: 401.
+    #[must_use]
+    pub fn unauthenticated(&self) -> u64 {
+        self.unauthenticated.load(Ordering::Relaxed)
+    }
+
+    /// Known callers who must not: 403.
+    #[must_use]
+    pub fn forbidden(&self) -> u64 {
+        self.forbidden.load(Ordering::Relaxed)
+    }
+
+    /// Credentials that cannot be read: 400.
+    #[must_use]
+    pub fn malformed(&self) -> u64 {
+        self.malformed.load(Ordering::Relaxed)
+    }
+
+    /// Addresses that failed too often: 429.
+    #[must_use]
+    pub fn limited(&self) -> u64 {
+        self.limited.load(Ordering::Relaxed)
+    }
+
+    /// Callers about whom nothing could be found out: 503.
+    #[must_use]
+    pub fn undecided(&self) -> u64 {
+        self.undecided.load(Ordering::Relaxed)
+    }
+
+    fn count(&self, rejection: &Rejection) {
+        let counter = match rejection.status() {
+            StatusCode::FORBIDDEN => &self.forbidden,
+            StatusCode::BAD_REQUEST => &self.malformed,
+            StatusCode::TOO_MANY_REQUESTS => &self.limited,
+            StatusCode::SERVICE_UNAVAILABLE => &self.undecided,
+            _ => &self.unauthenticated,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        tracing::debug!(
+            status = rejection.status().as_u16(),
+            reason = rejection.reason(),
+            detail = rejection.detail(),
+            "refused"
+        );
     }
 }
 

@@ -16,7 +16,7 @@ pub(crate) struct Token<'a> {
     /// What is signed: header and payload as they came.
     pub(crate) signed: &'a [u8],
     pub(crate) signature: Vec<u8>,
-    payload: &'a [u8],
+    payload: Vec<u8>,
 }
 
 /// The token of a `Bearer` authorization. Another scheme is no credentials of this kind; two fields, or a token that is
@@ -54,15 +54,17 @@ pub(crate) fn authorization<'a>(head: &Head<'a>, scheme: &[u8]) -> Result<&'a [u
 
 impl<'a> Token<'a> {
     pub(crate) fn parse(token: &'a [u8]) -> Result<Self, Denied> {
-        let malformed = Denied::invalid("the token is malformed");
+        let malformed = || Denied::invalid("the token is malformed");
         let mut dots = token.iter().enumerate().filter(|(_, byte)| **byte == b'.').map(|(at, _)| at);
-        let (Some(first), Some(second), None) = (dots.next(), dots.next(), dots.next()) else { return Err(malformed) };
+        let (Some(first), Some(second), None) = (dots.next(), dots.next(), dots.next()) else {
+            return Err(malformed());
+        };
         let (header, payload, signature) = (&token[..first], &token[first + 1..second], &token[second + 1..]);
-        let header = base64url(header).and_then(|header| json::object(&header)).ok_or_else(|| malformed.clone())?;
+        let header = base64url(header).and_then(|header| json::object(&header)).ok_or_else(malformed)?;
         let text = |name: &str| match header.get(name) {
             None => Ok(None),
             Some(Value::String(text)) => Ok(Some(text.as_str())),
-            Some(_) => Err(malformed.clone()),
+            Some(_) => Err(malformed()),
         };
         let algorithm = text("alg")?.and_then(Algorithm::from_name);
         let algorithm = algorithm.ok_or_else(|| Denied::invalid("the token's algorithm is not accepted"))?;
@@ -73,20 +75,16 @@ impl<'a> Token<'a> {
         }
         let kid = text("kid")?;
         if kid.is_some_and(|kid| kid.len() > MAX_KID) {
-            return Err(malformed);
+            return Err(malformed());
         }
-        let signature = base64url(signature).filter(|signature| !signature.is_empty()).ok_or(malformed.clone())?;
+        let signature = base64url(signature).filter(|signature| !signature.is_empty()).ok_or_else(malformed)?;
+        let payload = base64url(payload).ok_or_else(malformed)?;
         let (kid, typ) = (kid.map(str::to_owned), text("typ")?.map(str::to_owned));
         Ok(Self { algorithm, kid, typ, signed: &token[..second], signature, payload })
     }
 
     /// What the payload says; believe it only once the signature was verified.
     pub(crate) fn claims(&self) -> Result<Map<String, Value>, Denied> {
-        let claims = self.payload().and_then(|payload| json::object(&payload));
-        claims.ok_or_else(|| Denied::invalid("the token's claims are malformed"))
-    }
-
-    pub(crate) fn payload(&self) -> Option<Vec<u8>> {
-        base64url(self.payload)
+        json::object(&self.payload).ok_or_else(|| Denied::invalid("the token's claims are malformed"))
     }
 }

@@ -1,4 +1,5 @@
 //! The layer through its public interface.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on fails")]
 
 mod support;
 
@@ -8,8 +9,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
-use portcullis_auth::{Algorithm, Auth, AuthLayer, Authenticate, Denied, Head, Jwt, Policy, SharedAuthenticate};
-use portcullis_core::{Body, Carried, Identity, Layer as Refused, Proof, Rejection, Route};
+use portcullis_auth::{
+    Algorithm, ApiKey, Auth, AuthLayer, Authenticate, Basic, ClientCertificate, Denied, Head, IdentityHeaders, Jwt,
+    Policy, SharedAuthenticate,
+};
+use portcullis_core::{Body, Carried, Identity, Layer as Refused, PeerAddress, PeerTls, Proof, Rejection, Route};
 use portcullis_testing::contract;
 use serde_json::json;
 use support::{NOW, Signer, wall};
@@ -289,4 +293,216 @@ async fn a_closure_may_take_its_time_and_say_anything() {
     let response =
         send(&AuthLayer::new(refuses(Denied::limited(Duration::from_millis(1500)), 1)), Request::new(())).await;
     assert_eq!((response.status().as_u16(), &response.headers()["retry-after"]), (429, &http::HeaderValue::from(2)));
+}
+
+// === the other proofs ===
+
+#[tokio::test]
+async fn an_api_key_is_one_known_header() {
+    let cron = Identity::new("cron", Proof::ApiKey).with_roles(["machine"]);
+    let keys = ApiKey::new().unwrap().accept("0123456789abcdef", cron.clone()).unwrap();
+    let layer = AuthLayer::new(keys.clone()).forward_credentials(false);
+    let request = |key: &str| Request::builder().header("x-api-key", key).body(()).unwrap();
+    let response = send(&layer, request("0123456789abcdef")).await;
+    assert!(!response.headers().contains_key("x-api-key"));
+    assert_eq!(text(response).await, "cron");
+    for wrong in ["0123456789abcdeg", "0123456789abcde", "", &"x".repeat(5000)] {
+        let response = send(&layer, request(wrong)).await;
+        assert_eq!(response.status(), 401);
+        assert_eq!(challenge(&response), "ApiKey header=\"x-api-key\"");
+    }
+    assert_eq!(send(&layer, Request::new(())).await.status(), 401);
+    let mut twice = request("0123456789abcdef");
+    twice.headers_mut().append("x-api-key", "0123456789abcdef".parse().unwrap());
+    assert_eq!(send(&layer, twice).await.status(), 400);
+    assert!(keys.clone().accept("short", cron.clone()).unwrap_err().is_setting());
+    assert!(keys.clone().accept("0123456789abcdef", cron).unwrap_err().is_setting(), "the same secret twice");
+    assert!(!format!("{keys:?}").contains("0123456789abcdef"));
+}
+
+#[tokio::test]
+async fn basic_is_a_known_pair() {
+    let layer = AuthLayer::new(Basic::new("shop").unwrap().accept("ada", "s3cret").unwrap());
+    let says = async |authorization: &str| {
+        let response = send(&layer, support::request(authorization)).await;
+        (response.status().as_u16(), response.headers().get("www-authenticate").cloned())
+    };
+    assert_eq!(says("Basic YWRhOnMzY3JldA==").await.0, 200);
+    assert_eq!(says("basic YWRhOnMzY3JldA==").await.0, 200);
+    for wrong in ["Basic YWRhOnMzY3JlVA==", "Basic YWRh", "Basic YWRhOg==", "Bearer x"] {
+        let (status, challenge) = says(wrong).await;
+        assert_eq!(status, 401, "{wrong}");
+        assert_eq!(challenge.unwrap(), "Basic realm=\"shop\", charset=\"UTF-8\"");
+    }
+    assert_eq!(says("Basic !").await.0, 400);
+    for (name, password) in [("", "x"), ("a", ""), ("a:b", "x"), ("a", "x\ny")] {
+        assert!(Basic::new("shop").unwrap().accept(name, password).unwrap_err().is_setting());
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_stands_for_whom_it_was_given_to() {
+    let known = Bytes::from_static(b"known");
+    let fingerprint: String = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &known)
+        .as_ref()
+        .iter()
+        .map(|byte| format!("{byte:02X}:"))
+        .collect();
+    let ada = Identity::new("ada", Proof::ClientCertificate);
+    let proof = ClientCertificate::new().accept(&fingerprint, ada.clone()).unwrap();
+    let proof = proof.read(|der| (&der[..] == b"read").then(|| Identity::new("read", Proof::ClientCertificate)));
+    let layer = AuthLayer::new(proof);
+    let request = |certificates: Vec<Bytes>| {
+        let mut request = Request::builder().header("x-forwarded-client-cert", "Subject=\"CN=ada\"").body(()).unwrap();
+        PeerTls::new(certificates).attach(request.extensions_mut());
+        request
+    };
+    assert_eq!(text(send(&layer, request(vec![known.clone()])).await).await, "ada");
+    assert_eq!(text(send(&layer, request(vec![Bytes::from_static(b"read")])).await).await, "read");
+    assert_eq!(send(&layer, request(vec![Bytes::from_static(b"other"), known])).await.status(), 401, "a chain's first");
+    assert_eq!(send(&layer, request(vec![])).await.status(), 401);
+    assert_eq!(send(&layer, Request::new(())).await.status(), 401);
+    for wrong in ["", "00", "zz", &"0".repeat(63), &"0".repeat(66)] {
+        assert!(ClientCertificate::new().accept(wrong, ada.clone()).unwrap_err().is_setting(), "{wrong}");
+    }
+}
+
+#[tokio::test]
+async fn challenges_name_every_way_in() {
+    let (_, jwt) = signer();
+    let keys = ApiKey::new().unwrap();
+    let response = send(&AuthLayer::new(jwt.or(keys)), Request::new(())).await;
+    let challenges: Vec<_> = response.headers().get_all("www-authenticate").iter().collect();
+    assert_eq!(challenges, ["Bearer", "ApiKey header=\"x-api-key\""]);
+}
+
+// === what goes upstream ===
+
+#[tokio::test]
+async fn the_upstream_hears_who_is_calling_from_us_alone() {
+    let (signer, jwt) = signer();
+    let headers = IdentityHeaders::new().subject(http::HeaderName::from_static("x-user"));
+    let layer = AuthLayer::new(jwt).policy(Policy::optional()).identity_headers(headers).preflight(true);
+    let spoof = |mut request: Request<()>| {
+        for name in ["x-user", "x_user", "x.user", "X-USER"] {
+            request.headers_mut().append(http::HeaderName::try_from(name).unwrap(), "root".parse().unwrap());
+        }
+        request.headers_mut().insert("connection", "x-user, close".parse().unwrap());
+        request
+    };
+    let seen = |response: &Answer| {
+        let names = response.headers().iter().filter(|(_, value)| *value != "close");
+        names.map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect::<Vec<_>>()
+    };
+    let response = send(&layer, spoof(bearer(&signer, &json!({})))).await;
+    assert_eq!(seen(&response), ["x-user: ada"]);
+    assert_eq!(response.headers()["connection"], "close");
+    let response = send(&layer, spoof(Request::new(()))).await;
+    assert!(seen(&response).is_empty(), "nobody is nobody: {:?}", response.headers());
+    let mut open = spoof(Request::new(()));
+    Route::new("/open").with_policy(Policy::none()).attach(open.extensions_mut());
+    assert!(seen(&send(&layer, open).await).is_empty(), "also where nobody is asked");
+    let mut preflight = spoof(Request::new(()));
+    *preflight.method_mut() = http::Method::OPTIONS;
+    preflight.headers_mut().insert("origin", "close".parse().unwrap());
+    preflight.headers_mut().insert("access-control-request-method", "close".parse().unwrap());
+    assert!(seen(&send(&layer, preflight).await).is_empty(), "also for a preflight");
+}
+
+// === what is remembered ===
+
+#[tokio::test]
+async fn refusals_are_counted_for_all_services_of_a_layer() {
+    let (signer, jwt) = signer();
+    let layer = AuthLayer::new(jwt).policy(Policy::required().scopes_all(["read"]));
+    for _ in 0..3 {
+        send(&layer, Request::new(())).await;
+    }
+    send(&layer, bearer(&signer, &json!({}))).await;
+    send(&layer, support::request("Bearer")).await;
+    let refusals = layer.refusals();
+    assert_eq!((refusals.unauthenticated(), refusals.forbidden(), refusals.malformed()), (3, 1, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn garbage_buys_a_bounded_number_of_signatures_and_known_tokens_pass_on() {
+    let (signer, jwt) = signer();
+    let layer = AuthLayer::new(jwt.failures_per_address(3, Duration::from_secs(1)));
+    let from = |mut request: Request<()>, last: u8| {
+        PeerAddress(([192, 0, 2, last], 1).into()).attach(request.extensions_mut());
+        request
+    };
+    let good = |n: u64| bearer(&signer, &json!({"n": n}));
+    let forged = || {
+        let token = Signer::new(Algorithm::HS256).sign(&support::claims());
+        support::request(&format!("Bearer {token}"))
+    };
+    let status = async |request| send(&layer, request).await.status().as_u16();
+    for n in 0..20 {
+        assert_eq!(status(from(good(n), 1)).await, 200, "what verifies costs nothing");
+    }
+    for _ in 0..3 {
+        assert_eq!(status(from(forged(), 1)).await, 401);
+    }
+    let refused = send(&layer, from(forged(), 1)).await;
+    assert_eq!((refused.status().as_u16(), &refused.headers()["retry-after"]), (429, &http::HeaderValue::from(1)));
+    assert_eq!(status(from(good(0), 1)).await, 200, "a token that was verified before");
+    assert_eq!(status(from(good(99), 1)).await, 429, "one that was not");
+    assert_eq!(status(from(forged(), 2)).await, 401, "another address");
+    tokio::time::advance(Duration::from_secs(1)).await;
+    assert_eq!(status(from(good(99), 1)).await, 200);
+    assert_eq!(layer.refusals().limited(), 2);
+    for _ in 0..20 {
+        assert_eq!(status(forged()).await, 401, "without an address nobody is limited");
+    }
+}
+
+#[tokio::test]
+async fn an_expired_token_is_garbage_too() {
+    let (signer, jwt) = signer();
+    let layer = AuthLayer::new(jwt.failures_per_address(3, Duration::from_secs(1)));
+    let mut statuses = Vec::new();
+    for _ in 0..4 {
+        let mut request = bearer(&signer, &json!({"exp": NOW - 600}));
+        PeerAddress(([192, 0, 2, 1], 1).into()).attach(request.extensions_mut());
+        statuses.push(send(&layer, request).await.status().as_u16());
+    }
+    assert_eq!(statuses, [401, 401, 401, 429]);
+}
+
+#[tokio::test]
+async fn a_remembered_token_is_refused_once_it_expires_or_the_rules_change() {
+    let signer = Signer::new(Algorithm::ES256);
+    let wall = wall();
+    let jwt = Jwt::new(signer.key_set("a")).wall_clock(wall.clone()).leeway(Duration::ZERO);
+    let request = || bearer(&signer, &json!({"exp": NOW + 10}));
+    let layer = AuthLayer::new(jwt.clone());
+    for second in 0..10 {
+        wall.set(Duration::from_secs(NOW + second));
+        assert_eq!(send(&layer, request()).await.status(), 200);
+    }
+    wall.set(Duration::from_secs(NOW + 10));
+    assert_eq!(send(&layer, request()).await.status(), 401);
+    wall.set(Duration::from_secs(NOW));
+    assert_eq!(send(&layer, request()).await.status(), 200);
+    // The very handle whose memory holds the token, with one more rule.
+    let stricter = AuthLayer::new(jwt.audience("orders"));
+    assert_eq!(send(&stricter, request()).await.status(), 401);
+}
+
+#[tokio::test]
+async fn a_remembered_identity_is_shared_and_its_certificate_still_asked_for() {
+    let (signer, jwt) = signer();
+    let certificate = Bytes::from_static(b"mine");
+    let thumbprint = support::b64(aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &certificate));
+    let layer = AuthLayer::new(jwt);
+    let request = |certificate: &'static [u8]| {
+        let mut request = bearer(&signer, &json!({"cnf": {"x5t#S256": thumbprint}}));
+        PeerTls::new(vec![Bytes::from_static(certificate)]).attach(request.extensions_mut());
+        request
+    };
+    assert_eq!(send(&layer, request(b"theirs")).await.status(), 401);
+    assert_eq!(send(&layer, request(b"mine")).await.status(), 200);
+    assert_eq!(send(&layer, request(b"theirs")).await.status(), 401);
+    assert_eq!(send(&layer, request(b"mine")).await.status(), 200);
 }

@@ -1,5 +1,10 @@
 //! Keys that sign for tests, beside the crate under test: straight from aws-lc.
-#![allow(dead_code, unreachable_pub, reason = "each test file uses its own part")]
+#![allow(
+    clippy::unwrap_used,
+    dead_code,
+    unreachable_pub,
+    reason = "each test file uses its own part, and fails where it cannot go on"
+)]
 
 use std::time::Duration;
 
@@ -32,6 +37,9 @@ pub const ALL: [Algorithm; 13] = [
     Algorithm::ES512,
     Algorithm::EdDSA,
 ];
+
+/// Whether a message has this signature.
+type Verify<'a> = dyn Fn(&[u8], &[u8]) -> bool + 'a;
 
 pub struct Signer {
     pub algorithm: Algorithm,
@@ -125,6 +133,27 @@ impl Signer {
     pub fn sign_text(&self, header: &str, payload: &str) -> String {
         let signed = format!("{}.{}", b64(header), b64(payload));
         format!("{signed}.{}", b64(self.signature(signed.as_bytes())))
+    }
+
+    /// The primitive alone, with a prepared key.
+    pub fn verifier(&self) -> Box<Verify<'_>> {
+        use aws_lc_rs::signature::{ParsedPublicKey, VerificationAlgorithm};
+        let algorithm: &'static dyn VerificationAlgorithm = match self.algorithm {
+            Algorithm::RS256 => &signature::RSA_PKCS1_2048_8192_SHA256,
+            Algorithm::ES256 => &signature::ECDSA_P256_SHA256_FIXED,
+            _ => &signature::ED25519,
+        };
+        let bytes = match &self.secret {
+            Secret::Hmac(secret) => {
+                let key = hmac::Key::new(hmac::HMAC_SHA256, secret);
+                return Box::new(move |message, signed| hmac::verify(&key, message, signed).is_ok());
+            }
+            Secret::Rsa(pair) => pair.public_key().as_ref(),
+            Secret::Ecdsa(pair) => pair.public_key().as_ref(),
+            Secret::Ed25519(pair) => pair.public_key().as_ref(),
+        };
+        let key = ParsedPublicKey::new(algorithm, bytes).unwrap();
+        Box::new(move |message, signed| key.verify_sig(message, signed).is_ok())
     }
 
     pub fn signature(&self, message: &[u8]) -> Vec<u8> {

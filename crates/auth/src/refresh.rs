@@ -1,0 +1,146 @@
+//! When keys are fetched again: ahead of their time, on demand but rarely, and never so that a request waits long.
+
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use portcullis_core::{Clock, Moment};
+use tokio::sync::{Notify, watch};
+
+/// How long a request waits for keys at most.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How many unknown identifiers are remembered.
+const REMEMBERED: usize = 256;
+
+/// How the keys of a set are kept fresh, as it stands now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Freshness {
+    /// How often the source was asked.
+    pub fetches: u64,
+    /// How many of these failed.
+    pub failures: u64,
+    /// How long ago keys were last read; `None` if they never were.
+    pub age: Option<Duration>,
+}
+
+pub(crate) struct Refresh {
+    clock: Clock,
+    cooldown: Duration,
+    /// Before this moment nobody may ask for a fetch.
+    closed_until: AtomicU64,
+    /// Somebody asked, or the first fetch is not done: whoever comes now may wait with them.
+    asked: AtomicBool,
+    wake: Notify,
+    /// Counts finished fetches.
+    done: watch::Sender<u64>,
+    failures: AtomicU64,
+    failing: AtomicBool,
+    /// When keys were last read; zero for never.
+    read_at: AtomicU64,
+    /// Hashes of identifiers that were asked for and not found, each with the moment until which that is believed.
+    unknown: Box<[(AtomicU64, AtomicU64)]>,
+    hash: RandomState,
+}
+
+// === impl Refresh ===
+
+impl Refresh {
+    pub(crate) fn new(clock: Clock, cooldown: Duration) -> Self {
+        Self {
+            clock,
+            cooldown,
+            closed_until: AtomicU64::new(0),
+            asked: AtomicBool::new(true),
+            wake: Notify::new(),
+            done: watch::Sender::new(0),
+            failures: AtomicU64::new(0),
+            failing: AtomicBool::new(false),
+            read_at: AtomicU64::new(0),
+            unknown: (0..REMEMBERED).map(|_| Default::default()).collect(),
+            hash: RandomState::new(),
+        }
+    }
+
+    /// Asks for a fetch because of an unknown key. `None` when there is no use in waiting: one was asked for within the
+    /// cooldown and is over, or this key was not found lately.
+    pub(crate) fn ask(&self, kid: Option<&str>) -> Option<impl Future<Output = ()> + Send + 'static> {
+        // Subscribed before asking, so that the end of the fetch is not missed.
+        let mut done = self.done.subscribe();
+        let now = self.clock.now();
+        if !self.asked.load(Ordering::Acquire) {
+            let closed_until = self.closed_until.load(Ordering::Acquire);
+            if now.as_nanos() < closed_until || self.is_known_to_be_unknown(kid, now) {
+                return None;
+            }
+            let next = (now + self.cooldown).as_nanos();
+            let won = self.closed_until.compare_exchange(closed_until, next, Ordering::AcqRel, Ordering::Acquire);
+            if won.is_ok() {
+                self.asked.store(true, Ordering::Release);
+                self.remember(kid, now);
+                self.wake.notify_one();
+            } else if !self.asked.load(Ordering::Acquire) {
+                // Somebody else is about to ask: their fetch will be ours as well.
+                self.wake.notify_one();
+            }
+        }
+        Some(async move {
+            let _ = tokio::time::timeout(PATIENCE, done.changed()).await;
+        })
+    }
+
+    fn cell(&self, kid: Option<&str>) -> (u64, &(AtomicU64, AtomicU64)) {
+        let hash = self.hash.hash_one(kid);
+        (hash, &self.unknown[hash as usize % REMEMBERED])
+    }
+
+    fn is_known_to_be_unknown(&self, kid: Option<&str>, now: Moment) -> bool {
+        let (hash, (have, until)) = self.cell(kid);
+        have.load(Ordering::Relaxed) == hash && until.load(Ordering::Relaxed) > now.as_nanos()
+    }
+
+    fn remember(&self, kid: Option<&str>, now: Moment) {
+        let (hash, (have, until)) = self.cell(kid);
+        until.store((now + self.cooldown * 2).as_nanos(), Ordering::Relaxed);
+        have.store(hash, Ordering::Relaxed);
+    }
+
+    /// Until somebody asks for a fetch.
+    pub(crate) async fn wanted(&self) {
+        self.wake.notified().await;
+    }
+
+    /// A fetch was tried.
+    pub(crate) fn done(&self, read: bool) {
+        if read {
+            self.read_at.store(self.clock.now().as_nanos(), Ordering::Release);
+        } else {
+            self.failures.fetch_add(1, Ordering::Relaxed);
+        }
+        self.failing.store(!read, Ordering::Release);
+        self.asked.store(false, Ordering::Release);
+        self.done.send_modify(|count| *count += 1);
+    }
+
+    /// Forgets what was unknown: the keys changed.
+    pub(crate) fn forget(&self) {
+        self.unknown.iter().for_each(|(_, until)| until.store(0, Ordering::Relaxed));
+    }
+
+    pub(crate) fn age(&self) -> Option<Duration> {
+        match self.read_at.load(Ordering::Acquire) {
+            0 => None,
+            at => Some(self.clock.now().since(Moment::from_nanos(at))),
+        }
+    }
+
+    pub(crate) fn is_blind(&self) -> bool {
+        self.failing.load(Ordering::Acquire) || self.age().is_none()
+    }
+
+    pub(crate) fn freshness(&self) -> Freshness {
+        Freshness { fetches: *self.done.borrow(), failures: self.failures.load(Ordering::Relaxed), age: self.age() }
+    }
+}
