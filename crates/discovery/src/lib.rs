@@ -63,6 +63,19 @@
 //! | more services than allowed, and all have endpoints | 503 `too-many-services` |
 //! | no tokio runtime to watch in | 503 `no-runtime` |
 //!
+//! # Sources
+//!
+//! | source | what it is |
+//! |---|---|
+//! | [`EmbeddedRegistry`] | in memory, with registration |
+//! | [`FixedRegistry`] | a list that never changes |
+//! | `ConsulRegistry` (feature `consul`) | a Consul agent: watches, registration, checks; see its module |
+//! | `FileRegistry` (feature `file`) | TOML or JSON, read again when it changes |
+//! | `DnsRegistry` (feature `dns`) | A, AAAA and SRV records |
+//! | [`ChangesRegistry`] | any stream of `tower::discover::Change` |
+//! | [`Merged`], [`Fallback`] | several sources as one |
+//! | [`Remembered`] | any of them, with a file for a warm start |
+//!
 //! # What it does not do
 //!
 //! It does not choose an endpoint, nor look whether one is well: the registry's checks, the balancer and the breaker do.
@@ -73,16 +86,25 @@
 //!   nothing could be done.
 //! * **Who asks after the first wait is over is refused at once**, so that requests do not pile up in front of a registry
 //!   that is down.
-//! * **Types of others in the interface**: [`Watch`] is a [`futures::Stream`], for whoever writes a registry.
+//! * **Types of others in the interface**: [`Watch`] is a [`futures::Stream`], for whoever writes a registry, and
+//!   [`ChangesRegistry`] takes streams of [`tower::discover::Change`].
 
 mod backoff;
+mod changes;
+mod combine;
 #[cfg(feature = "consul")]
 pub mod consul;
 mod definition;
+mod described;
+#[cfg(feature = "dns")]
+mod dns;
 mod embedded;
 mod error;
+#[cfg(feature = "file")]
+mod file;
 mod fixed;
 mod registry;
+mod remembered;
 mod watches;
 
 use std::borrow::Cow;
@@ -100,15 +122,22 @@ use portcullis_core::{Body, Carried, Clock, Destination, Dialect, Endpoints, Lay
 use tower_layer::Layer;
 use tower_service::Service;
 
+pub use self::changes::ChangesRegistry;
+pub use self::combine::{Fallback, Merged};
 #[cfg(feature = "consul")]
 pub use self::consul::{ConsulConfig, ConsulRegistry};
 pub use self::definition::{
     CheckKind, DEFAULT_CHECK_INTERVAL, Health, HealthCheck, Membership, Registration, ServiceDefinition,
 };
+#[cfg(feature = "dns")]
+pub use self::dns::DnsRegistry;
 pub use self::embedded::EmbeddedRegistry;
 pub use self::error::Error;
+#[cfg(feature = "file")]
+pub use self::file::FileRegistry;
 pub use self::fixed::FixedRegistry;
 pub use self::registry::{Pending, Registry, Watch};
+pub use self::remembered::Remembered;
 pub use self::watches::Status;
 use self::watches::{Limits, Lookup, Watches};
 
