@@ -200,6 +200,7 @@ impl Breaker {
     }
 
     /// A call has ended. `random` is in 0..1.
+    #[inline]
     pub(crate) fn record(
         &self,
         desk: Desk<'_>,
@@ -208,17 +209,25 @@ impl Breaker {
         random: impl FnOnce() -> f64,
     ) -> Option<Turn> {
         let seen = self.word();
+        let windows = self.calls.is_some() || self.time.is_some();
+        if call.outcome == Outcome::Success && !windows && seen.state() == State::Closed && seen.count() == 0 {
+            // Nothing to clear, nothing to write.
+            return None;
+        }
+        self.record_what_matters(desk, seen, call, now, random)
+    }
+
+    fn record_what_matters(
+        &self,
+        desk: Desk<'_>,
+        seen: Word,
+        call: Call,
+        now: impl Fn() -> Moment,
+        random: impl FnOnce() -> f64,
+    ) -> Option<Turn> {
         match call.outcome {
-            Outcome::Success if self.calls.is_none() && self.time.is_none() => {
-                // Nothing to clear, nothing to write.
-                if seen.state() == State::Closed && seen.count() == 0 {
-                    return None;
-                }
-            }
             Outcome::Success => {}
-            Outcome::Failure => {
-                self.failed.fetch_add(1, Relaxed);
-            }
+            Outcome::Failure => _ = self.failed.fetch_add(1, Relaxed),
             _ => {
                 self.ignored.fetch_add(1, Relaxed);
                 return None;

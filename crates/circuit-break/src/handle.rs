@@ -17,8 +17,8 @@ pub struct Handle(pub(crate) Arc<Shared>);
 /// One breaker, as a handle sees it.
 #[derive(Clone, Debug)]
 pub struct Breaker {
-    shared: Arc<Shared>,
-    target: Target,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) target: Target,
 }
 
 /// What breakers are allowed to do.
@@ -43,7 +43,7 @@ pub enum Mode {
 #[non_exhaustive]
 pub struct Change {
     /// Which one.
-    pub scope: Scope,
+    pub scope: Guarding,
     /// What it was.
     pub from: State,
     /// What it is.
@@ -58,7 +58,7 @@ pub struct Change {
 
 /// What a breaker guards.
 #[derive(Clone)]
-pub struct Scope(Target);
+pub struct Guarding(Target);
 
 /// The changes of all breakers of a layer, from now on.
 #[derive(Debug)]
@@ -205,9 +205,9 @@ impl Mode {
     }
 }
 
-// === impl Scope ===
+// === impl Guarding ===
 
-impl Scope {
+impl Guarding {
     pub(crate) fn endpoint(endpoint: Endpoint) -> Self {
         Self(Target::Endpoint(endpoint))
     }
@@ -229,7 +229,7 @@ impl Scope {
     #[must_use]
     pub fn as_key<T: Any>(&self) -> Option<&T> {
         match &self.0 {
-            Target::Alone(alone) => alone.key.as_deref()?.downcast_ref(),
+            Target::Alone(alone) => alone.key(),
             Target::Endpoint(_) => None,
         }
     }
@@ -237,16 +237,16 @@ impl Scope {
     /// Whether it guards the whole service behind the layer.
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        matches!(&self.0, Target::Alone(alone) if alone.key.is_none())
+        matches!(&self.0, Target::Alone(alone) if !alone.has_key())
     }
 }
 
 /// A key is not shown: it may be a secret of the caller's.
-impl fmt::Debug for Scope {
+impl fmt::Debug for Guarding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
             Target::Endpoint(endpoint) => f.debug_tuple("Endpoint").field(endpoint).finish(),
-            Target::Alone(alone) => f.write_str(if alone.key.is_some() { "Key" } else { "Whole" }),
+            Target::Alone(alone) => f.write_str(if alone.has_key() { "Key" } else { "Whole" }),
         }
     }
 }

@@ -32,7 +32,7 @@
 //! **Position decides scope.** Where the request carries a [`Permit`], that is below a balancer, each endpoint has a breaker
 //! of its own, kept in the endpoint's slot and moving the endpoint's [`Gate`]. The balancer enters that gate while it
 //! picks, so it sees at once what is refused, and a breaker can probe an endpoint that the balancer avoids. Anywhere else
-//! one breaker guards the whole.
+//! one breaker guards the whole. Or [`with_key`](CircuitBreakLayer::with_key) decides.
 //!
 //! **How a call went is known when its body has ended**: gRPC trailers count, and so does a body cut short. A call the
 //! caller broke off says nothing, and gives its place back. Replace [`Standard`] by [`with_classify`].
@@ -58,7 +58,8 @@
 //! # What it does not do
 //!
 //! It does not retry, does not time calls out, and does not limit how many are under way: until the first of many hanging
-//! calls has failed, there is nothing to count. Put a timeout below it, and a limit of calls in flight beside it.
+//! calls has failed, there is nothing to count. Put a timeout below it, and a
+//! [`Bulkhead`] above it.
 //!
 //! # When things fail
 //!
@@ -79,7 +80,9 @@
 //! [`Gate`]: portcullis_core::Gate
 
 mod breaker;
+mod bulkhead;
 mod handle;
+mod keyed;
 mod rules;
 mod shared;
 mod sync;
@@ -87,7 +90,8 @@ mod watch;
 mod window;
 
 use std::fmt;
-use std::num::NonZeroU16;
+use std::hash::Hash;
+use std::num::{NonZeroU16, NonZeroU32};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -101,24 +105,29 @@ use portcullis_core::{
 };
 
 pub use crate::breaker::{Reason, State};
-pub use crate::handle::{Breaker, Change, Changes, Counts, Handle, Mode, Rates, Scope};
+pub use crate::bulkhead::{Bulkhead, BulkheadFuture, BulkheadLayer, Hold};
+pub use crate::handle::{Breaker, Change, Changes, Counts, Guarding, Handle, Mode, Rates};
+use crate::keyed::sealed::Fresh;
+pub use crate::keyed::{Keyed, Scope};
 pub use crate::rules::{Error, OpenTime, Share, Window};
 use crate::rules::{Rules, Span};
-use crate::shared::{Parts, Shared};
+use crate::shared::{Parts, Shared, Target};
 use crate::watch::Lines;
 pub use crate::watch::Watch;
 
 /// Applies [`CircuitBreak`]. All services made from one layer share its breakers.
 ///
 /// Every setter returns a layer with breakers of its own: set first, then take [handles](Self::handle) and make services.
-pub struct CircuitBreakLayer<C = Standard> {
+pub struct CircuitBreakLayer<C = Standard, K = ()> {
     lines: Arc<Lines<C>>,
+    scope: K,
 }
 
 /// Keeps requests away from what keeps failing.
-pub struct CircuitBreak<S, C = Standard> {
+pub struct CircuitBreak<S, C = Standard, K = ()> {
     inner: S,
     lines: Arc<Lines<C>>,
+    scope: K,
 }
 
 /// The response body of [`CircuitBreak`].
@@ -147,11 +156,11 @@ impl CircuitBreakLayer {
     #[must_use]
     pub fn new() -> Self {
         let lines = Lines::new(Shared::new(Parts::default()), &Arc::new(Standard::default()));
-        Self { lines: Arc::new(lines) }
+        Self { lines: Arc::new(lines), scope: () }
     }
 }
 
-impl<C> CircuitBreakLayer<C> {
+impl<C, K: Fresh> CircuitBreakLayer<C, K> {
     /// Opens after so many failures without a success between. Default 5; 0 does not look at that.
     #[must_use]
     pub fn failures(self, failures: u16) -> Self {
@@ -202,9 +211,33 @@ impl<C> CircuitBreakLayer<C> {
 
     /// Decides by `classify` how calls went, instead of [`Standard`].
     #[must_use]
-    pub fn with_classify<D: Classify>(self, classify: D) -> CircuitBreakLayer<D> {
+    pub fn with_classify<D: Classify>(self, classify: D) -> CircuitBreakLayer<D, K> {
         let lines = Lines::new(Shared::new(self.lines.shared().parts.clone()), &Arc::new(classify));
-        CircuitBreakLayer { lines: Arc::new(lines) }
+        CircuitBreakLayer { lines: Arc::new(lines), scope: self.scope.fresh() }
+    }
+
+    /// Gives requests that have a key a breaker for each key, whatever they carry; where `key` returns `None` position
+    /// decides, as it does without this.
+    ///
+    /// There are at most `limit` of them, rounded up to a multiple of eight; when eight that share a place are full, the
+    /// least used that is closed makes room, and if none is, the least used. Closed ones not asked for in ten minutes go
+    /// when others come.
+    ///
+    /// ```
+    /// # use http::Request;
+    /// # use portcullis_circuit_break::CircuitBreakLayer;
+    /// let limit = std::num::NonZeroU32::new(1000).unwrap();
+    /// let by_host = |request: &Request<()>| request.uri().host().map(str::to_owned);
+    /// let layer = CircuitBreakLayer::new().with_key(limit, by_host);
+    /// assert!(layer.key(&"example.com".to_owned()).is_none(), "not asked for yet");
+    /// ```
+    #[must_use]
+    pub fn with_key<B, F, T>(self, limit: NonZeroU32, key: F) -> CircuitBreakLayer<C, Keyed<F, T>>
+    where
+        F: Fn(&Request<B>) -> Option<T>,
+        T: Hash + Eq + Send + Sync + 'static,
+    {
+        CircuitBreakLayer { lines: self.with(|_| ()).lines, scope: Keyed::new(key, limit) }
     }
 
     /// Reads time from `clock`, which must be the one that moves the gates of the endpoints, if there are any.
@@ -232,7 +265,22 @@ impl<C> CircuitBreakLayer<C> {
     fn with(self, set: impl FnOnce(&mut Parts)) -> Self {
         let mut parts = self.lines.shared().parts.clone();
         set(&mut parts);
-        Self { lines: Arc::new(Lines::new(Shared::new(parts), self.lines.classify())) }
+        Self { lines: Arc::new(Lines::new(Shared::new(parts), self.lines.classify())), scope: self.scope.fresh() }
+    }
+}
+
+impl<C, F, T: Hash + Eq + Send + Sync + 'static> CircuitBreakLayer<C, Keyed<F, T>> {
+    /// The breaker of this key, if there is one. It is not made by asking.
+    #[must_use]
+    pub fn key(&self, key: &T) -> Option<Breaker> {
+        let alone = self.scope.keys().find(key)?;
+        Some(Breaker { shared: self.lines.shared().clone(), target: Target::Alone(alone) })
+    }
+
+    /// How many keys have a breaker.
+    #[must_use]
+    pub fn keys(&self) -> usize {
+        self.scope.keys().len()
     }
 }
 
@@ -242,29 +290,29 @@ impl Default for CircuitBreakLayer {
     }
 }
 
-impl<C> fmt::Debug for CircuitBreakLayer<C> {
+impl<C, K> fmt::Debug for CircuitBreakLayer<C, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CircuitBreakLayer").field("shared", self.lines.shared()).finish_non_exhaustive()
     }
 }
 
-impl<C> Clone for CircuitBreakLayer<C> {
+impl<C, K: Clone> Clone for CircuitBreakLayer<C, K> {
     fn clone(&self) -> Self {
-        Self { lines: self.lines.clone() }
+        Self { lines: self.lines.clone(), scope: self.scope.clone() }
     }
 }
 
-impl<S, C> tower_layer::Layer<S> for CircuitBreakLayer<C> {
-    type Service = CircuitBreak<S, C>;
+impl<S, C, K: Clone> tower_layer::Layer<S> for CircuitBreakLayer<C, K> {
+    type Service = CircuitBreak<S, C, K>;
 
     fn layer(&self, inner: S) -> Self::Service {
-        CircuitBreak { inner, lines: self.lines.clone() }
+        CircuitBreak { inner, lines: self.lines.clone(), scope: self.scope.clone() }
     }
 }
 
 // === impl CircuitBreak ===
 
-impl<S, C> CircuitBreak<S, C> {
+impl<S, C, K> CircuitBreak<S, C, K> {
     /// The service behind it.
     pub fn inner(&self) -> &S {
         &self.inner
@@ -283,8 +331,9 @@ impl<S, C> CircuitBreak<S, C> {
     }
 }
 
-impl<S, C, B, R> tower_service::Service<Request<B>> for CircuitBreak<S, C>
+impl<S, C, K, B, R> tower_service::Service<Request<B>> for CircuitBreak<S, C, K>
 where
+    K: Scope<B>,
     S: tower_service::Service<Request<B>, Response = Response<R>>,
     R: http_body::Body<Data = Bytes>,
     C: Classify,
@@ -298,9 +347,12 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        let admitted = match Permit::of_mut(request.extensions_mut()) {
-            Some(permit) => self.lines.adopt(permit),
-            None => self.lines.enter(None),
+        let admitted = match self.scope.alone(self.lines.shared(), &request) {
+            alone @ Some(_) => self.lines.enter(alone),
+            None => match Permit::of_mut(request.extensions_mut()) {
+                Some(permit) => self.lines.adopt(permit),
+                None => self.lines.enter(None),
+            },
         };
         let state = match admitted {
             Ok(watch) => Step::Called { future: self.inner.call(request), watch },
@@ -312,13 +364,13 @@ where
     }
 }
 
-impl<S: Clone, C> Clone for CircuitBreak<S, C> {
+impl<S: Clone, C, K: Clone> Clone for CircuitBreak<S, C, K> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone(), lines: self.lines.clone() }
+        Self { inner: self.inner.clone(), lines: self.lines.clone(), scope: self.scope.clone() }
     }
 }
 
-impl<S: fmt::Debug, C> fmt::Debug for CircuitBreak<S, C> {
+impl<S: fmt::Debug, C, K> fmt::Debug for CircuitBreak<S, C, K> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("CircuitBreak").field("inner", &self.inner).finish_non_exhaustive()
     }

@@ -2,13 +2,13 @@
 
 use std::any::Any;
 use std::fmt;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use portcullis_core::{Clock, Endpoint, Gate, Moment, Mover, Refused, SlotKey, WallClock};
 
 use crate::breaker::{Breaker, State, Turn, Zeal};
-use crate::handle::{Change, Mode, Scope};
+use crate::handle::{Change, Guarding, Mode};
 use crate::rules::Rules;
 
 pub(crate) struct Shared {
@@ -17,8 +17,8 @@ pub(crate) struct Shared {
     slot: SlotKey<Guarded>,
     /// What is guarded when the request says nothing else.
     pub(crate) whole: Arc<Alone>,
-    /// What this layer's breakers now ration, so that they let go when the layer goes.
-    rationed: Mutex<Vec<Target>>,
+    /// The endpoints this layer's breakers now ration, so that they let go when the layer goes.
+    rationed: Mutex<Vec<Endpoint>>,
     listeners: tokio::sync::broadcast::Sender<Change>,
     /// The mode of all, and whether some were told one themselves.
     mode: AtomicU8,
@@ -50,7 +50,9 @@ pub(crate) struct Guarded {
 pub(crate) struct Alone {
     pub(crate) gate: Gate,
     pub(crate) guarded: Guarded,
-    pub(crate) key: Option<Box<dyn Any + Send + Sync>>,
+    key: Option<Box<dyn Any + Send + Sync>>,
+    /// When it was last asked for, if it has a key.
+    used: AtomicU64,
 }
 
 /// Something guarded.
@@ -106,7 +108,8 @@ impl Shared {
         let _ = self.mode.fetch_update(Ordering::AcqRel, Ordering::Acquire, keep_some);
         tracing::info!(?mode, "circuit breakers were told a mode");
         let rationed = self.rationed().clone();
-        rationed.iter().for_each(|target| self.obey(target));
+        rationed.into_iter().for_each(|endpoint| self.obey(&Target::Endpoint(endpoint)));
+        self.obey(&Target::Alone(self.whole.clone()));
     }
 
     pub(crate) fn set_mode_of(&self, target: &Target, mode: Option<Mode>) {
@@ -133,7 +136,7 @@ impl Shared {
         }
     }
 
-    fn rationed(&self) -> MutexGuard<'_, Vec<Target>> {
+    fn rationed(&self) -> MutexGuard<'_, Vec<Endpoint>> {
         self.rationed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -152,13 +155,18 @@ impl Shared {
         endpoint.slot(&self.slot, || Guarded::new(&self.parts.rules))
     }
 
-    /// Whether it was told to look away.
+    /// Whether it was told to look away. What must let everything pass and is still open closes, which only those with a key
+    /// are when they come here.
     #[cold]
-    pub(crate) fn is_told(&self, guarded: &Guarded) -> Result<bool, Refused> {
+    pub(crate) fn is_told(&self, target: &Target) -> Result<bool, Refused> {
+        let guarded = self.guarded(target);
         let mode = self.mode_of(guarded);
         if mode == Mode::ForcedOpen {
             guarded.breaker.refuse();
             return Err(Refused { until: Moment::MAX });
+        }
+        if guarded.breaker.state() != State::Closed {
+            self.obey(target);
         }
         Ok(mode == Mode::Disabled)
     }
@@ -173,14 +181,13 @@ impl Shared {
     /// Called without any lock of ours.
     #[cold]
     pub(crate) fn turned(&self, target: &Target, turn: Turn) {
-        {
+        if let Target::Endpoint(endpoint) = target {
             let mut rationed = self.rationed();
             // Looked up rather than believed: of two who turned, the second may come here first.
-            rationed.retain(|other| {
-                !other.is(target) && !other.is_gone() && self.guarded(other).breaker.state() != State::Closed
-            });
-            if self.guarded(target).breaker.state() != State::Closed {
-                rationed.push(target.clone());
+            let is_open = |endpoint: &Endpoint| self.of_endpoint(endpoint).breaker.state() != State::Closed;
+            rationed.retain(|other| other != endpoint && !other.is_removed() && is_open(other));
+            if is_open(endpoint) {
+                rationed.push(endpoint.clone());
             }
         }
         let change = Change {
@@ -202,7 +209,7 @@ impl Shared {
             ),
             // A key may be a secret of the caller's.
             Target::Alone(alone) => tracing::info!(
-                keyed = alone.key.is_some(),
+                keyed = alone.has_key(),
                 from = ?change.from, to = ?change.to, reason = ?change.reason, open_for = ?change.open_for,
                 enforced = change.enforced,
                 "circuit breaker changed"
@@ -222,7 +229,7 @@ impl Shared {
 impl Drop for Shared {
     fn drop(&mut self) {
         let rationed = self.rationed.get_mut().unwrap_or_else(PoisonError::into_inner);
-        rationed.iter().for_each(|target| target.gate().forget(self.mover));
+        rationed.iter().for_each(|endpoint| endpoint.gate().forget(self.mover));
         let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
         held.iter().for_each(|target| target.gate().forget(self.hand));
     }
@@ -254,7 +261,28 @@ impl Guarded {
 
 impl Alone {
     pub(crate) fn new(rules: &Rules, key: Option<Box<dyn Any + Send + Sync>>) -> Self {
-        Self { gate: Gate::new(), guarded: Guarded::new(rules), key }
+        Self { gate: Gate::new(), guarded: Guarded::new(rules), key, used: AtomicU64::new(0) }
+    }
+
+    /// Its key, if it has one of this type.
+    pub(crate) fn key<T: Any>(&self) -> Option<&T> {
+        self.key.as_deref()?.downcast_ref()
+    }
+
+    pub(crate) fn has_key(&self) -> bool {
+        self.key.is_some()
+    }
+
+    pub(crate) fn state(&self) -> State {
+        self.guarded.breaker.state()
+    }
+
+    pub(crate) fn touch(&self, now: Moment) {
+        self.used.store(now.as_nanos(), Ordering::Relaxed);
+    }
+
+    pub(crate) fn used(&self) -> Moment {
+        Moment::from_nanos(self.used.load(Ordering::Relaxed))
     }
 }
 
@@ -274,11 +302,6 @@ impl Target {
         }
     }
 
-    /// Whether nobody asks for it any more.
-    fn is_gone(&self) -> bool {
-        matches!(self, Self::Endpoint(endpoint) if endpoint.is_removed())
-    }
-
     fn is(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Endpoint(a), Self::Endpoint(b)) => a == b,
@@ -287,10 +310,10 @@ impl Target {
         }
     }
 
-    fn scope(&self) -> Scope {
+    fn scope(&self) -> Guarding {
         match self {
-            Self::Endpoint(endpoint) => Scope::endpoint(endpoint.clone()),
-            Self::Alone(alone) => Scope::alone(alone.clone()),
+            Self::Endpoint(endpoint) => Guarding::endpoint(endpoint.clone()),
+            Self::Alone(alone) => Guarding::alone(alone.clone()),
         }
     }
 }

@@ -86,7 +86,7 @@ impl<C: Classify> Lines<C> {
     pub(crate) fn adopt(&self, permit: &mut Permit) -> Result<Option<Watch<C>>, Refused> {
         let (line, pass) = (self.here(), permit.take_pass());
         let (shared, endpoint) = (&*line.shared, permit.endpoint());
-        if !shared.is_normal() && shared.is_told(shared.of_endpoint(endpoint))? {
+        if !shared.is_normal() && shared.is_told(&Target::Endpoint(endpoint.clone()))? {
             return Ok(None);
         }
         let time = line.start();
@@ -105,7 +105,7 @@ impl<C: Classify> Lines<C> {
         let line = self.here();
         let shared = &*line.shared;
         let asked = alone.as_ref().unwrap_or(&shared.whole);
-        if !shared.is_normal() && shared.is_told(&asked.guarded)? {
+        if !shared.is_normal() && shared.is_told(&Target::Alone(asked.clone()))? {
             return Ok(None);
         }
         let time = line.start();

@@ -5,7 +5,7 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU32};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -442,6 +442,29 @@ async fn a_listener_may_use_the_handle() {
     let service = layer.layer(tower::service_fn(by_path));
     assert_eq!((ask(&service, "500").await, ask(&service, "200").await), (500, 200));
     assert_eq!(layer.handle().whole().state(), State::Closed);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_key_has_its_own_breaker_and_none_is_by_position() {
+    let limit = NonZeroU32::new(100).unwrap();
+    let by_tenant = |request: &Request<()>| request.headers().get("tenant").cloned();
+    let layer = CircuitBreakLayer::new().failures(1).with_key(limit, by_tenant);
+    let service = layer.layer(tower::service_fn(by_path));
+    let mut changes = layer.handle().changes();
+    let ask = async |tenant: &'static str, path| {
+        let mut request = to(path);
+        request.headers_mut().insert("tenant", HeaderValue::from_static(tenant));
+        service.clone().oneshot(request).await.unwrap().status().as_u16()
+    };
+    assert_eq!((ask("a", "500").await, ask("a", "200").await, ask("b", "200").await), (500, 503, 200));
+    assert_eq!(service.clone().oneshot(to("200")).await.unwrap().status().as_u16(), 200);
+    let (a, b) = (HeaderValue::from_static("a"), HeaderValue::from_static("b"));
+    assert_eq!(layer.key(&a).unwrap().state(), State::Open);
+    assert_eq!(layer.key(&b).unwrap().state(), State::Closed);
+    assert_eq!((layer.keys(), layer.handle().whole().state()), (2, State::Closed));
+    assert_eq!(changes.next().await.unwrap().scope.as_key(), Some(&a));
+    layer.handle().set_mode(Mode::ForcedClosed);
+    assert_eq!(ask("a", "200").await, 200, "what has a key obeys, too");
 }
 
 #[test]

@@ -183,6 +183,7 @@ impl Gate {
     /// # Errors
     ///
     /// [`Refused`] when every place is taken.
+    #[inline]
     pub fn enter(&self, now: impl FnOnce() -> Moment) -> Result<Entry, Refused> {
         let word = self.word();
         if !word.is_rationed() {
@@ -229,8 +230,15 @@ impl Gate {
     }
 
     /// Gives a place of this gate back. Free entries have nothing to give back.
+    #[inline]
     pub fn leave(&self, entry: Entry) {
-        let Kind::Place { id } = entry.kind else { return };
+        if let Kind::Place { id } = entry.kind {
+            self.give_back(id);
+        }
+    }
+
+    #[cold]
+    fn give_back(&self, id: u32) {
         let book = &mut *lock(&self.book);
         let Some(index) = book.out.iter().position(|out| out.id == id) else { return };
         book.out.swap_remove(index);
@@ -311,6 +319,7 @@ impl Gate {
         self.deadline.store(deadline.as_nanos(), Ordering::Release);
     }
 
+    #[inline]
     fn word(&self) -> Word {
         Word(self.word.load(Ordering::Acquire))
     }
@@ -405,12 +414,14 @@ impl Entry {
     /// When the gate was entered; a result counts if this has [`reached`](Generation::reached) the move that began the
     /// period.
     #[must_use]
+    #[inline]
     pub const fn generation(self) -> Generation {
         self.generation
     }
 
     /// Whether it holds one of the places of a rationed gate.
     #[must_use]
+    #[inline]
     pub const fn is_rationed(self) -> bool {
         matches!(self.kind, Kind::Place { .. })
     }
@@ -500,6 +511,7 @@ impl Word {
         Self(Self::RATIONED | (generation.0 as u64) << 32 | left as u64)
     }
 
+    #[inline]
     const fn is_rationed(self) -> bool {
         self.0 & Self::RATIONED != 0
     }
