@@ -280,6 +280,39 @@ mod tests {
     }
 
     #[test]
+    fn threads_find_what_they_put_in_or_nothing_and_accounts_come_out_even() {
+        let (cache, key) = (TokenCache::new(1 << 17).unwrap(), key());
+        let found: usize = std::thread::scope(|scope| {
+            let work = |thread: u32| {
+                let (cache, key) = (&cache, &key);
+                move || {
+                    let token = |n: u32| (n * 7 + thread) % 500;
+                    let mut found = 0;
+                    for n in 0..5_000 {
+                        insert(cache, key, token(n), 2000);
+                        let other = token(n + 250);
+                        if let Some(subject) = find(cache, other, NOW) {
+                            assert_eq!(subject, other.to_string());
+                            found += 1;
+                        }
+                    }
+                    found
+                }
+            };
+            let threads: Vec<_> = (0..4).map(|thread| scope.spawn(work(thread))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).sum()
+        });
+        assert!(found > 100);
+        let kept: usize =
+            cache.places.iter().filter_map(|place| place.entry.load_full()).map(|entry| entry.weight).sum();
+        assert_eq!(cache.bytes.load(Ordering::Relaxed), kept + cache.places.len() * size_of::<Place>());
+        assert!(
+            cache.bytes.load(Ordering::Relaxed) <= (1 << 17) + 4 * 4096,
+            "by no more than what four put in at once"
+        );
+    }
+
+    #[test]
     fn no_memory_means_no_cache() {
         assert!(TokenCache::new(0).is_none());
         assert!(TokenCache::new(100).is_none());

@@ -181,12 +181,14 @@ impl KeySource {
         let mut pause = FIRST_PAUSE;
         let mut next = Duration::ZERO;
         if seen.is_some() {
+            refresh.begin();
             refresh.done(true);
             next = FILE_INTERVAL;
         }
         loop {
             // Whichever comes first: it is time, or somebody asks.
             let _ = tokio::time::timeout(next, refresh.wanted()).await;
+            refresh.begin();
             match self.read_into(&shared, &mut seen).await {
                 Ok(lifetime) => {
                     pause = FIRST_PAUSE;

@@ -1,4 +1,124 @@
-//! Decides who is calling, or refuses.
+//! Lets callers pass who prove who they are, says who that is, and refuses the rest.
+//!
+//! * **Reads** the credentials in the request's headers, the [`PeerTls`](portcullis_core::PeerTls) and
+//!   [`PeerAddress`](portcullis_core::PeerAddress) the server left, and the [`Policy`] of the
+//!   [`Route`].
+//! * **Writes** the [`Identity`]; takes the credentials out, unless told to pass them on; writes
+//!   the [identity headers](IdentityHeaders) it was told to.
+//! * **Refuses** with 401 who shows nothing or what does not hold, with 403 who must not, with 400 what cannot be read, with
+//!   429 an address that failed too often, with 503 while it cannot be told. Challenges are
+//!   [RFC 6750](https://www.rfc-editor.org/rfc/rfc6750)'s; gRPC callers get 16, 7, 8 or 14 in headers only.
+//! * **Alone** it needs nothing: without a route its own policy holds, without a peer address failures are not limited, and
+//!   without peer certificates no proof succeeds that wants one.
+//! * **Cost**: a remembered token is hashed once and its identity shared, without a lock or an allocation besides the
+//!   travelling value; one that is not remembered costs its signature. `cargo bench -p portcullis-auth` measures both.
+//!
+//! ```
+//! use std::convert::Infallible;
+//!
+//! use bytes::Bytes;
+//! use http::{Request, Response, StatusCode};
+//! use http_body_util::Empty;
+//! use jsonwebtoken::{EncodingKey, Header, encode};
+//! use portcullis_auth::{Algorithm, AuthLayer, Jwt, KeySet, Policy};
+//! use portcullis_core::{Carried, Identity};
+//! use tower::{Layer, ServiceExt, service_fn};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let secret = "a secret of at least 32 bytes ...";
+//! let jwt = Jwt::new(KeySet::hmac(Algorithm::HS256, secret)?).issuer("https://id.example/").audience("orders");
+//! let layer = AuthLayer::new(jwt).policy(Policy::required().scopes_all(["orders:read"]));
+//!
+//! let orders = layer.layer(service_fn(|request: Request<()>| async move {
+//!     assert_eq!(Identity::of(request.extensions()).unwrap().subject(), "ada");
+//!     Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new()))
+//! }));
+//!
+//! let claims = serde_json::json!({
+//!     "iss": "https://id.example/", "aud": "orders", "sub": "ada", "scope": "orders:read", "exp": 4_000_000_000_u64,
+//! });
+//! let token = encode(&Header::default(), &claims, &EncodingKey::from_secret(secret.as_bytes()))?;
+//! let admitted = Request::builder().header("authorization", format!("Bearer {token}")).body(())?;
+//! assert_eq!(orders.clone().oneshot(admitted).await?.status(), StatusCode::OK);
+//!
+//! let refused = orders.oneshot(Request::new(())).await?;
+//! assert_eq!(refused.status(), StatusCode::UNAUTHORIZED);
+//! assert_eq!(refused.headers()["www-authenticate"], "Bearer");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # The idea
+//!
+//! A proof is anything that implements [`Authenticate`]: [`Jwt`], [`ApiKey`], [`Basic`], [`ClientCertificate`], a closure
+//! that returns a future, and [any](Authenticate::or) or [all](Authenticate::and) of several. It sees the head of a request
+//! and answers at once, or later where it has to ask somebody; only then is there a future to box and a clone of the inner
+//! service to keep. Proof and policy are apart: the proof says who is calling, the [`Policy`] of the layer or of the route
+//! says what that is worth.
+//!
+//! What a token's header says only chooses among keys; each key was bound to one algorithm when it was loaded, and an
+//! issuer's tokens are only ever checked with that issuer's keys. Everything is read strictly, before the signature where
+//! that is cheap: one authorization field, three parts of canonical base64url, JSON without duplicate members, of bounded
+//! size and depth, and every claim of its proper type. Headers such as `jwk`, `jku` or `x5c` are not looked at. A token
+//! bound to a certificate ([RFC 8705](https://www.rfc-editor.org/rfc/rfc8705)) must come with it, one bound in another way
+//! (`cnf.jkt`) is refused, since here it would pass for one that is not bound.
+//!
+//! # What is on, and why
+//!
+//! | setting | default | why |
+//! |---|---|---|
+//! | [policy](AuthLayer::policy) | required | a route nobody thought of is closed |
+//! | [credentials passed on](AuthLayer::forward_credentials) | no | nobody behind can use them elsewhere |
+//! | [identity headers](AuthLayer::identity_headers) | none | names are the user's; their aliases are always removed first |
+//! | [CORS preflight](AuthLayer::preflight) | asked as any request | whether its answer tells something is the user's to know |
+//! | [issuer](Jwt::issuer), [audience](Jwt::audience) | none | only the user knows them; a token with `aud` is refused until one is named, as [RFC 7519](https://www.rfc-editor.org/rfc/rfc7519#section-4.1.3) demands |
+//! | `exp` | required | a token without end cannot be taken back; [insecure to waive](Jwt::insecure_without_expiry) |
+//! | `nbf`, `iat` | checked where present | they cost nothing |
+//! | [leeway](Jwt::leeway) | [60 s](DEFAULT_LEEWAY), at most [5 min](MAX_LEEWAY) | clocks differ, though not by more |
+//! | [`typ`](Jwt::typ) | absent, `JWT` or `at+jwt` | logout, DPoP and other tokens are not for access; [`at+jwt` alone](Jwt::access_tokens_only) on request |
+//! | `crit`, `b64`, `zip` | refused | no extension is implemented |
+//! | [token size](Jwt::max_token_bytes) | [8 KiB](DEFAULT_MAX_TOKEN_BYTES) | what servers take as a header line |
+//! | keys | RSA ≥ 2048 bits, HMAC ≥ its hash, no ROCA, no private halves | [RFC 7518](https://www.rfc-editor.org/rfc/rfc7518#section-3), CVE-2017-15361 |
+//! | [verified tokens](Jwt::cache_bytes) | remembered, [8 MiB](DEFAULT_CACHE_BYTES) | never past expiry, their key or the rules |
+//! | [failures](Jwt::failures_per_address) | [100](DEFAULT_FAILURE_BURST) at once, one more each [50 ms](DEFAULT_FAILURE_INTERVAL) | garbage buys a thousandth of a core |
+//! | [fetched keys](KeySource) | for `Cache-Control`'s time within [30 s](MIN_LIFETIME) to [1 h](MAX_LIFETIME), else [5 min](DEFAULT_LIFETIME) | rotations are seen, providers spared |
+//! | [unknown `kid`](KeySource::cooldown) | one fetch each [30 s](DEFAULT_COOLDOWN) | a rotation is seen at once, and a flood of names is not one of fetches |
+//! | [stale keys](KeySource::max_stale) | used for [a day](DEFAULT_MAX_STALE) | a provider that is down takes nobody with it |
+//!
+//! # When something fails
+//!
+//! | what | the request gets |
+//! |---|---|
+//! | provider down, hanging, or answering errors, HTML, too much, or a redirect | the last keys go on being used, up to their age |
+//! | keys too old, or none read yet | waits a second at most, then 503 |
+//! | unknown key while the provider fails | 503, as a new token may well be good |
+//! | unknown key otherwise | waits a second at most for one fetch, then 401 |
+//! | one key of a set cannot be used | tokens of the others pass; the log says which was left out |
+//! | two keys with one `kid` and algorithm | neither is used |
+//! | an identity header's value cannot stand in a header | that header is left out |
+//! | a stream's token expires midway | the stream goes on: who was let in stays until the end of the call |
+//! | a claim's predicate cannot read the claims | 403 |
+//!
+//! # Decisions
+//!
+//! * **Signatures are checked by aws-lc directly**, with keys prepared once: jsonwebtoken boxes a verifier and parses the key
+//!   again for each call, checks neither `crit` nor `typ`, and lets claims of the wrong type pass. It reads PEM here, and
+//!   serves the tests as an oracle. No process-wide provider is ever asked for.
+//! * **A token is remembered by a 128-bit GHASH** of the whole of it, under a random key and the version of the rules. It is
+//!   universal rather than one-way, which is what a table needs whose hashes never leave; HMAC would cost thrice as much.
+//! * **What verifies is not limited**: attempts are paid for before the signature and paid back once everything held, so
+//!   that replaying an expired token buys no more than garbage does.
+//! * **Invalid credentials are refused where they are optional.** Who shows a token means to be somebody.
+//! * **Without a peer address nobody is limited**, with a warning, once: one bucket for all would let one caller lock out the
+//!   rest.
+//! * **Text of a refusal goes to the caller** and names the rule that failed, never a value.
+//!
+//! # What it does not do
+//!
+//! Log people in, keep sessions, introspect opaque tokens, decrypt tokens, prove possession by DPoP, hash passwords slowly,
+//! or read a certificate that a proxy says it has seen. A token cannot be taken back before it expires, save with its key.
+//! Request trailers are not searched for identity headers. It does not protect an upstream that can be reached past it.
 
 mod algorithm;
 mod authenticate;
@@ -36,6 +156,7 @@ pub use key_source::{
 };
 pub use policy::Policy;
 pub use refresh::Freshness;
+pub use refusal::Refusals;
 pub use secret::{ApiKey, Basic, MAX_SECRET_BYTES, MIN_API_KEY_BYTES};
 pub use upstream::IdentityHeaders;
 
@@ -43,10 +164,9 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
-use http::{HeaderName, Method, Request, Response, StatusCode, header};
+use http::{HeaderName, Method, Request, Response, header};
 use pin_project_lite::pin_project;
 use portcullis_core::{Body, Carried, Dialect, Identity, Rejection, Route};
 use tower_layer::Layer;
@@ -80,16 +200,6 @@ struct Settings {
     preflight: bool,
     identity_headers: IdentityHeaders,
     refusals: Arc<Refusals>,
-}
-
-/// How many requests a layer refused, and why. A handle that stays true.
-#[derive(Debug, Default)]
-pub struct Refusals {
-    unauthenticated: AtomicU64,
-    forbidden: AtomicU64,
-    malformed: AtomicU64,
-    limited: AtomicU64,
-    undecided: AtomicU64,
 }
 
 pin_project! {
@@ -282,57 +392,6 @@ impl Settings {
             identity.attach(request.extensions_mut());
         }
         Ok(())
-    }
-}
-
-// === impl Refusals ===
-
-impl Refusals {
-    /// No credentials, or such as prove nothing: 401.
-    #[must_use]
-    pub fn unauthenticated(&self) -> u64 {
-        self.unauthenticated.load(Ordering::Relaxed)
-    }
-
-    /// Known callers who must not: 403.
-    #[must_use]
-    pub fn forbidden(&self) -> u64 {
-        self.forbidden.load(Ordering::Relaxed)
-    }
-
-    /// Credentials that cannot be read: 400.
-    #[must_use]
-    pub fn malformed(&self) -> u64 {
-        self.malformed.load(Ordering::Relaxed)
-    }
-
-    /// Addresses that failed too often: 429.
-    #[must_use]
-    pub fn limited(&self) -> u64 {
-        self.limited.load(Ordering::Relaxed)
-    }
-
-    /// Callers about whom nothing could be found out: 503.
-    #[must_use]
-    pub fn undecided(&self) -> u64 {
-        self.undecided.load(Ordering::Relaxed)
-    }
-
-    fn count(&self, rejection: &Rejection) {
-        let counter = match rejection.status() {
-            StatusCode::FORBIDDEN => &self.forbidden,
-            StatusCode::BAD_REQUEST => &self.malformed,
-            StatusCode::TOO_MANY_REQUESTS => &self.limited,
-            StatusCode::SERVICE_UNAVAILABLE => &self.undecided,
-            _ => &self.unauthenticated,
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
-        tracing::debug!(
-            status = rejection.status().as_u16(),
-            reason = rejection.reason(),
-            detail = rejection.detail(),
-            "refused"
-        );
     }
 }
 

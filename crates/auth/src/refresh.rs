@@ -31,8 +31,10 @@ pub(crate) struct Refresh {
     cooldown: Duration,
     /// Before this moment nobody may ask for a fetch.
     closed_until: AtomicU64,
-    /// Somebody asked, or the first fetch is not done: whoever comes now may wait with them.
-    asked: AtomicBool,
+    /// Counts begun fetches.
+    begun: AtomicU64,
+    /// The fetch somebody waits for, counted likewise: whoever comes before it is done may wait with them.
+    asked_for: AtomicU64,
     wake: Notify,
     /// Counts finished fetches.
     done: watch::Sender<u64>,
@@ -53,7 +55,8 @@ impl Refresh {
             clock,
             cooldown,
             closed_until: AtomicU64::new(0),
-            asked: AtomicBool::new(true),
+            begun: AtomicU64::new(0),
+            asked_for: AtomicU64::new(1),
             wake: Notify::new(),
             done: watch::Sender::new(0),
             failures: AtomicU64::new(0),
@@ -67,27 +70,26 @@ impl Refresh {
     /// Asks for a fetch because of an unknown key. `None` when there is no use in waiting: one was asked for within the
     /// cooldown and is over, or this key was not found lately.
     pub(crate) fn ask(&self, kid: Option<&str>) -> Option<impl Future<Output = ()> + Send + 'static> {
-        // Subscribed before asking, so that the end of the fetch is not missed.
         let mut done = self.done.subscribe();
         let now = self.clock.now();
-        if !self.asked.load(Ordering::Acquire) {
+        let mut awaited = self.asked_for.load(Ordering::Acquire);
+        if *done.borrow() >= awaited {
             let closed_until = self.closed_until.load(Ordering::Acquire);
             if now.as_nanos() < closed_until || self.is_known_to_be_unknown(kid, now) {
                 return None;
             }
+            // One that is under way may have read before the key was there.
+            awaited = self.begun.load(Ordering::Acquire) + 1;
             let next = (now + self.cooldown).as_nanos();
             let won = self.closed_until.compare_exchange(closed_until, next, Ordering::AcqRel, Ordering::Acquire);
             if won.is_ok() {
-                self.asked.store(true, Ordering::Release);
+                self.asked_for.store(awaited, Ordering::Release);
                 self.remember(kid, now);
-                self.wake.notify_one();
-            } else if !self.asked.load(Ordering::Acquire) {
-                // Somebody else is about to ask: their fetch will be ours as well.
                 self.wake.notify_one();
             }
         }
         Some(async move {
-            let _ = tokio::time::timeout(PATIENCE, done.changed()).await;
+            let _ = tokio::time::timeout(PATIENCE, done.wait_for(|count| *count >= awaited)).await;
         })
     }
 
@@ -109,7 +111,14 @@ impl Refresh {
 
     /// Until somebody asks for a fetch.
     pub(crate) async fn wanted(&self) {
-        self.wake.notified().await;
+        while self.begun.load(Ordering::Acquire) >= self.asked_for.load(Ordering::Acquire) {
+            self.wake.notified().await;
+        }
+    }
+
+    /// A fetch begins.
+    pub(crate) fn begin(&self) {
+        self.begun.fetch_add(1, Ordering::AcqRel);
     }
 
     /// A fetch was tried.
@@ -120,7 +129,6 @@ impl Refresh {
             self.failures.fetch_add(1, Ordering::Relaxed);
         }
         self.failing.store(!read, Ordering::Release);
-        self.asked.store(false, Ordering::Release);
         self.done.send_modify(|count| *count += 1);
     }
 

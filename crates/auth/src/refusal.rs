@@ -1,9 +1,10 @@
 //! How a caller is refused: RFC 6750's challenges, and the same for gRPC.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use http::{HeaderValue, StatusCode, header};
-use portcullis_core::{Layer, Rejection};
+use portcullis_core::{GrpcCode, Layer, Rejection};
 
 use crate::authenticate::{Denied, Reason, Scheme};
 
@@ -15,6 +16,16 @@ pub(crate) struct Challenges {
     resource_metadata: Option<String>,
     /// What a caller without credentials gets, made once.
     bare: Arc<[HeaderValue]>,
+}
+
+/// How many requests a layer refused, and why. A handle that stays true.
+#[derive(Debug, Default)]
+pub struct Refusals {
+    unauthenticated: AtomicU64,
+    forbidden: AtomicU64,
+    malformed: AtomicU64,
+    limited: AtomicU64,
+    undecided: AtomicU64,
 }
 
 // === impl Challenges ===
@@ -81,7 +92,9 @@ impl Challenges {
                     .fold(rejection, |rejection, value| rejection.with_header(header::WWW_AUTHENTICATE, value.clone()))
             }
             Reason::Malformed(why) => self.with_challenges(
-                refuse(StatusCode::BAD_REQUEST, "malformed-credentials").with_detail(why),
+                refuse(StatusCode::BAD_REQUEST, "malformed-credentials")
+                    .with_grpc_code(GrpcCode::UNAUTHENTICATED)
+                    .with_detail(why),
                 &[("error", "invalid_request"), ("error_description", why)],
             ),
             Reason::Invalid(why) => self.with_challenges(
@@ -111,4 +124,55 @@ impl Challenges {
 /// What may stand between quotes in a challenge.
 fn quotable(text: &str) -> String {
     text.chars().filter(|c| matches!(c, ' '..='~') && !matches!(c, '"' | '\\')).collect()
+}
+
+// === impl Refusals ===
+
+impl Refusals {
+    /// No credentials, or such as prove nothing: 401.
+    #[must_use]
+    pub fn unauthenticated(&self) -> u64 {
+        self.unauthenticated.load(Ordering::Relaxed)
+    }
+
+    /// Known callers who must not: 403.
+    #[must_use]
+    pub fn forbidden(&self) -> u64 {
+        self.forbidden.load(Ordering::Relaxed)
+    }
+
+    /// Credentials that cannot be read: 400.
+    #[must_use]
+    pub fn malformed(&self) -> u64 {
+        self.malformed.load(Ordering::Relaxed)
+    }
+
+    /// Addresses that failed too often: 429.
+    #[must_use]
+    pub fn limited(&self) -> u64 {
+        self.limited.load(Ordering::Relaxed)
+    }
+
+    /// Callers about whom nothing could be found out: 503.
+    #[must_use]
+    pub fn undecided(&self) -> u64 {
+        self.undecided.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count(&self, rejection: &Rejection) {
+        let counter = match rejection.status() {
+            StatusCode::FORBIDDEN => &self.forbidden,
+            StatusCode::BAD_REQUEST => &self.malformed,
+            StatusCode::TOO_MANY_REQUESTS => &self.limited,
+            StatusCode::SERVICE_UNAVAILABLE => &self.undecided,
+            _ => &self.unauthenticated,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        tracing::debug!(
+            status = rejection.status().as_u16(),
+            reason = rejection.reason(),
+            detail = rejection.detail(),
+            "refused"
+        );
+    }
 }

@@ -208,6 +208,28 @@ async fn a_rotation_is_seen_with_the_first_token_it_signed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_rotation_is_seen_although_a_fetch_that_began_before_it_is_under_way() {
+    let _still = stand_still();
+    let (old, new) = (Signer::new(Algorithm::ES256), Signer::new(Algorithm::ES256));
+    let provider = Provider::start(Mode::Keys(keys(&[(&old, "1")]))).await;
+    let callers = Callers::new(source(&provider).start().unwrap());
+    callers.tried(1).await;
+    // The regular fetch hangs, the provider rotates, and the first token of the new key comes in.
+    provider.set(Mode::Hang);
+    pass(300).await;
+    provider.asked.subscribe().wait_for(|count| *count == 2).await.unwrap();
+    provider.set(Mode::Keys(keys(&[(&new, "2")])));
+    tokio::time::advance(Duration::from_millis(4500)).await;
+    let end_of_the_hanging_one = async {
+        tokio::task::yield_now().await;
+        tokio::time::advance(Duration::from_millis(500)).await;
+    };
+    let (result, ()) = tokio::join!(callers.call(&new, "2"), end_of_the_hanging_one);
+    assert!(result.is_ok(), "{result:?}");
+    assert_eq!(provider.asked(), 3);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_flood_of_unknown_keys_asks_once_per_cooldown() {
     let _still = stand_still();
     let signer = Signer::new(Algorithm::ES256);
