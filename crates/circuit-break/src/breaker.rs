@@ -51,6 +51,8 @@ pub enum Reason {
     FailureRate,
     /// Too large a share of the calls in a window was slow.
     SlowRate,
+    /// It did worse than the other endpoints of its service.
+    Outlier,
     /// The open time is over, and a probe went in.
     Probing,
     /// A probe failed.
@@ -317,6 +319,15 @@ impl Breaker {
         };
         let calls = check(rules.calls, self.calls.as_ref().map(|window| window.sum(period)));
         calls.or_else(|| check(rules.time, self.time.as_ref().map(|window| window.sum(period, now))))
+    }
+
+    /// Opens if it is closed, because others do better.
+    pub(crate) fn eject(&self, desk: Desk<'_>, now: Moment, random: f64) -> Option<Turn> {
+        let seen = self.word();
+        if seen.state() != State::Closed || desk.zeal == Zeal::Counts {
+            return None;
+        }
+        self.open(desk, seen, Reason::Outlier, None, now, random)
     }
 
     /// Opens, if nobody has changed the state since `seen`.

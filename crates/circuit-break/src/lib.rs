@@ -1,6 +1,6 @@
 //! Keeps requests away from what keeps failing, and lets a few through to see when it is well again.
 //!
-//! * **Reads** the [`Permit`] that a balancer left, if any.
+//! * **Reads** the [`Permit`] that a balancer left, if any; to find [outliers](Outliers) also the [`Endpoints`].
 //! * **Writes** nothing; it takes the right out of the permit and leaves the endpoint.
 //! * **Refuses** with 503 and `retry-after`, or `UNAVAILABLE` and `RetryInfo`, while open.
 //! * **Alone** it guards the whole service behind it.
@@ -49,6 +49,7 @@
 //! |---|---|---|
 //! | [`failures`] | 5 in a row | what most breakers use; sees an outage within five calls and needs no window |
 //! | [`window`] | none | a share needs traffic to mean something, and how much is for you to say |
+//! | [`outliers`] | not looked for | it takes several endpoints and some traffic |
 //! | [`open_for`] | 60 s | the pattern book's; below a balancer nobody waits for it |
 //! | [`probes`] | 1 at a time | the least that tells |
 //! | [`successes`] | 1 | as many as probes, so that closing takes no longer than a call |
@@ -73,6 +74,7 @@
 //! [probe timeout]: CircuitBreakLayer::probe_timeout
 //! [`failures`]: CircuitBreakLayer::failures
 //! [`window`]: CircuitBreakLayer::window
+//! [`outliers`]: CircuitBreakLayer::outliers
 //! [`open_for`]: CircuitBreakLayer::open_for
 //! [`probes`]: CircuitBreakLayer::probes
 //! [`successes`]: CircuitBreakLayer::successes
@@ -83,6 +85,7 @@ mod breaker;
 mod bulkhead;
 mod handle;
 mod keyed;
+mod outlier;
 mod rules;
 mod shared;
 mod sync;
@@ -101,7 +104,8 @@ use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use pin_project_lite::pin_project;
 use portcullis_core::{
-    Body, Carried, Classify, Clock, Dialect, Layer as Name, Moment, Permit, Refused, Rejection, Standard, WallClock,
+    Body, Carried, Classify, Clock, Dialect, Endpoints, Layer as Name, Moment, Permit, Refused, Rejection, Standard,
+    WallClock,
 };
 
 pub use crate::breaker::{Reason, State};
@@ -109,6 +113,7 @@ pub use crate::bulkhead::{Bulkhead, BulkheadFuture, BulkheadLayer, Hold};
 pub use crate::handle::{Breaker, Change, Changes, Counts, Guarding, Handle, Mode, Rates};
 use crate::keyed::sealed::Fresh;
 pub use crate::keyed::{Keyed, Scope};
+pub use crate::outlier::Outliers;
 pub use crate::rules::{Error, OpenTime, Share, Window};
 use crate::rules::{Rules, Span};
 use crate::shared::{Parts, Shared, Target};
@@ -200,6 +205,13 @@ impl<C, K: Fresh> CircuitBreakLayer<C, K> {
     #[must_use]
     pub fn probe_timeout(self, timeout: Duration) -> Self {
         self.with_rules(|rules| rules.probe_timeout = timeout)
+    }
+
+    /// Opens the breakers of endpoints that do worse than the others of their service, too: below a balancer, and where the
+    /// request carries [`Endpoints`].
+    #[must_use]
+    pub fn outliers(self, outliers: Outliers) -> Self {
+        self.with_rules(|rules| rules.outliers = Some(outliers))
     }
 
     /// Calls `listen` at every change of state, from the call that made it and outside of any lock. See also
@@ -347,6 +359,9 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
+        if let Some(endpoints) = Endpoints::of(request.extensions()) {
+            self.lines.shared().compare(endpoints);
+        }
         let admitted = match self.scope.alone(self.lines.shared(), &request) {
             alone @ Some(_) => self.lines.enter(alone),
             None => match Permit::of_mut(request.extensions_mut()) {

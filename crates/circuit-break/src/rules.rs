@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use portcullis_core::Moment;
 
+use crate::outlier::Outliers;
+
 /// Over which calls a share is measured, and which share opens the breaker.
 ///
 /// A window alone opens nothing: say [`failure_rate`](Self::failure_rate), [`slow_rate`](Self::slow_rate) or both.
@@ -62,6 +64,7 @@ pub(crate) struct Rules {
     pub(crate) probes: NonZeroU16,
     pub(crate) successes: NonZeroU16,
     pub(crate) probe_timeout: Duration,
+    pub(crate) outliers: Option<Outliers>,
 }
 
 pub(crate) const FAILURES: u16 = 5;
@@ -127,6 +130,8 @@ impl Window {
 // === impl Share ===
 
 impl Share {
+    pub(crate) const TENTH: Self = Self(0.1);
+
     /// `share` of everything, which is 1.
     ///
     /// # Errors
@@ -218,6 +223,7 @@ impl Rules {
             probes: NonZeroU16::MIN,
             successes: NonZeroU16::MIN,
             probe_timeout: PROBE_TIMEOUT,
+            outliers: None,
         }
     }
 

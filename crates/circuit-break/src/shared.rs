@@ -5,16 +5,18 @@ use std::fmt;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use portcullis_core::{Clock, Endpoint, Gate, Moment, Mover, Refused, SlotKey, WallClock};
+use portcullis_core::{Clock, Endpoint, Endpoints, Gate, Moment, Mover, Refused, SlotKey, WallClock};
 
-use crate::breaker::{Breaker, State, Turn, Zeal};
+use crate::breaker::{Breaker, Desk, State, Turn, Zeal};
 use crate::handle::{Change, Guarding, Mode};
+use crate::outlier::{Due, Outliers, Tally};
 use crate::rules::Rules;
 
 pub(crate) struct Shared {
     pub(crate) parts: Parts,
     pub(crate) mover: Mover,
     slot: SlotKey<Guarded>,
+    due: SlotKey<Due>,
     /// What is guarded when the request says nothing else.
     pub(crate) whole: Arc<Alone>,
     /// The endpoints this layer's breakers now ration, so that they let go when the layer goes.
@@ -42,6 +44,8 @@ pub(crate) struct Parts {
 #[derive(Debug)]
 pub(crate) struct Guarded {
     pub(crate) breaker: Breaker,
+    /// What it did since outliers were last looked for: a [`Tally`].
+    pub(crate) tally: AtomicU64,
     /// [`NONE`], unless it was told one itself.
     mode: AtomicU8,
 }
@@ -76,6 +80,7 @@ impl Shared {
         Self {
             mover: Mover::new(),
             slot: SlotKey::new(),
+            due: SlotKey::new(),
             whole: Arc::new(Alone::new(&parts.rules, None)),
             parts,
             rationed: Mutex::default(),
@@ -178,6 +183,37 @@ impl Shared {
         }
     }
 
+    /// Looks for outliers, if it is time to.
+    pub(crate) fn compare(&self, endpoints: &Endpoints) {
+        let Some(outliers) = &self.parts.rules.outliers else { return };
+        let now = self.now();
+        if endpoints.kept(&self.due, Due::default).take(now, outliers.every) {
+            self.eject(outliers, endpoints, now);
+        }
+    }
+
+    #[cold]
+    fn eject(&self, outliers: &Outliers, endpoints: &Endpoints, now: Moment) {
+        let guarded: Vec<_> = endpoints.iter().map(|endpoint| self.of_endpoint(endpoint)).collect();
+        let tallies: Vec<_> =
+            guarded.iter().map(|guarded| Tally::of(guarded.tally.swap(0, Ordering::Relaxed))).collect();
+        let open = guarded.iter().filter(|guarded| guarded.breaker.state() != State::Closed).count();
+        let mut room = outliers.room(endpoints.len()).saturating_sub(open);
+        let rules = Rules { open: outliers.open, ..self.parts.rules };
+        for outlier in outliers.find(&tallies) {
+            if room == 0 {
+                break;
+            }
+            let (endpoint, guarded) = (&endpoints[outlier.index], guarded[outlier.index]);
+            let zeal = self.mode_of(guarded).zeal();
+            let desk = Desk { rules: &rules, gate: endpoint.gate(), mover: self.mover, zeal };
+            if let Some(turn) = guarded.breaker.eject(desk, now, fastrand::f64()) {
+                room -= 1;
+                self.turned(&Target::Endpoint(endpoint.clone()), turn);
+            }
+        }
+    }
+
     /// Called without any lock of ours.
     #[cold]
     pub(crate) fn turned(&self, target: &Target, turn: Turn) {
@@ -253,7 +289,7 @@ impl Default for Parts {
 
 impl Guarded {
     fn new(rules: &Rules) -> Self {
-        Self { breaker: Breaker::new(rules), mode: AtomicU8::new(NONE) }
+        Self { breaker: Breaker::new(rules), tally: AtomicU64::new(0), mode: AtomicU8::new(NONE) }
     }
 }
 

@@ -12,6 +12,7 @@ use portcullis_core::{
 };
 
 use crate::breaker::{Call, Desk, Zeal};
+use crate::outlier::Tally;
 use crate::shared::{Alone, Guarded, Shared, Target};
 
 /// Sees one call to its end, or to its being dropped, and tells its breaker.
@@ -194,6 +195,9 @@ impl<C: Classify> Watch<C> {
             _ => None,
         };
         let (gate, guarded) = self.gate();
+        if shared.parts.rules.outliers.is_some() && outcome != Outcome::Ignored {
+            guarded.tally.fetch_add(Tally::one(outcome == Outcome::Failure), Ordering::Relaxed);
+        }
         let zeal = if shared.is_normal() { Zeal::Acts } else { shared.mode_of(guarded).zeal() };
         let desk = Desk { rules: &shared.parts.rules, gate, mover: shared.mover, zeal };
         let call = Call { entered: self.entered.generation(), outcome, took, asked };

@@ -248,6 +248,7 @@ fn rules() -> impl Strategy<Value = Rules> {
             probes,
             successes,
             probe_timeout: Duration::from_secs(timeout),
+            outliers: None,
         },
     )
 }
