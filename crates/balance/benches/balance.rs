@@ -8,15 +8,17 @@ use std::convert::Infallible;
 use std::future::{Future, Ready, ready};
 use std::hint::black_box;
 use std::net::SocketAddr;
+use std::sync::Barrier;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use http::{Request, Response};
 use http_body_util::Empty;
 use portcullis_balance::{
-    Asked, BalanceLayer, LeastConnections, PeakEwma, Pick, Policy, PowerOfTwo, Random, Replay, RoundRobin,
+    Asked, BalanceLayer, HashKey, LeastConnections, Maglev, PeakEwma, Pick, Policy, PowerOfTwo, Random, Rendezvous,
+    Replay, RingHash, RoundRobin,
 };
 use portcullis_core::{Carried, Clock, Endpoints, Instance, Moment};
 use tower::balance::p2c::Balance;
@@ -100,7 +102,66 @@ fn picks(c: &mut Criterion) {
     one(c, "least-connections", LeastConnections::new, &sizes);
     one(c, "power-of-two", || PowerOfTwo, &sizes);
     one(c, "peak-ewma", PeakEwma::new, &sizes);
+    let sizes = [3, 100, 1000];
+    let by_path = HashKey::path;
+    one(c, "maglev", || Maglev::by(by_path()), &sizes);
+    one(c, "ring-hash", || RingHash::by(by_path()), &sizes);
+    one(c, "rendezvous", || Rendezvous::by(by_path()), &sizes[..2]);
     c.bench_function("clock", |b| b.iter(|| Clock::system().now()));
+}
+
+/// The time of one pick while so many threads pick at once.
+fn threads(c: &mut Criterion) {
+    fn one<P: Pick>(c: &mut Criterion, name: &str, policy: P) {
+        let mut group = c.benchmark_group(format!("threads/{name}"));
+        let (set, layer) = (endpoints(1000), BalanceLayer::new(policy));
+        for threads in [1_u64, 2] {
+            group.throughput(Throughput::Elements(threads));
+            group.bench_function(BenchmarkId::from_parameter(threads), |b| {
+                b.iter_custom(|rounds| {
+                    let barrier = Barrier::new(threads as usize + 1);
+                    std::thread::scope(|scope| {
+                        for _ in 0..threads {
+                            scope.spawn(|| {
+                                let request = request();
+                                barrier.wait();
+                                for _ in 0..rounds {
+                                    let permit = layer.choose(&set, Asked::of(&request)).unwrap();
+                                    drop(black_box(permit.endpoint().begin()));
+                                }
+                                barrier.wait();
+                            });
+                        }
+                        barrier.wait();
+                        let began = tokio::time::Instant::now();
+                        barrier.wait();
+                        began.elapsed()
+                    })
+                });
+            });
+        }
+    }
+    one(c, "round-robin", RoundRobin::new());
+    one(c, "random", Random);
+    one(c, "power-of-two", PowerOfTwo);
+    one(c, "peak-ewma", PeakEwma::new());
+}
+
+/// The first pick of a service, which lays the table out.
+fn tables(c: &mut Criterion) {
+    let mut group = c.benchmark_group("first pick of 1000");
+    let request = request();
+    let mut bench = |name: &str, layer: &dyn Fn(&Endpoints) -> bool| {
+        group.bench_function(name, |b| {
+            b.iter_batched(|| endpoints(1000), |set| layer(&set), BatchSize::LargeInput);
+        });
+    };
+    let random = BalanceLayer::new(Random);
+    bench("random", &|set| random.choose(set, Asked::of(&request)).is_some());
+    let maglev = BalanceLayer::new(Maglev::by(HashKey::path()));
+    bench("maglev, 65,537 slots", &|set| maglev.choose(set, Asked::of(&request)).is_some());
+    let ring = BalanceLayer::new(RingHash::by(HashKey::path()));
+    bench("ring-hash, 262,144 points", &|set| ring.choose(set, Asked::of(&request)).is_some());
 }
 
 fn calls(c: &mut Criterion) {
@@ -171,5 +232,5 @@ fn calls(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, picks, calls);
+criterion_group!(benches, picks, threads, tables, calls);
 criterion_main!(benches);

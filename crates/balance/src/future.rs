@@ -65,7 +65,6 @@ pin_project! {
 struct Call<S: Service<Request<Replay<B>>>, P: Pick, B> {
     shared: Arc<Shared<P>>,
     service: S,
-    endpoints: Endpoints,
     /// The request of the next attempt.
     next: Option<(Parts, Replay<B>)>,
     /// The request's head for attempts after that; `None` when there will be none.
@@ -119,7 +118,7 @@ where
     }
 
     /// Picks at once, for a service that is ready.
-    pub(crate) fn new(service: S, shared: Arc<Shared<P>>, request: Request<B>, endpoints: Endpoints) -> Self {
+    pub(crate) fn new(service: S, shared: Arc<Shared<P>>, request: Request<B>) -> Self {
         let (parts, body) = request.into_parts();
         let route = Route::of(&parts.extensions).filter(|route| route.policy::<Policy>().is_some()).cloned();
         let policy = policy_of(route.as_ref(), &shared);
@@ -135,7 +134,6 @@ where
         let mut call = Call {
             shared,
             service,
-            endpoints,
             next: Some((parts, body)),
             head: None,
             keeper,
@@ -235,14 +233,15 @@ where
 {
     /// Picks an endpoint and calls it. The service is ready.
     fn pick(&mut self) -> NextOf<S, P, R, B> {
-        let Some((parts, _)) = &self.next else { return Next::Ready };
+        let Some((parts, _)) = &self.next else { return self.nobody(Nobody::Empty) };
+        let Some(endpoints) = Endpoints::of(&parts.extensions) else { return self.nobody(Nobody::Empty) };
         let tried: Vec<Endpoint> = self.failed.iter().map(|failed| failed.endpoint.clone()).collect();
         let policy = policy_of(self.route.as_ref(), &self.shared);
-        let (permit, began) = match self.shared.choose(&self.endpoints, policy, Asked::of_parts(parts), &tried) {
+        let (permit, began) = match self.shared.choose(endpoints, policy, Asked::of_parts(parts), &tried) {
             Ok(chosen) => chosen,
             Err(nobody) => return self.nobody(nobody),
         };
-        let Some((mut parts, body)) = self.next.take() else { return Next::Ready };
+        let Some((mut parts, body)) = self.next.take() else { return self.nobody(Nobody::Empty) };
         (self.last, self.waits_until) = (None, None);
         let policy = policy_of(self.route.as_ref(), &self.shared);
         if self.failed.len() + 1 < usize::from(policy.attempts) && self.head.is_none() {
@@ -278,7 +277,8 @@ where
                 return Next::Pause(until.min(end).since(now).clamp(Duration::from_millis(1), LOOKS));
             }
         }
-        tracing::debug!(service = &**self.endpoints.service(), reason, "refused");
+        let service = self.next.as_ref().and_then(|(parts, _)| Endpoints::of(&parts.extensions));
+        tracing::debug!(service = service.map(|endpoints| &**endpoints.service()), reason, "refused");
         let mut rejection = Rejection::new(Layer::Balance, StatusCode::SERVICE_UNAVAILABLE, reason);
         if let Some(until) = until.filter(|until| *until != Moment::MAX) {
             rejection = rejection.with_retry_after(until.since(now));
@@ -288,7 +288,7 @@ where
 
     /// An attempt has come to a response, or an error.
     fn end(&mut self, result: Result<Response<R>, S::Error>) -> NextOf<S, P, R, B> {
-        let Some(attempt) = self.attempt.take() else { return Next::Ready };
+        let Some(attempt) = self.attempt.take() else { return self.nobody(Nobody::Empty) };
         let policy = policy_of(self.route.as_ref(), &self.shared);
         let reason = match &result {
             Ok(response) => policy.judge(Head::of(response), self.repeats),
@@ -305,7 +305,7 @@ where
     }
 
     fn time_out(&mut self) -> NextOf<S, P, R, B> {
-        let Some(attempt) = self.attempt.take() else { return Next::Ready };
+        let Some(attempt) = self.attempt.take() else { return self.nobody(Nobody::Empty) };
         let again = self.repeats.then(|| self.again(Reason::TimedOut, attempt.endpoint())).flatten();
         let endpoint = attempt.fail(Outcome::Failure);
         let Some(next) = again else { return Next::Return(Ok(timed_out().into_response(self.dialect))) };
@@ -321,7 +321,8 @@ where
         if attempts >= usize::from(policy.attempts) {
             return None;
         }
-        let elsewhere = reason == Reason::Unsent && self.endpoints.len() > attempts;
+        let endpoints = self.head.as_ref().and_then(|head| Endpoints::of(&head.extensions));
+        let elsewhere = reason == Reason::Unsent && endpoints.is_some_and(|endpoints| endpoints.len() > attempts);
         let wait = if elsewhere { Duration::ZERO } else { policy.wait(attempts, mix(fastrand::u64(..))) };
         if self.deadline().is_some_and(|deadline| self.shared.clock.now() + wait >= deadline) {
             return None;

@@ -13,6 +13,8 @@ pub(crate) struct Group {
     order: Option<Box<[u32]>>,
     /// `None` when they are all equal.
     weights: Option<Box<[u32]>>,
+    /// The mean of the weights; 1 when they are all equal.
+    mean: f32,
     alias: OnceLock<Alias>,
     slots: Slots,
 }
@@ -30,10 +32,12 @@ impl Group {
     /// `members` are positions in a snapshot of `of` endpoints with their weights, in the snapshot's order.
     pub(crate) fn new(members: &[(u32, u32)], of: usize) -> Self {
         let first = members.first().map_or(0, |member| member.1);
+        let total: f64 = members.iter().map(|member| f64::from(member.1)).sum();
         let even = members.iter().all(|member| member.1 == first);
         Self {
             order: (members.len() != of).then(|| members.iter().map(|member| member.0).collect()),
             weights: (!even).then(|| members.iter().map(|member| member.1).collect()),
+            mean: if even { 1.0 } else { (total / members.len() as f64) as f32 },
             alias: OnceLock::new(),
             slots: Slots::default(),
         }
@@ -62,6 +66,11 @@ impl Group {
 
     pub(crate) fn weight(&self, index: usize) -> u32 {
         self.weights.as_ref().map_or(1, |weights| weights[index])
+    }
+
+    /// The weight over the mean weight.
+    pub(crate) fn relative_weight(&self, index: usize) -> f32 {
+        self.weight(index) as f32 / self.mean
     }
 
     pub(crate) fn is_weighted(&self) -> bool {

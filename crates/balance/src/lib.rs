@@ -300,12 +300,12 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let Some(endpoints) = Endpoints::of(request.extensions()).cloned() else {
+        if Endpoints::of(request.extensions()).is_none() {
             return ResponseFuture::passed_on(self.inner.call(request.map(Replay::new)));
-        };
+        }
         let not_ready = self.inner.clone();
         let ready = std::mem::replace(&mut self.inner, not_ready);
-        ResponseFuture::new(ready, self.shared.clone(), request, endpoints)
+        ResponseFuture::new(ready, self.shared.clone(), request)
     }
 }
 

@@ -7,7 +7,7 @@ use portcullis_core::{Endpoint, Moment, Outcome, SlotKey};
 
 use crate::pick::{Call, Candidates, Pick};
 
-/// Of two at random, the one with the lower cost: latency × (requests in flight + 1) / weight.
+/// Of three at random, the one with the lower cost: latency × (requests in flight / relative weight + 1).
 ///
 /// Latency is an exponentially weighted moving average that jumps to each peak, measured to the end of the response body
 /// (peak EWMA, as in Finagle). What is different here:
@@ -23,14 +23,21 @@ pub struct PeakEwma {
     key: SlotKey<Estimate>,
     decay: Duration,
     penalty: Duration,
+    choices: usize,
 }
 
 /// How long [`PeakEwma`] remembers.
 const DECAY: Duration = Duration::from_secs(10);
 /// What an endpoint that always fails costs in [`PeakEwma`].
 const PENALTY: Duration = Duration::from_secs(5);
+/// How many [`PeakEwma`] looks at.
+const CHOICES: usize = 3;
 /// The longest rest an endpoint can ask for.
 const MAX_REST: Duration = Duration::from_secs(300);
+
+/// How much lower a cost must be to count: estimates differ by chance, and an endpoint that differs by less must be tried
+/// now and then, or nothing would be learnt of it any more.
+const CLEARLY: f32 = 0.8;
 
 /// What is known of one endpoint. Each word is read and written on its own: a reader may see one call's latency without
 /// its outcome.
@@ -43,7 +50,13 @@ struct Estimate {
     failures: AtomicU32,
 }
 
-/// What one pick knows.
+/// What one pick sees of an endpoint.
+#[derive(Clone, Copy)]
+struct Looked {
+    known: Option<Known>,
+    load: f32,
+}
+
 #[derive(Clone, Copy)]
 struct Known {
     cost: f32,
@@ -54,10 +67,10 @@ struct Known {
 // === impl PeakEwma ===
 
 impl PeakEwma {
-    /// Remembers for ten seconds; five seconds of penalty.
+    /// Remembers for ten seconds; five seconds of penalty; three choices.
     #[must_use]
     pub fn new() -> Self {
-        Self { key: SlotKey::new(), decay: DECAY, penalty: PENALTY }
+        Self { key: SlotKey::new(), decay: DECAY, penalty: PENALTY, choices: CHOICES }
     }
 
     /// After how long without a call an estimate is worth 1/e. Default 10 s; not below a millisecond.
@@ -72,6 +85,13 @@ impl PeakEwma {
     #[must_use]
     pub fn penalty(mut self, penalty: Duration) -> Self {
         self.penalty = penalty;
+        self
+    }
+
+    /// How many are looked at, at least two. Default 3. Five are better where endpoints differ much; each costs a look.
+    #[must_use]
+    pub fn choices(mut self, choices: usize) -> Self {
+        self.choices = choices.max(2);
         self
     }
 
@@ -95,23 +115,22 @@ impl Default for PeakEwma {
 
 impl Pick for PeakEwma {
     fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
-        let one = among.sample();
-        let Some(other) = among.sample_other(one) else { return Some(one) };
-        let (a, b) = (&among[one], &among[other]);
-        let busy = |endpoint: &Endpoint| endpoint.in_flight() as f32 + 1.0;
         let now = among.now();
-        let (latency, others) = match (self.known(a, now), self.known(b, now)) {
-            (Some(a), Some(b)) => (a.beside(b), b.beside(a)),
-            _ => (1.0, 1.0),
+        let look = |i: usize| Looked {
+            known: self.known(&among[i], now),
+            load: among[i].in_flight() as f32 / among.relative_weight(i) + 1.0,
         };
-        let cost = |latency: f32, endpoint: &Endpoint, index: usize| {
-            if among.is_weighted() {
-                latency * busy(endpoint) / among.weight(index) as f32
-            } else {
-                latency * busy(endpoint)
+        let one = among.sample();
+        let mut best = (one, look(one));
+        for _ in 1..self.choices.min(among.len()) {
+            if let Some(other) = among.sample_other(best.0) {
+                let looked = look(other);
+                if looked.is_better_than(best.1) {
+                    best = (other, looked);
+                }
             }
-        };
-        Some(if cost(others, b, other) < cost(latency, a, one) { other } else { one })
+        }
+        Some(best.0)
     }
 
     fn observe(&self, endpoint: &Endpoint, call: &Call) {
@@ -120,6 +139,18 @@ impl Pick for PeakEwma {
 
     fn observes(&self) -> bool {
         true
+    }
+}
+
+// === impl Looked ===
+
+impl Looked {
+    fn is_better_than(self, other: Self) -> bool {
+        let (mine, others) = match (self.known, other.known) {
+            (Some(mine), Some(others)) => (mine.beside(others), others.beside(mine)),
+            _ => (1.0, 1.0),
+        };
+        mine * self.load < others * other.load * CLEARLY
     }
 }
 

@@ -166,6 +166,16 @@ impl Pick for Box<dyn Pick> {
     }
 }
 
+// === impl Call ===
+
+impl Call {
+    /// A call that ended `now`.
+    #[must_use]
+    pub const fn new(latency: Duration, outcome: Outcome, retry_after: Option<Duration>, now: Moment) -> Self {
+        Self { latency, outcome, retry_after, now }
+    }
+}
+
 // === impl Candidates ===
 
 impl<'a> Candidates<'a> {
@@ -193,6 +203,12 @@ impl<'a> Candidates<'a> {
     #[must_use]
     pub fn weight(&self, index: usize) -> u32 {
         self.group.weight(index)
+    }
+
+    /// Its weight over the mean of all weights.
+    #[must_use]
+    pub fn relative_weight(&self, index: usize) -> f32 {
+        self.group.relative_weight(index)
     }
 
     /// Whether weights differ.
