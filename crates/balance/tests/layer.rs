@@ -1,6 +1,6 @@
 //! The layer through its public interface.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on panics")]
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -649,4 +649,34 @@ async fn a_table_is_laid_beside_the_requests_and_keys_stay_meanwhile() {
         let moved = before.iter().zip(all(&less)).filter(|(a, b)| **a != set[0].handle() && *a != b).count();
         assert!(moved <= 25, "{moved} of 500 keys moved needlessly");
     }
+}
+
+/// Looking first and entering later would refuse hundreds.
+#[test]
+fn nobody_is_refused_while_somebody_admits_however_gates_move() {
+    let set = endpoints(4);
+    let layer = BalanceLayer::new(PowerOfTwo).clock(Clock::manual().0);
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mover = Mover::new();
+            for round in 0..20_000 {
+                let endpoint = &set[round % 3];
+                endpoint.gate().close_for(mover);
+                endpoint.gate().open_for(mover);
+            }
+            over.store(true, std::sync::atomic::Ordering::Release);
+        });
+        for _ in 0..3 {
+            scope.spawn(|| {
+                let request = Request::new(());
+                while !over.load(std::sync::atomic::Ordering::Acquire) {
+                    let permit = layer.choose(&set, Asked::of(&request));
+                    let busy = permit.expect("the last always admits").endpoint().begin();
+                    drop(busy);
+                }
+            });
+        }
+    });
+    assert!(set.iter().all(|endpoint| endpoint.in_flight() == 0));
 }
