@@ -212,7 +212,7 @@ impl Watched {
     }
 
     pub(crate) fn current(&self) -> Option<Endpoints> {
-        self.state.current.load().as_deref().cloned()
+        self.state.current()
     }
 
     /// The first snapshot, if it comes before the watch is `wait` old: who asks later need not wait again.
@@ -268,6 +268,10 @@ impl State {
             UNUSED => self.mark.compare_exchange(UNUSED, USED, Ordering::AcqRel, Ordering::Relaxed).is_ok(),
             _ => false,
         }
+    }
+
+    fn current(&self) -> Option<Endpoints> {
+        self.current.load().as_deref().cloned()
     }
 
     fn progress(&self) -> MutexGuard<'_, Progress> {
@@ -379,6 +383,8 @@ async fn run(registry: Arc<dyn Registry>, watches: Weak<Watches>, state: Ending,
                     let Some(watches) = watches.upgrade() else { return };
                     if !used && watches.forget(state) {
                         tracing::info!(service = &*state.service, "nobody asks for the service any more");
+                        // Pools may close their connections.
+                        state.current().map(|endpoints| endpoints.reconcile([], clock.now()));
                         return;
                     }
                 }
@@ -386,5 +392,91 @@ async fn run(registry: Arc<dyn Registry>, watches: Weak<Watches>, state: Ending,
         }
         state.fail(Error::unavailable("the watch ended"), clock.now());
         tokio::time::sleep(backoff.next(fastrand::f64())).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+    use std::net::SocketAddr;
+
+    #[derive(Clone, Debug)]
+    enum Said {
+        /// Ids and weights.
+        Known(Vec<(u8, u32)>),
+        Failure,
+    }
+
+    /// Weight, when it joined, and its handle.
+    type Modelled = (u32, u64, Option<portcullis_core::Endpoint>);
+
+    fn said() -> impl Strategy<Value = Said> {
+        let known = proptest::collection::vec((0_u8..6, 1_u32..3), 0..6);
+        prop_oneof![3 => known.prop_map(Said::Known), 1 => Just(Said::Failure)]
+    }
+
+    proptest! {
+        /// What is known is what was last said, of one id the first; who stayed in between keeps handle and joining time.
+        #[test]
+        fn any_sequence_of_answers_and_failures_leaves_what_a_model_has(history in proptest::collection::vec(said(), 0..30)) {
+            let state = State {
+                service: "s".into(),
+                mark: USED.into(),
+                current: ArcSwapOption::empty(),
+                changed: Notify::new(),
+                started: Moment::MIN,
+                progress: Mutex::default(),
+            };
+            let mut model: Option<BTreeMap<u8, Modelled>> = None;
+            let mut failures = 0;
+            for (step, said) in history.into_iter().enumerate() {
+                let step = step as u64;
+                let now = Moment::from_nanos(step);
+                match said {
+                    Said::Failure => {
+                        failures += 1;
+                        state.fail(Error::unavailable("down"), now);
+                        prop_assert!(state.progress().failing.is_some());
+                    }
+                    Said::Known(all) => {
+                        let mut next = BTreeMap::new();
+                        for (id, weight) in &all {
+                            let old = model.as_ref().and_then(|model| model.get(id));
+                            let (joined, handle) = old.map_or((step, None), |(_, joined, handle)| (*joined, handle.clone()));
+                            next.entry(*id).or_insert((*weight, joined, handle));
+                        }
+                        let instances = all.into_iter().map(|(id, weight)| {
+                            let mut instance = Instance::new(id.to_string(), SocketAddr::from(([127, 0, 0, 1], 80)));
+                            instance.weight = weight;
+                            instance
+                        });
+                        let before = state.current();
+                        state.accept(instances.collect(), now);
+                        for gone in before.iter().flat_map(|before| before.iter()) {
+                            let stays = next.contains_key(&gone.id().parse::<u8>().unwrap());
+                            prop_assert_eq!(gone.is_removed(), !stays);
+                        }
+                        for endpoint in state.current().unwrap().iter() {
+                            let entry = next.get_mut(&endpoint.id().parse::<u8>().unwrap()).unwrap();
+                            prop_assert!(entry.2.as_ref().is_none_or(|handle| handle == endpoint));
+                            entry.2 = Some(endpoint.clone());
+                        }
+                        model = Some(next);
+                        prop_assert!(state.progress().failing.is_none());
+                    }
+                }
+                let known = state.current().map(|endpoints| {
+                    endpoints
+                        .iter()
+                        .map(|e| (e.id().parse::<u8>().unwrap(), e.weight(), e.joined().as_nanos()))
+                        .collect::<std::collections::BTreeSet<_>>()
+                });
+                let modelled = model.as_ref().map(|model| model.iter().map(|(id, (weight, joined, _))| (*id, *weight, *joined)).collect());
+                prop_assert_eq!(known, modelled);
+                prop_assert_eq!(state.progress().failures, failures);
+            }
+        }
     }
 }

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::Full;
 use portcullis_core::{Carried, Endpoints, Protocol, Scheme};
+use portcullis_discovery::consul::RsConsul;
 use portcullis_discovery::{
     ConsulConfig, ConsulRegistry, DiscoveryLayer, Health, HealthCheck, Registry, ServiceDefinition,
 };
@@ -222,6 +223,157 @@ async fn a_token_that_may_not_read_is_not_an_empty_service() {
     patience.await.unwrap();
     consul.put("/v1/agent/service/deregister/a", "").await;
     until(async || seen(&layer).await.is_empty()).await;
+}
+
+#[tokio::test]
+async fn the_catalog_holds_external_services_names_and_values() {
+    let consul = Consul::start().await;
+    let catalog = RsConsul::new(config(&consul)).unwrap();
+    let layer = DiscoveryLayer::new(catalog.clone()).service("mail");
+    let external = ServiceDefinition::new("mail", "m 1", "192.0.2.7:25".parse::<SocketAddr>().unwrap()).tag("old");
+    let registration = catalog.register(external.clone()).await.unwrap();
+    until(async || seen(&layer).await == ["m 1"]).await;
+    let endpoint = layer.status()[0].endpoints.clone().unwrap()[0].clone();
+    assert_eq!(
+        (endpoint.address().to_string(), endpoint.instance().tags.clone()),
+        ("192.0.2.7:25".into(), vec!["old".into()])
+    );
+    assert_eq!(catalog.services().await.unwrap(), ["consul", "mail"]);
+    registration.report(Health::Critical, "gone").await.unwrap();
+    until(async || seen(&layer).await.is_empty()).await;
+    registration.report(Health::Passing, "").await.unwrap();
+    until(async || seen(&layer).await == ["m 1"]).await;
+    registration.deregister().await.unwrap();
+    until(async || seen(&layer).await.is_empty()).await;
+    drop(catalog.register(external).await.unwrap());
+    until(async || catalog.services().await.unwrap() == ["consul"]).await;
+
+    consul.put("/v1/kv/a/b%20c", "text").await;
+    assert_eq!(catalog.value("a/b c").await.unwrap().as_deref(), Some("text"));
+    assert_eq!(catalog.value("a").await.unwrap(), None);
+    let shown = format!("{:?}", RsConsul::new(config(&consul).token("s3cret").unwrap()).unwrap());
+    assert!(!shown.contains("s3cret"), "{shown}");
+}
+
+/// A certificate authority, and what it signed for the agent and for a client, as PEM: chain and key.
+fn certificates() -> (String, [(String, String); 2]) {
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut authority = rcgen::CertificateParams::new(vec![]).unwrap();
+    authority.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+    let signed = authority.self_signed(&key).unwrap();
+    let issuer = rcgen::Issuer::new(authority, key);
+    let leaf = |name: &str| {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate =
+            rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap().signed_by(&key, &issuer).unwrap();
+        (certificate.pem(), key.serialize_pem())
+    };
+    (signed.pem(), [leaf("127.0.0.1"), leaf("client")])
+}
+
+#[tokio::test]
+async fn over_tls_with_certificates_on_both_sides_few_connections_carry_many_watches() {
+    let (authority, [server, client]) = certificates();
+    let folder = portcullis_testing::process::scratch_folder("tls");
+    let port = portcullis_testing::process::free_port();
+    let file = |name: &str, text: &str| {
+        std::fs::write(folder.join(name), text).unwrap();
+        folder.join(name).display().to_string()
+    };
+    let settings = json!({
+        "ports": {"https": port}, "verify_incoming_https": true,
+        "ca_file": file("ca.pem", &authority), "cert_file": file("s.pem", &server.0), "key_file": file("s.key", &server.1),
+    });
+    let consul = Consul::start_with(settings, &["-dev"]).await;
+    let tls = ConsulConfig::new(&format!("https://127.0.0.1:{port}")).unwrap();
+    let trusting = tls.clone().certificate_authorities(authority.clone());
+
+    let stranger = DiscoveryLayer::new(ConsulRegistry::new(trusting.clone()).unwrap()).service("s-0");
+    assert_eq!(seen(&stranger).await, [""; 0]);
+    assert!(stranger.status()[0].failing.as_ref().unwrap().1.is_unavailable(), "no certificate, no answer");
+
+    // One connection before HTTP/2 is agreed on; none of a hundred watches is parked after that.
+    let known = trusting.client_certificate(client.0, client.1).connections(1);
+    let catalog = RsConsul::new(known.clone()).unwrap();
+    assert_eq!(catalog.services().await.unwrap(), ["consul"]);
+    let layer = DiscoveryLayer::new(ConsulRegistry::new(known).unwrap());
+    for i in 0..100 {
+        consul.put("/v1/agent/service/register", &format!(r#"{{"Name":"s-{i}","ID":"{i}","Port":1}}"#)).await;
+        layer.follow(&format!("s-{i}"));
+    }
+    let seen = || layer.status().iter().filter(|s| s.endpoints.as_ref().is_some_and(|e| e.len() == 1)).count();
+    until(async || seen() == 100).await;
+    let start = tokio::time::Instant::now();
+    consul.put("/v1/agent/service/deregister/99", "").await;
+    until(async || seen() == 99).await;
+    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
+    std::fs::remove_dir_all(folder).unwrap();
+    assert!(ConsulRegistry::new(tls.certificate_authorities("nonsense")).unwrap_err().is_invalid());
+}
+
+#[tokio::test]
+async fn a_cluster_without_a_leader_empties_no_pool() {
+    // Started without waiting for a leader, which there cannot be before all three are there.
+    let ports: Vec<_> = (0..3).map(|_| portcullis_testing::process::free_port()).collect();
+    let join: Vec<_> = ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+    let settings = |port: u16| {
+        json!({
+            "server": true, "bootstrap_expect": 3, "retry_join": join.clone(), "retry_interval": "1s",
+            "performance": {"raft_multiplier": 1}, "ports": {"serf_lan": port}, "advertise_addr": "127.0.0.1",
+        })
+    };
+    let start = |port: u16| Consul::start_with(settings(port), &[]);
+    let (first, mut second, mut third) = tokio::join!(start(ports[0]), start(ports[1]), start(ports[2]));
+    first.put("/v1/agent/service/register", r#"{"Name":"orders","ID":"a","Port":1}"#).await;
+    let quick = config(&first).wait(Duration::from_secs(2));
+    let layer = DiscoveryLayer::new(ConsulRegistry::new(quick).unwrap()).service("orders");
+    until(async || seen(&layer).await == ["a"]).await;
+    second.kill();
+    third.kill();
+    let lost = tokio::time::timeout(Duration::from_secs(60), async {
+        while layer.status()[0].failing.is_none() {
+            assert_eq!(seen(&layer).await, ["a"]);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    lost.await.expect("the loss of the leader to be noticed");
+    for _ in 0..50 {
+        assert_eq!(seen(&layer).await, ["a"]);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    second.restart_without_waiting();
+    third.restart_without_waiting();
+    let healed = tokio::time::timeout(Duration::from_secs(60), async {
+        while layer.status()[0].failing.is_some() {
+            assert_eq!(seen(&layer).await, ["a"]);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    healed.await.expect("a leader again");
+    first.put("/v1/agent/service/deregister/a", "").await;
+    until(async || seen(&layer).await.is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_storm_of_registrations_ends_exactly() {
+    let consul = Consul::start().await;
+    let layer = DiscoveryLayer::new(registry(&consul)).service("orders");
+    layer.follow("orders");
+    let consul = &consul;
+    let storm = (0..500).map(|i| async move {
+        let body = format!(r#"{{"Name":"orders","ID":"{i}","Address":"127.0.0.1","Port":{}}}"#, 1000 + i);
+        consul.put("/v1/agent/service/register", &body).await;
+        if i % 2 == 1 {
+            consul.put(&format!("/v1/agent/service/deregister/{i}"), "").await;
+        }
+    });
+    use futures::StreamExt;
+    futures::stream::iter(storm).buffer_unordered(20).collect::<()>().await;
+    let mut even: Vec<_> = (0..500).step_by(2).map(|i| i.to_string()).collect();
+    even.sort();
+    until(async || seen(&layer).await == even).await;
+    let status = &layer.status()[0];
+    assert!(status.answers < 200 && status.failures == 0, "{} answers, {} failures", status.answers, status.failures);
 }
 
 #[tokio::test]

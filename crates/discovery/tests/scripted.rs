@@ -50,7 +50,7 @@ impl Agent {
 async fn serve(
     mut stream: TcpStream,
     asked: Arc<Mutex<Vec<String>>>,
-    script: Arc<dyn Fn(usize, &str) -> Option<String> + Send + Sync>,
+    script: Arc<impl Fn(usize, &str) -> Option<String> + Send + Sync>,
 ) {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {

@@ -29,8 +29,10 @@ mod answer;
 mod client;
 mod connect;
 mod index;
+mod pace;
 mod pulse;
 mod register;
+mod rs;
 mod watch;
 
 use std::fmt;
@@ -44,6 +46,7 @@ use portcullis_core::Clock;
 use self::answer::Selection;
 use self::client::Client;
 use self::connect::{Secret, Tls};
+pub use self::rs::RsConsul;
 use crate::registry::Pending;
 use crate::{Error, Registration, Registry, ServiceDefinition, Watch};
 

@@ -11,8 +11,9 @@ use tokio::sync::watch;
 use super::Consistency;
 use super::client::{Client, Path};
 use super::index::Index;
+use super::pace::Pace;
 use crate::Error;
-use crate::backoff::{Backoff, Pace};
+use crate::backoff::Backoff;
 
 /// The signal's receivers. Its task lives as long as somebody listens.
 #[derive(Default)]

@@ -134,12 +134,7 @@ impl Keeper {
     }
 
     async fn report(&self) -> Result<(), Error> {
-        let status = match self.health {
-            Health::Passing => "passing",
-            Health::Warning => "warning",
-            Health::Critical => "critical",
-        };
-        let body = Bytes::from(json!({ "Status": status, "Output": self.note }).to_string());
+        let body = Bytes::from(json!({ "Status": status(self.health), "Output": self.note }).to_string());
         for (number, _) in self.ttls() {
             let path = Path::new("/v1/agent/check/update/").segment(&self.check_id(number));
             self.client.call(Method::PUT, self.client.scope(path), body.clone()).await?.ok()?;
@@ -257,19 +252,19 @@ fn document_of(check: &HealthCheck, id: String) -> Value {
             set("FailuresBeforeCritical", check.failures_before_critical.into());
         }
     }
-    set(
-        "Status",
-        match check.initial {
-            Health::Passing => "passing",
-            Health::Warning => "warning",
-            Health::Critical => "critical",
-        }
-        .into(),
-    );
+    set("Status", status(check.initial).into());
     if let Some(after) = check.deregister_critical_after {
         set("DeregisterCriticalServiceAfter", duration(after).into());
     }
     document.into()
+}
+
+pub(super) fn status(health: Health) -> &'static str {
+    match health {
+        Health::Passing => "passing",
+        Health::Warning => "warning",
+        Health::Critical => "critical",
+    }
 }
 
 // === impl Handle ===

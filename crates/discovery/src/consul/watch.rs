@@ -11,8 +11,9 @@ use super::Consistency;
 use super::answer;
 use super::client::{Answer, Client, Lane};
 use super::index::{Index, Turn};
+use super::pace::Pace;
 use super::pulse::Pulse;
-use crate::backoff::{Backoff, Pace};
+use crate::backoff::Backoff;
 use crate::{Error, Watch};
 
 struct Follower {
