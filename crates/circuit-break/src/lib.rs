@@ -59,8 +59,8 @@
 //! # What it does not do
 //!
 //! It does not retry, does not time calls out, and does not limit how many are under way: until the first of many hanging
-//! calls has failed, there is nothing to count. Put a timeout below it, and a
-//! [`Bulkhead`] above it.
+//! calls has failed, there is nothing to count. Put a timeout below it, and a [`Bulkhead`] above it. It does not count what
+//! succeeds unless a window needs to know; how many requests an endpoint got is counted by the endpoint.
 //!
 //! # When things fail
 //!
@@ -68,6 +68,7 @@
 //! |---|---|
 //! | open, or every probe's place is taken | 503 `open`, `retry-after` the time left |
 //! | the gate is refused by another mover, without a time | 503 `open` without `retry-after` |
+//! | [`Mode::ForcedOpen`] | 503 `open` without `retry-after`, also when a balancer panics |
 //! | the inner service's error | the error, counted as [`Classify::error`] says |
 //!
 //! [`with_classify`]: CircuitBreakLayer::with_classify
@@ -359,8 +360,10 @@ where
     }
 
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
-        if let Some(endpoints) = Endpoints::of(request.extensions()) {
-            self.lines.shared().compare(endpoints);
+        if let Some(outliers) = &self.lines.shared().parts.rules.outliers
+            && let Some(endpoints) = Endpoints::of(request.extensions())
+        {
+            self.lines.shared().compare(outliers, endpoints);
         }
         let admitted = match self.scope.alone(self.lines.shared(), &request) {
             alone @ Some(_) => self.lines.enter(alone),

@@ -147,9 +147,10 @@ impl Share {
         self.0
     }
 
-    /// Whether `part` of `whole` is this much.
+    /// Whether `part` of `whole`, which is not nothing, is this much. Divided, not multiplied: only then is 55 of 100 the
+    /// share written 0.55.
     pub(crate) fn reached(self, part: u32, whole: u32) -> bool {
-        f64::from(part) >= self.0 * f64::from(whole)
+        f64::from(part) / f64::from(whole) >= self.0
     }
 }
 
@@ -280,6 +281,14 @@ mod tests {
         assert!(Window::of_calls(0).unwrap_err().is_window());
         assert!(Window::of_calls(1001).is_err() && Window::of_calls(1000).is_ok());
         assert!(Window::of_time(Duration::ZERO).is_err() && Window::of_time(Duration::MAX).is_err());
+    }
+
+    #[test]
+    fn a_share_is_reached_exactly() {
+        for hundredths in 1..=100 {
+            let share = Share::new(format!("{hundredths}e-2").parse().unwrap()).unwrap();
+            assert!(share.reached(hundredths, 100) && !share.reached(hundredths - 1, 100), "{share:?}");
+        }
     }
 
     #[test]

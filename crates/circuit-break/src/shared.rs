@@ -184,8 +184,7 @@ impl Shared {
     }
 
     /// Looks for outliers, if it is time to.
-    pub(crate) fn compare(&self, endpoints: &Endpoints) {
-        let Some(outliers) = &self.parts.rules.outliers else { return };
+    pub(crate) fn compare(&self, outliers: &Outliers, endpoints: &Endpoints) {
         let now = self.now();
         if endpoints.kept(&self.due, Due::default).take(now, outliers.every) {
             self.eject(outliers, endpoints, now);

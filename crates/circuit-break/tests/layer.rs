@@ -11,10 +11,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
-use portcullis_circuit_break::{CircuitBreakLayer, Handle, Mode, OpenTime, Outliers, Reason, Share, State, Window};
+use portcullis_circuit_break::{CircuitBreakLayer, Handle, Mode, OpenTime, Reason, Share, State, Window};
 use portcullis_core::{
-    Carried, Clock, Endpoint, Endpoints, GRPC_RETRY_PUSHBACK, GRPC_STATUS, Head, Instance, Layer as Name, Moment,
-    Mover, Outcome, Permit, Ration, Rejection, Standard, Verdict,
+    Carried, Clock, Endpoint, GRPC_RETRY_PUSHBACK, GRPC_STATUS, Head, Instance, Layer as Name, Moment, Mover, Outcome,
+    Permit, Ration, Rejection, Standard, Verdict,
 };
 use portcullis_testing::contract::{self, Broken, Calls, Probe, ProbeBody};
 use tower::{Layer, Service, ServiceExt};
@@ -465,57 +465,6 @@ async fn each_key_has_its_own_breaker_and_none_is_by_position() {
     assert_eq!(changes.next().await.unwrap().scope.as_key(), Some(&a));
     layer.handle().set_mode(Mode::ForcedClosed);
     assert_eq!(ask("a", "200").await, 200, "what has a key obeys, too");
-}
-
-/// Six endpoints; `bad` of them fail one call in five.
-async fn with_outliers(layer: &CircuitBreakLayer, endpoints: &Endpoints, bad: usize) {
-    let service = layer.layer(tower::service_fn(by_path));
-    for call in 0..200 {
-        for (index, endpoint) in endpoints.iter().enumerate() {
-            let Ok(permit) = endpoint.permit(|| Clock::system().now()) else { continue };
-            let path = if index < bad && call % 5 == 0 { "500" } else { "200" };
-            let mut request = permitted(path, permit);
-            endpoints.clone().attach(request.extensions_mut());
-            service.clone().oneshot(request).await.unwrap();
-        }
-        tokio::time::advance(Duration::from_millis(101)).await;
-    }
-}
-
-fn six() -> Endpoints {
-    let instances = (1..=6).map(|port| Instance::new(port.to_string(), SocketAddr::from(([127, 0, 0, 1], port))));
-    Endpoints::none("orders").reconcile(instances, Moment::MIN)
-}
-
-#[tokio::test(start_paused = true)]
-async fn an_endpoint_that_does_worse_than_the_others_is_left_alone_for_longer_each_time() {
-    // A connection that fails one call in five never fails five in a row.
-    let layer = CircuitBreakLayer::new().outliers(Outliers::new().calls(50));
-    let (endpoints, mut changes) = (six(), layer.handle().changes());
-    let mut opened = Vec::new();
-    for _ in 0..4 {
-        with_outliers(&layer, &endpoints, 1).await;
-    }
-    while let Some(Some(change)) = futures::FutureExt::now_or_never(changes.next()) {
-        assert_eq!(change.scope.as_endpoint(), Some(&endpoints[0]));
-        if change.to == State::Open && change.reason == Reason::Outlier {
-            opened.push(change.open_for.unwrap().as_secs());
-        }
-    }
-    assert!(opened.len() > 1 && opened[0] == 30 && opened[1] > 30, "{opened:?}");
-}
-
-#[tokio::test(start_paused = true)]
-async fn no_more_outliers_are_ejected_than_the_share_allows() {
-    let layer = CircuitBreakLayer::new();
-    let rule = Outliers::new().calls(50).deviations(None).failure_rate(Share::new(0.1).ok());
-    for (share, expected) in [(0.1, 1), (0.34, 2), (1.0, 3)] {
-        let layer = layer.clone().outliers(rule.at_most(Share::new(share).unwrap()));
-        let endpoints = six();
-        with_outliers(&layer, &endpoints, 3).await;
-        let open = endpoints.iter().filter(|one| layer.handle().endpoint(one).state() != State::Closed).count();
-        assert_eq!(open, expected, "{share}");
-    }
 }
 
 #[test]

@@ -18,7 +18,7 @@ use portcullis_core::{Carried, Clock, Endpoint, Instance, Permit};
 use tower::{Layer, ServiceExt};
 
 const S: Duration = Duration::from_secs(1);
-const LOAD: u32 = 200;
+const LOAD: u32 = 100;
 const HANGS: std::ops::Range<u64> = 10..70;
 const END: u64 = 120;
 

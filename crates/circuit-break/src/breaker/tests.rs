@@ -256,7 +256,7 @@ fn rules() -> impl Strategy<Value = Rules> {
 proptest! {
     #![proptest_config(Config {
         // All of them: PORTCULLIS_HISTORIES=1000000 cargo test -p portcullis-circuit-break --release histories
-        cases: std::env::var("PORTCULLIS_HISTORIES").ok().and_then(|n| n.parse().ok()).unwrap_or(4_000),
+        cases: std::env::var("PORTCULLIS_HISTORIES").ok().and_then(|n| n.parse().ok()).unwrap_or(1_000),
         ..Config::default()
     })]
 
