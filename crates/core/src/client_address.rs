@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use http::{Extensions, HeaderMap, HeaderName, header};
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 use crate::{Carried, PeerAddress};
 
@@ -58,7 +58,7 @@ impl TrustedProxies {
     pub fn networks<'a>(networks: impl IntoIterator<Item = &'a str>) -> Result<Self, InvalidNetwork> {
         let parse = |text: &str| -> Result<IpNet, InvalidNetwork> {
             let network = if text.contains('/') { text.parse().ok() } else { text.parse().ok().map(IpAddr::into) };
-            network.ok_or_else(|| InvalidNetwork(text.to_owned()))
+            network.map(canonical_network).ok_or_else(|| InvalidNetwork(text.to_owned()))
         };
         let networks = networks.into_iter().map(parse).collect::<Result<_, _>>()?;
         Ok(Self { trust: Trust::Networks(networks), field: Field::default() })
@@ -109,10 +109,19 @@ impl TrustedProxies {
         };
         for line in headers.get_all(name).iter().rev() {
             let Ok(line) = line.to_str() else { return client };
-            for entry in line.rsplit(',') {
-                let address = match self.field {
-                    Field::XForwardedFor => node(entry.trim()),
-                    Field::Forwarded => forwarded_for(entry).and_then(node),
+            let mut rest = Some(line);
+            while let Some(line) = rest {
+                let address;
+                (rest, address) = match self.field {
+                    Field::XForwardedFor => {
+                        let (rest, entry) =
+                            line.rsplit_once(',').map_or((None, line), |(rest, entry)| (Some(rest), entry));
+                        (rest, node(entry.trim()))
+                    }
+                    Field::Forwarded => {
+                        let (rest, entry) = rsplit_unquoted(line, b',');
+                        (rest, forwarded_for(entry).and_then(node))
+                    }
                 };
                 let Some(address) = address.map(canonical) else { return client };
                 client = address;
@@ -162,6 +171,15 @@ fn canonical(address: IpAddr) -> IpAddr {
     }
 }
 
+/// Networks are compared with canonical addresses: those within the IPv4-mapped or NAT64 range become IPv4.
+fn canonical_network(network: IpNet) -> IpNet {
+    let IpNet::V6(v6) = network else { return network };
+    match (v6.prefix_len().checked_sub(96), canonical(IpAddr::V6(v6.network()))) {
+        (Some(bits), IpAddr::V4(address)) => Ipv4Net::new(address, bits).map_or(network, IpNet::V4),
+        _ => network,
+    }
+}
+
 /// `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]` or `[2001:db8::1]:80`.
 fn node(text: &str) -> Option<IpAddr> {
     if let Ok(address) = text.parse() {
@@ -173,11 +191,12 @@ fn node(text: &str) -> Option<IpAddr> {
     text.parse::<SocketAddr>().ok().map(|address| address.ip())
 }
 
-/// The `for` parameter of one `Forwarded` element, without its quotes. A quoted comma ends an element here; such a value
-/// is no address anyway.
+/// The `for` parameter of one `Forwarded` element, without its quotes.
 fn forwarded_for(element: &str) -> Option<&str> {
-    let mut found = None;
-    for pair in element.split(';') {
+    let (mut rest, mut found) = (Some(element), None);
+    while let Some(pairs) = rest {
+        let pair;
+        (rest, pair) = rsplit_unquoted(pairs, b';');
         let (name, value) = pair.trim().split_once('=')?;
         if name.eq_ignore_ascii_case("for") && found.replace(value).is_some() {
             return None;
@@ -188,6 +207,23 @@ fn forwarded_for(element: &str) -> Option<&str> {
         Some(open) => open.strip_suffix('"'),
         None => Some(value),
     }
+}
+
+/// Splits at the last separator outside quotes: what is before it, if there is one, and what is behind.
+///
+/// It counts quotes from the right, where the trusted proxy wrote: what a client left open on the left hides nothing, and
+/// what a proxy quoted, such as the client's `Host`, ends no element.
+fn rsplit_unquoted(text: &str, separator: u8) -> (Option<&str>, &str) {
+    let (bytes, mut quoted) = (text.as_bytes(), false);
+    for (at, &byte) in bytes.iter().enumerate().rev() {
+        if byte == b'"' {
+            let escapes = bytes[..at].iter().rev().take_while(|&&byte| byte == b'\\').count();
+            quoted ^= escapes % 2 == 0;
+        } else if byte == separator && !quoted {
+            return (Some(&text[..at]), &text[at + 1..]);
+        }
+    }
+    (None, text)
 }
 
 impl fmt::Display for InvalidNetwork {
@@ -261,6 +297,14 @@ mod tests {
             ("for=_hidden", "10.0.0.1"),
             ("for=1.1.1.1;for=2.2.2.2", "10.0.0.1"),
             ("proto=https", "10.0.0.1"),
+            // What the proxy quoted of the client's words neither ends an element nor begins one.
+            (r#"for=192.0.2.60;host="x, for=6.6.6.6;a=""#, "192.0.2.60"),
+            (r#"for=192.0.2.60;host="x\", for=6.6.6.6;a=""#, "192.0.2.60"),
+            (r#"host=";for=6.6.6.6;a=";for=192.0.2.60"#, "192.0.2.60"),
+            // What the client left open hides nothing.
+            (r#"for=6.6.6.6;host=", for=192.0.2.60"#, "192.0.2.60"),
+            (r#"for="192.0.2.60"#, "10.0.0.1"),
+            (",", "10.0.0.1"),
         ] {
             let headers = lines(&header::FORWARDED, &[line]);
             assert_eq!(proxies.client(ip("10.0.0.1"), &headers), ip(expected), "{line}");
@@ -277,6 +321,9 @@ mod tests {
         assert_eq!(ipv6_prefix(ip("::ffff:192.0.2.1"), 64), ip("192.0.2.1"));
         let mapped = TrustedProxies::networks(["10.0.0.0/8"]).unwrap();
         assert!(mapped.trusts(ip("::ffff:10.1.2.3")));
+        let mapped = TrustedProxies::networks(["::ffff:10.0.0.0/104", "64:ff9b::192.0.2.0/120", "::/0"]).unwrap();
+        assert!(mapped.trusts(ip("10.1.2.3")) && mapped.trusts(ip("192.0.2.7")) && mapped.trusts(ip("2001:db8::1")));
+        assert!(!mapped.trusts(ip("11.1.2.3")));
     }
 
     proptest::proptest! {
@@ -285,6 +332,14 @@ mod tests {
         fn what_stands_left_of_the_client_changes_nothing(left in "[ -~]{0,60}") {
             let proxies = TrustedProxies::networks(["10.0.0.0/8"]).unwrap();
             let headers = lines(&X_FORWARDED_FOR, &[&format!("{left},203.0.113.9, 10.1.1.1")]);
+            proptest::prop_assert_eq!(proxies.client(ip("10.0.0.1"), &headers), ip("203.0.113.9"));
+        }
+
+        #[test]
+        fn nor_does_it_in_forwarded(left in "[ -~]{0,60}") {
+            let proxies = TrustedProxies::networks(["10.0.0.0/8"]).unwrap().reading_forwarded();
+            let line = format!("{left},for=203.0.113.9;host=\"a,b\", for=\"10.1.1.1:80\"");
+            let headers = lines(&header::FORWARDED, &[&line]);
             proptest::prop_assert_eq!(proxies.client(ip("10.0.0.1"), &headers), ip("203.0.113.9"));
         }
     }
