@@ -4,7 +4,7 @@ use std::error::Error as StdError;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
@@ -38,6 +38,8 @@ struct Kept<B> {
     over: bool,
     /// Which attempt may read.
     attempt: u32,
+    /// Woken when it may not any more: it holds a connection until it is told.
+    reader: Option<Waker>,
     /// How many of `frames` it has read.
     position: usize,
     frames: Vec<Passed>,
@@ -86,6 +88,7 @@ impl<B: Body<Data = Bytes>> Replay<B> {
             body: Box::pin(body),
             over: false,
             attempt: 0,
+            reader: None,
             position: 0,
             frames: Vec::new(),
             size: 0,
@@ -180,7 +183,13 @@ where
         if self.over {
             return Poll::Ready(None);
         }
-        let frame = ready!(self.body.as_mut().poll_frame(cx));
+        let Poll::Ready(frame) = self.body.as_mut().poll_frame(cx) else {
+            match &mut self.reader {
+                Some(reader) => reader.clone_from(cx.waker()),
+                None => self.reader = Some(cx.waker().clone()),
+            }
+            return Poll::Pending;
+        };
         match &frame {
             Some(Ok(frame)) => self.keep(frame),
             // An error cannot be had again.
@@ -248,7 +257,12 @@ impl<B: Body<Data = Bytes>> Keeper<B> {
         }
         kept.attempt += 1;
         kept.position = 0;
-        Some(Replay::of(shared.clone(), kept.attempt))
+        let (attempt, reader) = (kept.attempt, kept.reader.take());
+        drop(kept);
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+        Some(Replay::of(shared.clone(), attempt))
     }
 }
 
@@ -319,6 +333,18 @@ mod tests {
             assert_eq!(again.to_bytes(), "abc");
             assert!(first.frame().await.unwrap().is_err(), "the first must not look whole");
         }
+    }
+
+    /// Over HTTP/2 it would hold its stream for as long as the connection lives.
+    #[tokio::test]
+    async fn an_attempt_that_waits_for_the_caller_is_told_that_it_was_given_up() {
+        let silent = StreamBody::new(futures::stream::pending::<Result<Frame<Bytes>, BoxError>>());
+        let (mut first, keeper) = Replay::keep(silent, 1000);
+        let reading = tokio::spawn(async move { first.frame().await.unwrap().is_err() });
+        tokio::task::yield_now().await;
+        let mut again = keeper.again().unwrap();
+        let _ = futures::poll!(again.frame());
+        assert!(tokio::time::timeout(std::time::Duration::from_secs(5), reading).await.unwrap().unwrap());
     }
 
     #[tokio::test]

@@ -134,7 +134,9 @@ impl Shape {
 pub(crate) fn loads(counts: &[(usize, usize)], overprovisioning: u32, panic: u8) -> Vec<Load> {
     let health = |&(admits, of): &(usize, usize)| match of {
         0 => 0,
-        _ => (admits as u64 * u64::from(overprovisioning) / of as u64).min(100) as u32,
+        _ if admits == 0 => 0,
+        // A few of very many are less than one percent, but they are not none: none would never panic.
+        _ => (admits as u64 * u64::from(overprovisioning) / of as u64).clamp(1, 100) as u32,
     };
     let total = counts.iter().map(health).sum::<u32>().min(100);
     let mut left = 100;
@@ -328,6 +330,8 @@ mod tests {
         assert_eq!(percent(&[(0, 5), (0, 5)]), [0, 0]);
         assert_eq!(percent(&[(25, 100), (25, 100), (100, 100)]), [35, 35, 30]);
         assert_eq!(percent(&[(10, 100), (10, 100), (10, 100)]), [34, 33, 33]);
+        assert_eq!(percent(&[(1, 1000)]), [100]);
+        assert_eq!(percent(&[(1, 1000), (1000, 1000)]), [1, 99]);
     }
 
     #[test]
@@ -338,6 +342,7 @@ mod tests {
         assert_eq!(panics(&[(5, 10)]), [false]);
         assert_eq!(panics(&[(4, 10), (2, 10)]), [true, true]);
         assert_eq!(panics(&[(4, 10), (6, 10)]), [false, false]);
+        assert_eq!(panics(&[(1, 1000)]), [true]);
         assert_eq!(panics(&[(0, 10)]), [false], "when none admits there is nobody to protect");
         assert!(!loads(&[(4, 10)], 140, 0)[0].panic);
     }
