@@ -248,10 +248,10 @@ where
             self.head = Some(parts.clone());
         }
         if let Some(limit) = policy.attempt_timeout {
-            let until = self.shared.clock.now() + limit;
-            let deadline = Deadline::of(&parts.extensions).map_or(until, |Deadline(caller)| until.min(*caller));
+            let now = self.shared.clock.now();
+            let deadline = Deadline::of(&parts.extensions).map_or(now + limit, |caller| caller.0.min(now + limit));
             Deadline(deadline).attach(&mut parts.extensions);
-            self.timeout = Some(Box::pin(sleep(limit)));
+            self.timeout = Some(Box::pin(sleep(deadline.since(now))));
         }
         self.attempt = Some(Attempt::begin(permit.endpoint(), &self.shared.pick, began, &self.shared.clock));
         permit.attach(&mut parts.extensions);
@@ -288,7 +288,7 @@ where
 
     /// An attempt has come to a response, or an error.
     fn end(&mut self, result: Result<Response<R>, S::Error>) -> NextOf<S, P, R, B> {
-        let Some(attempt) = self.attempt.take() else { return self.nobody(Nobody::Empty) };
+        let Some(mut attempt) = self.attempt.take() else { return self.nobody(Nobody::Empty) };
         let policy = policy_of(self.route.as_ref(), &self.shared);
         let reason = match &result {
             Ok(response) => policy.judge(Head::of(response), self.repeats),
@@ -297,6 +297,10 @@ where
         match reason.and_then(|reason| Some((reason, self.again(reason, attempt.endpoint())?))) {
             Some((reason, next)) => {
                 self.failed.push(Failed { endpoint: attempt.endpoint().clone(), reason });
+                match &result {
+                    Ok(response) => attempt.settle(response, &self.shared.classify, &self.shared.wall),
+                    Err(_) => attempt.fail(self.shared.classify.error()),
+                }
                 self.last = Some(Last::Result(result, attempt));
                 next
             }
@@ -305,11 +309,11 @@ where
     }
 
     fn time_out(&mut self) -> NextOf<S, P, R, B> {
-        let Some(attempt) = self.attempt.take() else { return self.nobody(Nobody::Empty) };
+        let Some(mut attempt) = self.attempt.take() else { return self.nobody(Nobody::Empty) };
         let again = self.repeats.then(|| self.again(Reason::TimedOut, attempt.endpoint())).flatten();
-        let endpoint = attempt.fail(Outcome::Failure);
+        attempt.fail(Outcome::Failure);
         let Some(next) = again else { return Next::Return(Ok(timed_out().into_response(self.dialect))) };
-        self.failed.push(Failed { endpoint, reason: Reason::TimedOut });
+        self.failed.push(Failed { endpoint: attempt.endpoint().clone(), reason: Reason::TimedOut });
         self.last = Some(Last::TimedOut);
         next
     }
@@ -338,7 +342,11 @@ where
         Some(if wait.is_zero() { Next::Ready } else { Next::Pause(wait) })
     }
 
-    fn finish(&mut self, result: Result<Response<R>, S::Error>, attempt: Attempt<P>) -> Result<Answer<R, P>, S::Error> {
+    fn finish(
+        &mut self,
+        result: Result<Response<R>, S::Error>,
+        mut attempt: Attempt<P>,
+    ) -> Result<Answer<R, P>, S::Error> {
         self.keeper.release();
         match result {
             Ok(mut response) => {

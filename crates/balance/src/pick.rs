@@ -66,6 +66,7 @@ pub struct Candidates<'a> {
     group: &'a Group,
     asked: Asked<'a>,
     tried: &'a [Endpoint],
+    panic: bool,
     clock: &'a Clock,
     now: OnceCell<Moment>,
     seed: Cell<u64>,
@@ -179,12 +180,18 @@ impl Call {
 // === impl Candidates ===
 
 impl<'a> Candidates<'a> {
-    pub(crate) fn new<P: ?Sized>(endpoints: &'a Endpoints, group: &'a Group, choice: &Choice<'a, P>) -> Self {
+    pub(crate) fn new<P: ?Sized>(
+        endpoints: &'a Endpoints,
+        group: &'a Group,
+        panic: bool,
+        choice: &Choice<'a, P>,
+    ) -> Self {
         Self {
             endpoints,
             group,
             asked: choice.asked,
             tried: choice.tried,
+            panic,
             clock: choice.clock,
             now: OnceCell::new(),
             seed: Cell::new(0),
@@ -217,12 +224,13 @@ impl<'a> Candidates<'a> {
         self.group.is_weighted()
     }
 
-    /// Whether it may be picked: it has not failed this request already, and its gate would admit now. For policies that
-    /// [want all](Pick::wants_all); to others only such are offered, as far as is known without asking the gates.
+    /// Whether it may be picked: it has not failed this request already, and its gate would admit now or is not
+    /// obeyed in a panic. For policies that [want all](Pick::wants_all); to others only such are offered, as far as is known without asking the gates.
     #[must_use]
     pub fn usable(&self, index: usize) -> bool {
         let endpoint = &self[index];
-        !self.tried.contains(endpoint) && !self.is_skipped(index) && endpoint.gate().peek(|| self.now()).is_ok()
+        let admits = || self.panic || endpoint.gate().peek(|| self.now()).is_ok();
+        !self.tried.contains(endpoint) && !self.is_skipped(index) && admits()
     }
 
     /// One at random, each as often as its weight says.

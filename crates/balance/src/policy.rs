@@ -183,7 +183,7 @@ impl Policy {
                 _ if !rejection.sent() => Some(Reason::Unsent),
                 StatusCode::GATEWAY_TIMEOUT => (repeats && self.statuses.contains(&rejection.status()))
                     .then_some(Reason::Status(StatusCode::GATEWAY_TIMEOUT)),
-                _ => (repeats && self.reset).then_some(Reason::Reset),
+                status => (repeats && (self.reset || self.statuses.contains(&status))).then_some(Reason::Reset),
             };
         }
         if !repeats {

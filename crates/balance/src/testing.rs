@@ -52,7 +52,7 @@ impl Set {
     pub(crate) fn pick_for(&self, pick: &dyn Pick, request: &Request<()>) -> usize {
         let (shape, asked) = (Shape::default(), Asked::of(request));
         let choice = Choice { pick, shape: &shape, subset: None, asked, tried: &[], clock: &self.clock };
-        pick.pick(&Candidates::new(&self.endpoints, &self.group, &choice)).unwrap()
+        pick.pick(&Candidates::new(&self.endpoints, &self.group, false, &choice)).unwrap()
     }
 }
 

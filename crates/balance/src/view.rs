@@ -259,7 +259,7 @@ impl View {
                 several.iter().find(|part| point < part.end).unwrap_or(&several[0])
             }
         };
-        let among = Candidates::new(endpoints, &part.group, choice);
+        let among = Candidates::new(endpoints, &part.group, part.panic, choice);
         let now = || among.now();
         let observed = || pick.observes().then(now);
         if !self.rationed.is_empty()

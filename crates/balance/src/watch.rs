@@ -59,25 +59,41 @@ impl<P: Pick> Attempt<P> {
     }
 
     /// Follows the response that came.
-    pub(crate) fn watch<B>(self, response: &Response<B>, classify: &Arc<dyn Classify>, wall: &WallClock) -> Watch<P> {
-        let Self { in_flight, observation } = self;
-        let judge = observation.map(|mut observation| {
-            if let Some(observed) = &mut observation.0
-                && asks_for_rest(response)
-            {
-                observed.retry_after = retry_after(response.headers(), || wall.since_epoch());
-            }
-            judge(classify.clone(), response, observation)
-        });
-        Watch { _in_flight: in_flight, judge }
+    pub(crate) fn watch<B>(
+        mut self,
+        response: &Response<B>,
+        classify: &Arc<dyn Classify>,
+        wall: &WallClock,
+    ) -> Watch<P> {
+        let judge = self.judge(response, classify, wall);
+        Watch { _in_flight: self.in_flight, judge }
     }
 
-    /// The call failed, or another attempt is made instead.
-    pub(crate) fn fail(self, outcome: Outcome) -> Endpoint {
-        if let Some(observation) = self.observation {
+    /// The response is not good enough; how its body would end is not waited for.
+    pub(crate) fn settle<B>(&mut self, response: &Response<B>, classify: &Arc<dyn Classify>, wall: &WallClock) {
+        drop(self.judge(response, classify, wall));
+    }
+
+    fn judge<B>(
+        &mut self,
+        response: &Response<B>,
+        classify: &Arc<dyn Classify>,
+        wall: &WallClock,
+    ) -> Option<Judge<dyn Classify, Observation<P>>> {
+        let mut observation = self.observation.take()?;
+        if let Some(observed) = &mut observation.0
+            && asks_for_rest(response)
+        {
+            observed.retry_after = retry_after(response.headers(), || wall.since_epoch());
+        }
+        Some(judge(classify.clone(), response, observation))
+    }
+
+    /// There will be no response.
+    pub(crate) fn fail(&mut self, outcome: Outcome) {
+        if let Some(observation) = self.observation.take() {
             observation.report(outcome);
         }
-        self.in_flight.endpoint().clone()
     }
 }
 

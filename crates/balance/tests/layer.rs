@@ -10,7 +10,7 @@ use http::{Method, Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use portcullis_balance::{
     Asked, Balance, BalanceLayer, Budget, Candidates, HashKey, LeastConnections, Maglev, PeakEwma, Pick, Policy,
-    PowerOfTwo, Prefer, Random, Reason, Replay, RoundRobin, Served, SlowStart, Sticky, Subset, Watch, Zone,
+    PowerOfTwo, Prefer, Random, Reason, Replay, RingHash, RoundRobin, Served, SlowStart, Sticky, Subset, Watch, Zone,
 };
 use portcullis_core::{
     Body, Carried, Clock, Deadline, Endpoint, Endpoints, Generation, Instance, Layer, Moment, Mover, Permit, Ration,
@@ -410,6 +410,20 @@ async fn below_the_panic_threshold_gates_are_not_obeyed() {
     close(&set[5], Moment::MAX);
     assert_eq!(count(&layer).await, 60, "four of ten admit");
     assert_eq!(count(&layer.clone().panic_threshold(0)).await, 0, "never panics");
+}
+
+#[tokio::test(start_paused = true)]
+async fn in_a_panic_keys_go_where_they_went_before() {
+    let set = endpoints(10);
+    let layer = BalanceLayer::new(RingHash::by(HashKey::path()));
+    let requests: Vec<_> = (0..100).map(|key| Request::get(format!("/{key}")).body(()).unwrap()).collect();
+    let all = || {
+        let choose = |request| layer.choose(&set, Asked::of(request)).unwrap().endpoint().handle();
+        requests.iter().map(choose).collect::<Vec<_>>()
+    };
+    let before = all();
+    set[..6].iter().for_each(|endpoint| close(endpoint, Moment::MAX));
+    assert_eq!(all(), before);
 }
 
 #[tokio::test(start_paused = true)]
