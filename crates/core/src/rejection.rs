@@ -226,19 +226,29 @@ impl Rejection {
         if self.0.detail.is_empty() { self.0.reason } else { &self.0.detail }
     }
 
-    fn problem(&self) -> String {
+    fn problem(&self) -> Vec<u8> {
         let inner = &*self.0;
-        let mut problem = serde_json::json!({
-            "title": inner.status.canonical_reason().unwrap_or("Error"),
-            "status": inner.status.as_u16(),
-            "layer": inner.layer.as_str(),
-            "reason": inner.reason,
-        });
-        if !inner.detail.is_empty() {
-            problem["detail"] = (*inner.detail).into();
-        }
-        problem.to_string()
+        let problem = Problem {
+            title: inner.status.canonical_reason().unwrap_or("Error"),
+            status: inner.status.as_u16(),
+            layer: inner.layer.as_str(),
+            reason: inner.reason,
+            detail: &inner.detail,
+        };
+        // Text and a number can always be written.
+        serde_json::to_vec(&problem).unwrap_or_default()
     }
+}
+
+/// Written as it stands: a refusal should cost less than what it refuses.
+#[derive(serde::Serialize)]
+struct Problem<'a> {
+    title: &'a str,
+    status: u16,
+    layer: &'a str,
+    reason: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    detail: &'a str,
 }
 
 impl fmt::Display for Rejection {
