@@ -24,13 +24,20 @@ impl InFlight {
     ///
     /// How many are in, when that is `max` or more.
     pub(crate) fn enter(&self, mark: Mark, max: u32) -> Result<u32, u32> {
-        let [a, b] = self.counters(mark);
-        let before = a.fetch_add(1, Ordering::AcqRel).min(b.fetch_add(1, Ordering::AcqRel));
-        if before < max {
-            return Ok(before + 1);
+        let before = self.counters(mark)[0].fetch_add(1, Ordering::AcqRel);
+        self.enter_second(mark, max, before)
+    }
+
+    /// As [`enter`](Self::enter), once the first row was. Of two who come at once each may be the first of one row, so what
+    /// was in a row before does not tell; but whoever comes last to the second row finds everybody in both.
+    fn enter_second(&self, mark: Mark, max: u32, before: u32) -> Result<u32, u32> {
+        let before = before.max(self.counters(mark)[1].fetch_add(1, Ordering::AcqRel));
+        let inside = self.count(mark);
+        if before < max || inside <= max {
+            return Ok(inside);
         }
         self.leave(mark);
-        Err(before)
+        Err(inside.saturating_sub(1))
     }
 
     pub(crate) fn leave(&self, mark: Mark) {
@@ -85,5 +92,16 @@ mod tests {
             (in_flight.enter(mark, 2), in_flight.enter(mark, 2), in_flight.enter(mark, 2)),
             (Ok(1), Ok(2), Err(2))
         );
+    }
+
+    #[test]
+    fn of_two_who_come_at_once_one_gets_the_last_place() {
+        let (in_flight, mark) = (InFlight::new(64), Mark::of(7 << 40 | 9));
+        let before = in_flight.counters(mark)[0].fetch_add(1, Ordering::AcqRel);
+        let other = in_flight.enter(mark, 1);
+        let one = in_flight.enter_second(mark, 1, before);
+        assert_eq!((one.is_ok(), other.is_ok()), (false, true));
+        in_flight.leave(mark);
+        assert_eq!(in_flight.total(), 0);
     }
 }
