@@ -85,12 +85,15 @@ impl<C> Lines<C> {
 impl<C: Classify> Lines<C> {
     /// Takes over the right that a permit gave, or asks the endpoint's gate. `None` for a call that does not count.
     pub(crate) fn adopt(&self, permit: &mut Permit) -> Result<Option<Watch<C>>, Refused> {
-        let (line, pass) = (self.here(), permit.take_pass());
-        let (shared, endpoint) = (&*line.shared, permit.endpoint());
-        if !shared.is_normal() && shared.is_told(&Target::Endpoint(endpoint.clone()))? {
+        let line = self.here();
+        let shared = &*line.shared;
+        if !shared.is_normal() && shared.is_told(&Target::Endpoint(permit.endpoint().clone()))? {
             return Ok(None);
         }
         let time = line.start();
+        // Where a breaker above has taken it, its place counts for both.
+        let pass = permit.take_pass().or_else(|| permit.borrow_pass());
+        let endpoint = permit.endpoint();
         let pass = match pass {
             Some(pass) if pass.is_forced() => return Ok(None),
             Some(pass) => pass,

@@ -404,3 +404,38 @@ async fn a_panicking_balancer_is_not_held_up() {
     assert_eq!(send(endpoint.permit_by_force()).await, 500);
     assert_eq!(layer.handle().endpoint(&endpoint).open_for().unwrap() + S, open_for.unwrap());
 }
+
+/// Two breakers on the way to one endpoint share its gate: the probe that one let in was refused by the other, for ever.
+#[tokio::test(start_paused = true)]
+async fn two_breakers_on_one_way_let_one_probe_in() {
+    let endpoint = Endpoint::new("s", Instance::new("1", std::net::SocketAddr::from(([127, 0, 0, 1], 1))));
+    let layer = || CircuitBreakLayer::new().failures(1).open_for(10 * S);
+    let (outer, inner, (probe, mut calls)) = (layer(), layer(), contract::probe());
+    let mut service = outer.layer(inner.layer(probe));
+    let mut call = async |permit: Permit, status: u16| {
+        let mut request = Request::new(());
+        permit.attach(request.extensions_mut());
+        let before = calls.count();
+        let answer = service.ready().await.unwrap().call(request);
+        if calls.count() > before {
+            calls.next().await.answer(answer_of(status));
+        }
+        let response = answer.await.unwrap();
+        let status = response.status().as_u16();
+        response.into_body().collect().await.unwrap();
+        status
+    };
+    let now = || Clock::system().now();
+    let states = || (outer.handle().endpoint(&endpoint).state(), inner.handle().endpoint(&endpoint).state());
+
+    assert_eq!(call(endpoint.permit(now).unwrap(), 500).await, 500);
+    assert_eq!(states(), (State::Open, State::Open));
+    assert_eq!(call(endpoint.permit_by_force(), 200).await, 200, "a balancer that panics is believed by both");
+    assert_eq!(states(), (State::Open, State::Open));
+    tokio::time::advance(10 * S).await;
+    let permit = endpoint.permit(now).unwrap();
+    assert!(endpoint.permit(now).is_err(), "there is one place");
+    assert_eq!(call(permit, 200).await, 200);
+    assert_eq!(states(), (State::Closed, State::Closed));
+    assert!(endpoint.gate().admits());
+}

@@ -83,6 +83,8 @@ pub struct Entry {
 pub struct Pass {
     gate: Guarded,
     entry: Entry,
+    /// Another one gives the place back.
+    borrowed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,12 +171,12 @@ impl Gate {
     /// [`Refused`] when every place is taken.
     pub fn pass(self: &Arc<Self>, now: impl FnOnce() -> Moment) -> Result<Pass, Refused> {
         let entry = self.enter(now)?;
-        Ok(Pass { gate: Guarded::Alone(self.clone()), entry })
+        Ok(Pass { gate: Guarded::Alone(self.clone()), entry, borrowed: false })
     }
 
     /// Gives a pass without asking. Its outcome must change nothing: see [`Pass::is_forced`].
     pub fn pass_by_force(self: &Arc<Self>) -> Pass {
-        Pass { gate: Guarded::Alone(self.clone()), entry: self.force() }
+        Pass { gate: Guarded::Alone(self.clone()), entry: self.force(), borrowed: false }
     }
 
     /// Enters, for one who keeps the gate and is sure to [`leave`](Self::leave). The clock is read only while the gate is
@@ -431,7 +433,11 @@ impl Entry {
 
 impl Pass {
     pub(crate) fn of_endpoint(endpoint: Endpoint, entry: Entry) -> Self {
-        Self { gate: Guarded::Endpoint(endpoint), entry }
+        Self { gate: Guarded::Endpoint(endpoint), entry, borrowed: false }
+    }
+
+    pub(crate) fn borrowed(endpoint: Endpoint, entry: Entry) -> Self {
+        Self { gate: Guarded::Endpoint(endpoint), entry, borrowed: true }
     }
 
     /// When the gate was entered; a result counts if this has [`reached`](Generation::reached) the move that began the
@@ -475,7 +481,9 @@ impl Pass {
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        self.gate().leave(self.entry);
+        if !self.borrowed {
+            self.gate().leave(self.entry);
+        }
     }
 }
 

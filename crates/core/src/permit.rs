@@ -11,19 +11,21 @@ use crate::gate::{Entry, Pass};
 pub struct Permit {
     endpoint: Endpoint,
     entry: Option<Entry>,
+    /// What was taken out.
+    taken: Option<Entry>,
 }
 
 // === impl Permit ===
 
 impl Permit {
     pub(crate) fn new(endpoint: Endpoint, entry: Entry) -> Self {
-        Self { endpoint, entry: Some(entry) }
+        Self { endpoint, entry: Some(entry), taken: None }
     }
 
     /// The endpoint, without the right to call it: who guards it must ask its gate.
     #[must_use]
     pub fn without_right(endpoint: Endpoint) -> Self {
-        Self { endpoint, entry: None }
+        Self { endpoint, entry: None, taken: None }
     }
 
     /// The endpoint that was picked.
@@ -35,7 +37,15 @@ impl Permit {
     /// Takes the right out, if it is still here, and leaves the endpoint.
     pub fn take_pass(&mut self) -> Option<Pass> {
         let entry = self.entry.take()?;
+        self.taken = Some(entry);
         Some(Pass::of_endpoint(self.endpoint.clone(), entry))
+    }
+
+    /// The same right once more, for a second guard of the same call: if it was [taken](Self::take_pass), whoever took it
+    /// holds its place until the call has ended. Dropping this one gives nothing back.
+    #[must_use]
+    pub fn borrow_pass(&self) -> Option<Pass> {
+        Some(Pass::borrowed(self.endpoint.clone(), self.taken?))
     }
 }
 
@@ -80,6 +90,24 @@ mod tests {
         let pass = permit.take_pass().unwrap();
         drop(permit);
         assert!(endpoint.permit(now).is_err(), "the right was taken, not dropped");
+        drop(pass);
+        assert!(endpoint.permit(now).is_ok());
+    }
+
+    #[test]
+    fn a_right_that_was_taken_serves_a_second_guard_but_no_clone_and_has_one_place() {
+        let endpoint = Endpoint::new("s", Instance::new("1", SocketAddr::from(([127, 0, 0, 1], 1))));
+        let one = Ration { until: Moment::MIN, places: 1, every: Duration::from_secs(10) };
+        endpoint.gate().ration(Mover::new(), Generation::FIRST, one).unwrap();
+        let now = || Moment::from_nanos(1);
+        let mut permit = endpoint.permit(now).unwrap();
+        assert!(permit.borrow_pass().is_none(), "it is there to be taken");
+        let pass = permit.take_pass().unwrap();
+        let second = permit.borrow_pass().unwrap();
+        assert!(second.is_rationed() && second.generation() == pass.generation());
+        assert!(permit.clone().borrow_pass().is_none());
+        drop(second);
+        assert!(endpoint.permit(now).is_err());
         drop(pass);
         assert!(endpoint.permit(now).is_ok());
     }
