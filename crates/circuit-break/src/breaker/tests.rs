@@ -270,10 +270,32 @@ proptest! {
 }
 
 #[test]
-fn a_breaker_with_a_window_of_ten_buckets_is_small() {
+fn what_is_kept_of_an_endpoint_is_small() {
+    // A window of time has its ten buckets in it; only one of calls has bits elsewhere, at most two times 144 bytes.
+    let size = size_of::<crate::shared::Guarded>();
+    println!("{size} bytes");
+    assert!(size <= 512, "{size} bytes");
     let half = Share::new(0.5).unwrap();
     let mut rules = Rules::new();
     rules.time = Some(Window::of_time(10 * S).unwrap().failure_rate(half).slow_rate(S, half));
-    let size = size_of_val(&Breaker::new(&rules));
-    assert!(size <= 512, "{size} bytes, and nothing on the heap");
+    assert!(Breaker::new(&rules).calls.is_none(), "nothing on the heap");
+}
+
+#[test]
+fn a_window_that_lay_still_for_many_periods_is_written_again() {
+    let mut rules = Rules::new();
+    rules.calls = Some(Window::of_calls(1000).unwrap());
+    rules.time = Some(Window::of_time(10 * S).unwrap());
+    let (gate, breaker, mover) = (Arc::new(Gate::new()), Breaker::new(&rules), Mover::new());
+    let fail = || {
+        let pass = gate.pass(|| at(0)).unwrap();
+        let call = Call { entered: pass.generation(), outcome: Outcome::Failure, took: None, asked: None };
+        breaker.record(Desk { rules: &rules, gate: &gate, mover, zeal: Zeal::Counts }, call, || at(0), || 0.0);
+    };
+    (0..200).for_each(|_| fail());
+    // More than half of what a period's eight bits can tell apart.
+    (0..200).for_each(|_| _ = breaker.reset(&gate, mover, at(0)));
+    (0..200).for_each(|_| fail());
+    let expected = Sum { calls: 200, failed: 200, slow: 0 };
+    assert_eq!((breaker.call_sum(), breaker.time_sum(at(0))), (Some(expected), Some(expected)));
 }
