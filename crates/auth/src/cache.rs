@@ -47,14 +47,14 @@ struct Place {
     entry: ArcSwapOption<Entry>,
 }
 
-pub(crate) struct Entry {
+struct Entry {
     tag: Tag,
     /// Since the epoch.
     until: Duration,
     /// What it verified with; once that is retired, so is this.
     key: Arc<Key>,
-    pub(crate) identity: Identity,
-    pub(crate) certificate: Option<[u8; 32]>,
+    identity: Identity,
+    certificate: Option<[u8; 32]>,
     weight: usize,
 }
 
@@ -80,8 +80,8 @@ impl TokenCache {
         Some(Tag(u128::from_le_bytes(tag.as_ref().try_into().ok()?)))
     }
 
-    /// What the token proved, if it is still good.
-    pub(crate) fn find(&self, tag: Tag, now: Duration) -> Option<Arc<Entry>> {
+    /// What the token proved, if it is still good, and the certificate it must come with.
+    pub(crate) fn find(&self, tag: Tag, now: Duration) -> Option<(Identity, Option<[u8; 32]>)> {
         for place in self.set(tag) {
             if place.hint.load(Ordering::Relaxed) != tag.hint() {
                 continue;
@@ -94,7 +94,7 @@ impl TokenCache {
                 if !place.used.load(Ordering::Relaxed) {
                     place.used.store(true, Ordering::Relaxed);
                 }
-                return Some(entry.clone());
+                return Some((entry.identity.clone(), entry.certificate));
             }
         }
         None
@@ -228,8 +228,8 @@ mod tests {
     }
 
     fn find(cache: &TokenCache, token: u32, now: Duration) -> Option<String> {
-        let entry = cache.find(cache.tag(0, &token.to_le_bytes()).unwrap(), now)?;
-        Some(entry.identity.subject().to_owned())
+        let (identity, _) = cache.find(cache.tag(0, &token.to_le_bytes()).unwrap(), now)?;
+        Some(identity.subject().to_owned())
     }
 
     #[test]

@@ -253,10 +253,10 @@ impl Authenticate for Jwt {
         let now = self.0.wall.since_epoch();
         let tag = self.0.cache.as_ref().and_then(|cache| cache.tag(self.0.version, token));
         if let (Some(cache), Some(tag)) = (&self.0.cache, tag)
-            && let Some(entry) = cache.find(tag, now)
+            && let Some((identity, certificate)) = cache.find(tag, now)
         {
-            let bound = entry.certificate.map_or(Ok(()), |bound| check_certificate(&bound, head));
-            return Attempt::Now(bound.map(|()| entry.identity.clone()));
+            let bound = certificate.map_or(Ok(()), |bound| check_certificate(&bound, head));
+            return Attempt::Now(bound.map(|()| identity));
         }
         let client = Client {
             address: self.0.failures.as_ref().and_then(|_| address(&self.0.proxies, head)),
@@ -327,14 +327,15 @@ impl Inner {
     fn verify(&self, bytes: &[u8], tag: Option<Tag>, client: &Client, now: Duration) -> Result<Identity, Failure> {
         let token = Token::parse(bytes)?;
         // Among several issuers the token has to say whose it is before it is believed; what it says only chooses.
-        let (provider, claims) = if self.others.is_empty() {
+        let (provider, read) = if self.others.is_empty() {
             (&self.first, None)
         } else {
-            let claims = token.claims()?;
+            let signed = token.decode()?;
+            let claims = signed.claims()?;
             let issuer = claims.get("iss").and_then(|issuer| issuer.as_str());
             let issuer = issuer.ok_or_else(|| Denied::invalid("the token does not say who issued it"))?;
             let provider = self.providers().find(|provider| provider.rules.issuer.as_deref() == Some(issuer));
-            (provider.ok_or_else(|| Denied::invalid("the token is from another issuer"))?, Some(claims))
+            (provider.ok_or_else(|| Denied::invalid("the token is from another issuer"))?, Some((signed, claims)))
         };
         let key = match provider.keys.find(token.kid.as_deref(), token.algorithm) {
             Lookup::Found(key) => key,
@@ -349,10 +350,14 @@ impl Inner {
             (Some(failures), Some(address)) => Some(failures.take(address, self.clock.now()).map_err(Denied::limited)?),
             _ => None,
         };
-        if !key.verifies(token.signed, &token.signature) {
+        let (signed, claims) = match read {
+            Some((signed, claims)) => (signed, Some(claims)),
+            None => (token.decode()?, None),
+        };
+        if !key.verifies(signed.message, &signed.signature) {
             return Err(Denied::invalid("the token's signature does not hold").into());
         }
-        let claims = claims.map_or_else(|| token.claims(), Ok)?;
+        let claims = claims.map_or_else(|| signed.claims(), Ok)?;
         let Believed { identity, until, certificate } = provider.rules.check(token.typ.as_deref(), claims, now)?;
         // Only now: an expired token would buy signatures as well as garbage does.
         if let Some(charge) = charge {

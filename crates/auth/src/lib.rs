@@ -11,7 +11,7 @@
 //! * **Alone** it needs nothing: without a route its own policy holds, without a peer address failures are not limited, and
 //!   without peer certificates no proof succeeds that wants one.
 //! * **Cost**: a remembered token is hashed once and its identity shared, without a lock or an allocation besides the
-//!   travelling value; one that is not remembered costs its signature. `cargo bench -p portcullis-auth` measures both.
+//!   travelling value; one that is not remembered costs its signature. `cargo bench -p portcullis-auth --bench table` measures both.
 //!
 //! ```
 //! use std::convert::Infallible;
@@ -81,7 +81,7 @@
 //! | [token size](Jwt::max_token_bytes) | [8 KiB](DEFAULT_MAX_TOKEN_BYTES) | what servers take as a header line |
 //! | keys | RSA ≥ 2048 bits, HMAC ≥ its hash, no ROCA, no private halves | [RFC 7518](https://www.rfc-editor.org/rfc/rfc7518#section-3), CVE-2017-15361 |
 //! | [verified tokens](Jwt::cache_bytes) | remembered, [8 MiB](DEFAULT_CACHE_BYTES) | never past expiry, their key or the rules |
-//! | [failures](Jwt::failures_per_address) | [100](DEFAULT_FAILURE_BURST) at once, one more each [50 ms](DEFAULT_FAILURE_INTERVAL) | garbage buys a thousandth of a core |
+//! | [failures](Jwt::failures_per_address) | [100](DEFAULT_FAILURE_BURST) at once, one more each [50 ms](DEFAULT_FAILURE_INTERVAL) | garbage buys less than a thousandth of a core |
 //! | [fetched keys](KeySource) | for `Cache-Control`'s time within [30 s](MIN_LIFETIME) to [1 h](MAX_LIFETIME), else [5 min](DEFAULT_LIFETIME) | rotations are seen, providers spared |
 //! | [unknown `kid`](KeySource::cooldown) | one fetch each [30 s](DEFAULT_COOLDOWN) | a rotation is seen at once, and a flood of names is not one of fetches |
 //! | [stale keys](KeySource::max_stale) | used for [a day](DEFAULT_MAX_STALE) | a provider that is down takes nobody with it |
@@ -106,7 +106,7 @@
 //!   again for each call, checks neither `crit` nor `typ`, and lets claims of the wrong type pass. It reads PEM here, and
 //!   serves the tests as an oracle. No process-wide provider is ever asked for.
 //! * **A token is remembered by a 128-bit GHASH** of the whole of it, under a random key and the version of the rules. It is
-//!   universal rather than one-way, which is what a table needs whose hashes never leave; HMAC would cost thrice as much.
+//!   universal rather than one-way, which is what a table needs whose hashes never leave; HMAC would cost four times as much.
 //! * **What verifies is not limited**: attempts are paid for before the signature and paid back once everything held, so
 //!   that replaying an expired token buys no more than garbage does.
 //! * **Invalid credentials are refused where they are optional.** Who shows a token means to be somebody.
