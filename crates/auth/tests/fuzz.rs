@@ -9,7 +9,7 @@ mod support;
 
 use portcullis_auth::{Algorithm, Jwt, KeySet};
 use serde_json::{Value, json};
-use support::{ALL, NOW, Signer, b64, now, wall};
+use support::{NOW, Signer, b64, now, wall};
 
 fn executions(few: u64) -> u64 {
     std::env::var("PORTCULLIS_FUZZ").map_or(few, |count| count.parse().expect("PORTCULLIS_FUZZ is a number"))
