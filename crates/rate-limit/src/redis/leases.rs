@@ -104,8 +104,9 @@ impl Leases {
         Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect(), each, next_asking: AtomicU64::new(1) }
     }
 
-    /// Decides, if it can. `most` is the largest lease worth having; zero for none.
-    pub(crate) fn take(&self, mark: Mark, units: u32, most: u32, now: Moment) -> Local {
+    /// Decides, if it can. `most` is the largest lease worth having, zero for none; `patience` how long somebody may take to
+    /// ask for one.
+    pub(crate) fn take(&self, mark: Mark, units: u32, most: u32, patience: Duration, now: Moment) -> Local {
         let mut shard = self.shard(mark);
         let Some(known) = shard.known.get_mut(&mark.bits()) else { return Local::Ask(Question::default()) };
         let soon = now.since(known.seen) < SOON;
@@ -132,7 +133,7 @@ impl Leases {
         }
         known.leased = 0;
         let asking = if known.want > 0 { self.next_asking.fetch_add(1, Ordering::Relaxed) } else { 0 };
-        (known.asking, known.asking_until) = (asking, now + SOON);
+        (known.asking, known.asking_until) = (asking, now + patience);
         Local::Ask(Question { want: known.want, report, asking })
     }
 
@@ -297,42 +298,42 @@ mod tests {
     #[test]
     fn a_key_is_given_more_the_quicker_it_uses_them_up() {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
-        assert_eq!(want(leases.take(mark, 1, 100, at(0))), 0, "a stranger");
+        assert_eq!(want(leases.take(mark, 1, 100, SOON, at(0))), 0, "a stranger");
         leases.learn(mark, None, None, at(0));
-        assert_eq!(want(leases.take(mark, 1, 100, at(10))), 1, "again so soon");
+        assert_eq!(want(leases.take(mark, 1, 100, SOON, at(10))), 1, "again so soon");
         leases.learn(mark, given(1, 1, 10), None, at(10));
         leases.asked(mark, 1);
-        assert_eq!(leases.take(mark, 1, 100, at(11)), Local::Charged { lease: 1, left: 0 });
-        let Local::Ask(question) = leases.take(mark, 1, 100, at(12)) else { panic!() };
+        assert_eq!(leases.take(mark, 1, 100, SOON, at(11)), Local::Charged { lease: 1, left: 0 });
+        let Local::Ask(question) = leases.take(mark, 1, 100, SOON, at(12)) else { panic!() };
         assert_eq!(question, Question { want: 2, report: Some((1, 10)), asking: 2 });
         leases.learn(mark, given(2, 2, 12), None, at(12));
         leases.asked(mark, 2);
-        assert_eq!(want(leases.take(mark, 1, 100, at(5000))), 0, "it was not used, and has expired");
+        assert_eq!(want(leases.take(mark, 1, 100, SOON, at(5000))), 0, "it was not used, and has expired");
     }
 
     #[test]
     fn a_lease_is_not_used_after_it_expired_and_its_rest_is_reported() {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
         leases.learn(mark, given(7, 5, 0), None, at(0));
-        assert!(matches!(leases.take(mark, 3, 100, at(999)), Local::Charged { left: 2, .. }));
-        let Local::Ask(question) = leases.take(mark, 1, 100, at(1000)) else { panic!() };
+        assert!(matches!(leases.take(mark, 3, 100, SOON, at(999)), Local::Charged { left: 2, .. }));
+        let Local::Ask(question) = leases.take(mark, 1, 100, SOON, at(1000)) else { panic!() };
         assert_eq!(question.report, Some((7, 30)));
         leases.asked(mark, question.asking);
-        assert!(matches!(leases.take(mark, 1, 100, at(1001)), Local::Ask(Question { report: None, .. })), "once");
+        assert!(matches!(leases.take(mark, 1, 100, SOON, at(1001)), Local::Ask(Question { report: None, .. })), "once");
     }
 
     #[test]
     fn what_is_given_back_is_there_again_but_not_in_another_lease() {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
         leases.learn(mark, given(7, 2, 0), None, at(0));
-        assert!(matches!(leases.take(mark, 2, 100, at(1)), Local::Charged { left: 0, .. }));
+        assert!(matches!(leases.take(mark, 2, 100, SOON, at(1)), Local::Charged { left: 0, .. }));
         leases.give_back(mark, 6, 2);
-        let Local::Ask(question) = leases.take(mark, 1, 100, at(1)) else { panic!() };
+        let Local::Ask(question) = leases.take(mark, 1, 100, SOON, at(1)) else { panic!() };
         leases.asked(mark, question.asking);
         leases.learn(mark, given(8, 2, 0), None, at(1));
-        assert!(matches!(leases.take(mark, 2, 100, at(1)), Local::Charged { lease: 8, left: 0 }));
+        assert!(matches!(leases.take(mark, 2, 100, SOON, at(1)), Local::Charged { lease: 8, left: 0 }));
         leases.give_back(mark, 8, 1);
-        assert!(matches!(leases.take(mark, 1, 100, at(1)), Local::Charged { lease: 8, left: 0 }));
+        assert!(matches!(leases.take(mark, 1, 100, SOON, at(1)), Local::Charged { lease: 8, left: 0 }));
     }
 
     #[test]
@@ -340,7 +341,7 @@ mod tests {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
         assert_eq!(leases.learn(mark, given(1, 5, 0), None, at(1)), None);
         assert_eq!(leases.learn(mark, given(2, 5, 0), None, at(2)), Some((2, 0)));
-        assert!(matches!(leases.take(mark, 5, 100, at(3)), Local::Charged { lease: 1, .. }));
+        assert!(matches!(leases.take(mark, 5, 100, SOON, at(3)), Local::Charged { lease: 1, .. }));
         assert_eq!(leases.learn(mark, given(3, 5, 0), None, at(4)), Some((1, 50)));
     }
 
@@ -348,25 +349,25 @@ mod tests {
     fn one_asks_for_a_lease_while_others_wait() {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
         leases.learn(mark, None, None, at(0));
-        let Local::Ask(question) = leases.take(mark, 1, 100, at(1)) else { panic!() };
-        assert_eq!(leases.take(mark, 1, 100, at(2)), Local::Wait);
+        let Local::Ask(question) = leases.take(mark, 1, 100, SOON, at(1)) else { panic!() };
+        assert_eq!(leases.take(mark, 1, 100, SOON, at(2)), Local::Wait);
         let mut waiting = Box::pin(leases.asking(mark).unwrap());
         assert!(futures::FutureExt::now_or_never(&mut waiting).is_none());
         leases.learn(mark, given(1, 1, 3), None, at(3));
         leases.asked(mark, question.asking);
         assert!(futures::FutureExt::now_or_never(&mut waiting).is_some());
-        assert!(matches!(leases.take(mark, 1, 100, at(3)), Local::Charged { .. }));
-        let Local::Ask(_lost) = leases.take(mark, 1, 100, at(100)) else { panic!() };
-        assert_eq!(leases.take(mark, 1, 100, at(150)), Local::Wait);
-        assert!(matches!(leases.take(mark, 1, 100, at(100) + SOON), Local::Ask(_)), "it never came back");
+        assert!(matches!(leases.take(mark, 1, 100, SOON, at(3)), Local::Charged { .. }));
+        let Local::Ask(_lost) = leases.take(mark, 1, 100, SOON, at(100)) else { panic!() };
+        assert_eq!(leases.take(mark, 1, 100, SOON, at(150)), Local::Wait);
+        assert!(matches!(leases.take(mark, 1, 100, SOON, at(100) + SOON), Local::Ask(_)), "it never came back");
     }
 
     #[test]
     fn a_refusal_stands_until_its_moment() {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
         leases.learn(mark, None, Some(at(50)), at(0));
-        assert_eq!(leases.take(mark, 1, 100, at(49)), Local::Refused { until: at(50) });
-        assert!(matches!(leases.take(mark, 1, 100, at(50)), Local::Ask(_)));
+        assert_eq!(leases.take(mark, 1, 100, SOON, at(49)), Local::Refused { until: at(50) });
+        assert!(matches!(leases.take(mark, 1, 100, SOON, at(50)), Local::Ask(_)));
     }
 
     #[test]

@@ -256,7 +256,7 @@ impl RedisStore {
                 Entered::NotLimited => {}
             }
             let Some(mut ask) = Ask::new(limiter, limit, route, head) else { continue };
-            ask.local = self.shared.leases.take(ask.mark, ask.units, self.most(&ask), now);
+            ask.local = self.take(&ask, now);
             let Local::Refused { until } = ask.local else {
                 taken.asks.push(ask);
                 continue;
@@ -285,6 +285,10 @@ impl RedisStore {
         } else if let Some(lease) = lease {
             self.shared.leases.give_back(mark, lease, units - cost);
         }
+    }
+
+    fn take(&self, ask: &Ask, now: Moment) -> Local {
+        self.shared.leases.take(ask.mark, ask.units, self.most(ask), self.settings.deadline, now)
     }
 
     /// The largest lease worth having.
@@ -325,7 +329,7 @@ impl Taken {
                     None => false,
                 };
                 let now = self.limiter.clock.now();
-                ask.local = shared.leases.take(ask.mark, ask.units, self.store.most(ask), now);
+                ask.local = self.store.take(ask, now);
                 if late && matches!(ask.local, Local::Wait) {
                     ask.local = Local::Ask(Question::default());
                 }

@@ -76,8 +76,9 @@ for i, key in ipairs(KEYS) do
   elseif admitted == 1 then
     entry.arrival = entry.arrival + entry.cost
     local free = entry.free - entry.cost
-    -- Half of what is left stays for others.
-    leased = math.max(0, math.min(entry.want, math.floor(free / entry.interval / 2)))
+    -- Half of what is left stays for others, unless it is not worth a way for them.
+    local units = math.floor(free / entry.interval)
+    leased = math.max(0, math.min(entry.want, math.max(math.floor(units / 2), math.min(units, entry.batch))))
     if leased > 0 then
       local ticks = leased * entry.interval
       entry.leases[#entry.leases + 1] = string.format(';%s,%.0f,%.0f', entry.new, ticks, now + life)
