@@ -4,6 +4,8 @@
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,7 +14,7 @@ use http_body_util::Full;
 use portcullis_core::{Carried, Endpoints, Protocol, Scheme};
 use portcullis_discovery::consul::RsConsul;
 use portcullis_discovery::{
-    ConsulConfig, ConsulRegistry, DiscoveryLayer, Health, HealthCheck, Registry, ServiceDefinition,
+    Always, ConsulConfig, ConsulRegistry, DiscoveryLayer, Health, HealthCheck, Registry, ServiceDefinition,
 };
 use portcullis_testing::{Backend, Consul};
 use serde_json::{Value, json};
@@ -57,6 +59,35 @@ async fn seen(layer: &DiscoveryLayer<impl portcullis_discovery::Name<()> + Clone
     }));
     let response = service.ready().await.unwrap().call(Request::new(())).await.unwrap();
     response.extensions().get::<Vec<String>>().cloned().unwrap_or_default()
+}
+
+/// Requests that flow through a layer all the while, a thousand a second at most.
+struct Flow(tokio::task::JoinHandle<()>, Arc<[AtomicUsize; 2]>);
+
+impl Flow {
+    fn start(layer: &DiscoveryLayer<Always>) -> Self {
+        let service = layer.layer(tower::service_fn(async |_: Request<()>| {
+            Ok::<_, Infallible>(Response::new(Full::<Bytes>::default()))
+        }));
+        let counts = Arc::<[AtomicUsize; 2]>::default();
+        let counted = counts.clone();
+        let flowing = tokio::spawn(async move {
+            loop {
+                let response = service.clone().oneshot(Request::new(())).await.unwrap();
+                counted[usize::from(!response.status().is_success())].fetch_add(1, Ordering::Relaxed);
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        });
+        Self(flowing, counts)
+    }
+
+    /// Says what happened to them, and fails if any was refused.
+    fn end(self, what: &str) {
+        self.0.abort();
+        let [passed, refused] = [0, 1].map(|i| self.1[i].load(Ordering::Relaxed));
+        println!("{what}: {passed} requests passed, {refused} were refused");
+        assert!(passed > 0 && refused == 0);
+    }
 }
 
 #[tokio::test]
@@ -174,14 +205,20 @@ async fn a_paused_agent_empties_no_pool_and_is_noticed() {
     let layer = DiscoveryLayer::new(ConsulRegistry::new(quick).unwrap()).service("orders");
     consul.put("/v1/agent/service/register", r#"{"Name":"orders","ID":"a","Port":1}"#).await;
     until(async || seen(&layer).await == ["a"]).await;
+    let flow = Flow::start(&layer);
     consul.pause();
-    until(async || {
-        assert_eq!(seen(&layer).await, ["a"]);
-        layer.status()[0].failing.is_some()
-    })
-    .await;
+    until(async || layer.status()[0].failing.is_some()).await;
+    // `PAUSE=20` for a long one.
+    let more = std::env::var("PAUSE").ok().and_then(|pause| pause.parse().ok()).unwrap_or(1);
+    tokio::time::sleep(Duration::from_secs(more)).await;
     consul.resume();
-    until(async || layer.status()[0].failing.is_none()).await;
+    let patience = tokio::time::timeout(Duration::from_secs(45), async {
+        while layer.status()[0].failing.is_some() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    patience.await.expect("an answer again");
+    flow.end("an agent paused");
     consul.put("/v1/agent/service/deregister/a", "").await;
     until(async || seen(&layer).await.is_empty()).await;
 }
@@ -207,6 +244,7 @@ async fn a_token_that_may_not_read_is_not_an_empty_service() {
     let reader = ConsulRegistry::new(config(&consul).token(&text(&token["SecretID"])).unwrap()).unwrap();
     let layer = DiscoveryLayer::new(reader).service("orders");
     until(async || seen(&layer).await == ["a"]).await;
+    let flow = Flow::start(&layer);
     // The policy loses nodes, then everything; the token goes.
     for rules in [r#"service_prefix "" { policy = "read" }"#, ""] {
         consul.put(&format!("/v1/acl/policy/{}", text(&made["ID"])), &policy(rules)).await;
@@ -221,6 +259,7 @@ async fn a_token_that_may_not_read_is_not_an_empty_service() {
         }
     });
     patience.await.unwrap();
+    flow.end("a token that lost its rights");
     consul.put("/v1/agent/service/deregister/a", "").await;
     until(async || seen(&layer).await.is_empty()).await;
 }
@@ -328,6 +367,7 @@ async fn a_cluster_without_a_leader_empties_no_pool() {
     let quick = config(&first).wait(Duration::from_secs(2));
     let layer = DiscoveryLayer::new(ConsulRegistry::new(quick).unwrap()).service("orders");
     until(async || seen(&layer).await == ["a"]).await;
+    let flow = Flow::start(&layer);
     second.kill();
     third.kill();
     let lost = tokio::time::timeout(Duration::from_secs(60), async {
@@ -350,6 +390,7 @@ async fn a_cluster_without_a_leader_empties_no_pool() {
         }
     });
     healed.await.expect("a leader again");
+    flow.end("a leader lost and found");
     first.put("/v1/agent/service/deregister/a", "").await;
     until(async || seen(&layer).await.is_empty()).await;
 }
@@ -385,6 +426,7 @@ async fn a_killed_agent_that_comes_back_empty_empties_no_pool() {
     consul.put("/v1/agent/service/register", r#"{"Name":"orders","ID":"a","Address":"127.0.0.1","Port":1}"#).await;
     until(async || seen(&layer).await == ["a"]).await;
     let failures = layer.status()[0].failures;
+    let flow = Flow::start(&layer);
     consul.kill();
     until(async || layer.status()[0].failures > failures).await;
     assert_eq!(seen(&layer).await, ["a"]);
@@ -394,6 +436,7 @@ async fn a_killed_agent_that_comes_back_empty_empties_no_pool() {
     consul.put("/v1/agent/service/register", r#"{"Name":"orders","ID":"b","Address":"127.0.0.1","Port":2}"#).await;
     until(async || seen(&layer).await == ["b"]).await;
     assert!(layer.status()[0].failing.is_none());
+    flow.end("an agent killed and restarted empty");
     consul.put("/v1/agent/service/deregister/b", "").await;
     until(async || seen(&layer).await.is_empty()).await;
 }

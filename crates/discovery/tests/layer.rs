@@ -319,6 +319,22 @@ async fn readiness_passes_through_and_only_the_ready_one_is_called() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_contract_holds() {
+    let registry = FixedRegistry::new().instances("s", [instance("a")]);
+    let request = |body| {
+        let mut request = Request::new(body);
+        Destination::new("s").attach(request.extensions_mut());
+        request
+    };
+    // Once with the first answer outstanding in every part, once with everything known.
+    let layer = DiscoveryLayer::new(registry);
+    portcullis_testing::contract::holds(layer.clone(), request).await;
+    assert!(layer.is_ready());
+    portcullis_testing::contract::holds(layer.clone(), request).await;
+    portcullis_testing::contract::holds(layer, Request::new).await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_grpc_caller_is_refused_in_its_own_words() {
     let service = DiscoveryLayer::new(FixedRegistry::new()).layer(echo());
     let mut request = asking("s");

@@ -15,6 +15,28 @@
 //! An agent's memory began anew if the index went back, or if after a failure another node answers than before (a
 //! development agent that was restarted starts with low indexes, which prove nothing).
 //!
+//! # Many services on few connections
+//!
+//! An agent allows one address 200 connections, and a query that blocks takes one of them over HTTP/1.1. So the first
+//! [`connections`](ConsulConfig::connections) watches, 128 by default, have one each and hear of a change at once. The
+//! others are parked: two queries more tell that *something* changed, whereupon every parked watch asks, 32 at a time. They
+//! hear of an isolated change when that round is over; under churn there is one round a second at most, and without a
+//! signal each asks every 15 to 30 s. While nothing changes, parked watches cost nothing. A parked watch takes the place of
+//! one that ends.
+//!
+//! Over TLS the agent speaks HTTP/2: eight connections carry 1,600 watches, and none of those is parked.
+//!
+//! # What `rs-consul` is for
+//!
+//! That crate has no agent API, hides whether a leader was known and whether a token could read, and does not bound bodies
+//! or calls; see [`RsConsul`] for the part of it that is sound, which is the catalog and the key-value store.
+//!
+//! # Registration
+//!
+//! A task for each registration reports for its TTL checks, three times in each, and compares every 10 s whether the agent
+//! still knows the instance; if it forgot, it is registered anew, with its maintenance. Whoever deregisters an instance by
+//! hand while its process runs will see it come back. The task ends with the [`Registration`].
+//!
 //! # Defaults
 //!
 //! | what | default |
@@ -23,7 +45,8 @@
 //! | pause after failures | 0.25 s doubling to 30 s, each with jitter |
 //! | queries of one service under churn | 8 at once, then 4 a second |
 //! | size of an answer | 16 MiB |
-//! | connections | 128, of the 200 an agent allows one client |
+//! | connections | 128 for watches, and up to 50 for short calls, of the 200 an agent allows |
+//! | comparing a registration with the agent | every 10 s |
 
 mod answer;
 mod client;
