@@ -258,7 +258,7 @@ impl<A> AuthLayer<A> {
         self.change(|settings| settings.policy = policy)
     }
 
-    /// Passes the credentials on with the request. By default they are taken out once they were accepted, so that nobody
+    /// Passes the credentials on with the request, marked as sensitive. By default they are taken out once they were accepted, so that nobody
     /// behind can use them elsewhere.
     #[must_use]
     pub fn forward_credentials(self, forward: bool) -> Self {
@@ -385,7 +385,13 @@ impl Settings {
         let identity = outcome.inspect_err(|rejection| self.refusals.count(rejection))?;
         self.identity_headers.strip(request.headers_mut());
         if let Some(identity) = identity {
-            if !self.forward_credentials {
+            if self.forward_credentials {
+                // Whoever prints the headers from here on, or compresses them, shall leave these out.
+                let headers = request.headers_mut().iter_mut();
+                headers
+                    .filter(|(name, _)| self.carriers.contains(name))
+                    .for_each(|(_, value)| value.set_sensitive(true));
+            } else {
                 self.carriers.iter().for_each(|carrier| drop(request.headers_mut().remove(carrier)));
             }
             self.identity_headers.write(&identity, request.headers_mut());
