@@ -185,7 +185,8 @@ impl OpenTime {
     /// How long to stay open for the `times`th time; `random` is in 0..1.
     pub(crate) fn for_the(&self, times: u32, random: f64, asked: Option<Duration>) -> Duration {
         let base = self.base(times);
-        let jittered = base.saturating_add(base.mul_f64(self.jitter * random.clamp(0.0, 1.0)));
+        let jitter = base.as_secs_f64() * self.jitter * random.clamp(0.0, 1.0);
+        let jittered = base.saturating_add(Duration::try_from_secs_f64(jitter).unwrap_or(Duration::MAX));
         // Jitter may exceed the limit, or all who reached it would come back together.
         jittered.max(asked.unwrap_or_default().min(self.asked))
     }
@@ -302,7 +303,8 @@ mod tests {
         let open = OpenTime::growing(5 * S, 60 * S).jitter(None);
         let times: Vec<_> = [1, 2, 3, 4, 5, 40, u32::MAX].map(|n| open.for_the(n, 0.9, None).as_secs()).into();
         assert_eq!(times, [5, 10, 20, 40, 60, 60, 60]);
-        assert_eq!(OpenTime::growing(Duration::MAX, S).for_the(9, 1.0, None), Duration::MAX);
+        let longest = OpenTime::growing(Duration::MAX, S).jitter(Share::new(1.0).ok());
+        assert_eq!(longest.for_the(9, 1.0, None), Duration::MAX);
     }
 
     #[test]
