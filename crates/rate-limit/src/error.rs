@@ -11,6 +11,8 @@ enum Kind {
     Period,
     #[cfg(feature = "redis")]
     Url,
+    #[cfg(feature = "redis-tls")]
+    Provider,
 }
 
 // === impl Error ===
@@ -23,6 +25,18 @@ impl Error {
     #[cfg(feature = "redis")]
     pub(crate) const fn url() -> Self {
         Self(Kind::Url)
+    }
+
+    #[cfg(feature = "redis-tls")]
+    pub(crate) const fn provider() -> Self {
+        Self(Kind::Provider)
+    }
+
+    /// The store wants TLS, and the process has no default provider of rustls.
+    #[cfg(feature = "redis-tls")]
+    #[must_use]
+    pub const fn is_provider(&self) -> bool {
+        matches!(self.0, Kind::Provider)
     }
 
     /// The store's URL is none.
@@ -46,6 +60,8 @@ impl fmt::Display for Error {
             // The URL may hold a password.
             #[cfg(feature = "redis")]
             Kind::Url => f.write_str("the store's url is not one of redis"),
+            #[cfg(feature = "redis-tls")]
+            Kind::Provider => f.write_str("tls to the store needs a default crypto provider of rustls"),
         }
     }
 }

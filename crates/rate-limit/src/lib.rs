@@ -53,10 +53,34 @@
 //! | bits of an IPv6 address | 64 | [`DEFAULT_IPV6_PREFIX`] |
 //! | trusted proxies | none | [`RateLimitLayer::trusted_proxies`] |
 //! | capacity | 65,536 keys, 4 MiB | [`DEFAULT_CAPACITY`] |
+//! | cost, priority | one, critical | [`Limit::cost`], [`Limit::priority`] |
+//! | who comes too often | is refused | [`RateLimitLayer::delay`], [`Limit::shadow`] |
 //! | fields | on refusals | [`RateLimitLayer::fields`] |
+//! | counters | of this process | `RateLimitLayer::store`, with the feature `redis` |
+//! | store: deadline, lease, without an answer | 20 ms, 1 s, admit | `RedisStore` |
+//!
+//! # What it does not do
+//!
+//! It does not queue: [delay](RateLimitLayer::delay) gives a request its turn when it comes and holds nothing but that. It
+//! does not count by the calendar: a day is any twenty-four hours. It refunds no more than what would not have come back by
+//! itself meanwhile. Two limits of one name that apply to one request are one key.
+//!
+//! It does not protect a service from many callers who each keep to their limit: add a [`Limit`] for [`Everyone`].
+//!
+//! # When something fails
+//!
+//! * *Nobody knows who calls*: all such requests share one budget, and a warning is logged once.
+//! * *The table is full*: an entry that says nothing makes room; if none does, newcomers share the bucket of their set, one
+//!   of thousands, at the rate of one caller. [`Stats::overflowing`] shows it. Requests that race to be a set's newcomers may
+//!   be charged once too often, never once too little.
+//! * *A request costs more than the burst*: 429 without `Retry-After`, since it would never be admitted.
+//! * *The store does not answer*: what `OnFailure` says, after the deadline; see `RedisStore`.
+//! * *The clock*: it is monotonic, and steps of the time of day change nothing; with a store it is the server's that counts.
 
 mod answer;
+mod counters;
 mod error;
+mod handle;
 mod held;
 mod in_flight;
 mod key;
@@ -85,6 +109,7 @@ use tower_service::Service;
 
 pub use self::answer::Fields;
 pub use self::error::Error;
+pub use self::handle::{Handle, Stats};
 pub use self::held::{Held, Settlement};
 pub use self::key::{
     ByMethod, Caller, Claim, ClientAddress, DEFAULT_IPV6_PREFIX, Everyone, Header, Key, KeyBytes, Or, RequestHead,
@@ -116,42 +141,6 @@ pub struct RateLimitLayer {
 pub struct RateLimit<S> {
     inner: S,
     limiter: Arc<Limiter>,
-}
-
-/// Reads and changes what the services of one layer do, while they run.
-#[derive(Clone, Debug)]
-pub struct Handle {
-    limiter: Arc<Limiter>,
-}
-
-/// What a layer did so far, and how full it is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Stats {
-    /// Charges made: one for each limit of a request.
-    pub admitted: u64,
-    /// Requests refused.
-    pub refused: u64,
-    /// Times a [shadow](Limit::shadow) would have refused.
-    pub shadowed: u64,
-    /// Requests that were made to wait instead.
-    pub delayed: u64,
-    /// Requests that wait now.
-    pub waiting: usize,
-    /// Places of concurrency limits that are taken now.
-    pub in_flight: u64,
-    /// Charges made on a bucket that newcomers share, since there was no place left.
-    pub overflowed: u64,
-    /// Keys that have a place and say something.
-    pub live: usize,
-    /// Places there are; about four for each key of the capacity, so that hashing does not get in the way.
-    pub places: usize,
-    /// Buckets shared by newcomers that are in use.
-    pub overflowing: usize,
-    /// Such buckets there are.
-    pub buckets: usize,
-    /// The memory of the table in bytes; it does not change.
-    pub bytes: usize,
 }
 
 pin_project! {
@@ -337,59 +326,6 @@ impl<S> RateLimit<S> {
         let not_ready = self.inner.clone();
         let ready = std::mem::replace(&mut self.inner, not_ready);
         State::Waiting { sleep: tokio::time::sleep(admission.wait), place, call: Some((ready, request, after)) }
-    }
-}
-
-// === impl Handle ===
-
-impl Handle {
-    /// Gives the limit of that name another rate; its callers keep their debts, in time. `false` if there is none.
-    pub fn set_rate(&self, name: &str, rate: Rate) -> bool {
-        let mut found = false;
-        self.limiter.limits.rcu(|limits| {
-            let change =
-                |limit: &Limit| if limit.name() == name { limit.clone().with_rate(rate) } else { limit.clone() };
-            found = limits.iter().any(|limit| limit.name() == name);
-            limits.iter().map(change).collect::<Vec<_>>()
-        });
-        if found {
-            tracing::info!(limit = name, ?rate, "a limit's rate was changed");
-        }
-        found
-    }
-
-    /// Replaces all limits of the layer. Those that keep their name keep their counters.
-    pub fn set_limits(&self, limits: impl IntoIterator<Item = Limit>) {
-        let limits: Vec<Limit> = limits.into_iter().collect();
-        tracing::info!(?limits, "the limits were changed");
-        self.limiter.limits.store(Arc::new(limits));
-    }
-
-    /// The limits of the layer.
-    #[must_use]
-    pub fn limits(&self) -> Vec<Limit> {
-        self.limiter.limits.load().to_vec()
-    }
-
-    /// What happened so far. It looks at every place: not for every request.
-    #[must_use]
-    pub fn stats(&self) -> Stats {
-        let (counters, table) = (&self.limiter.counters, &self.limiter.table);
-        let fill = table.fill(self.limiter.clock.now().as_nanos());
-        Stats {
-            admitted: counters.sum(|stripe| &stripe.admitted),
-            refused: counters.sum(|stripe| &stripe.refused),
-            shadowed: counters.sum(|stripe| &stripe.shadowed),
-            delayed: counters.sum(|stripe| &stripe.delayed),
-            waiting: self.limiter.delay.as_ref().map_or(0, Delay::waiting),
-            in_flight: self.limiter.places_held(),
-            overflowed: counters.sum(|stripe| &stripe.overflowed),
-            live: fill.live,
-            places: fill.entries,
-            overflowing: fill.overflowing,
-            buckets: fill.sets,
-            bytes: table.bytes(),
-        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use arc_swap::ArcSwap;
 use portcullis_core::{Carried, Clock, Deadline, Rejection, Route, TrustedProxies};
 
 use crate::answer::{Fields, Refusal, Standing, Wait};
+use crate::counters::Counters;
 use crate::held::Holding;
 use crate::in_flight::InFlight;
 use crate::key::{Caller, Key, KeyBytes, RequestHead};
@@ -78,20 +79,6 @@ pub(crate) struct Admission {
 
 pub(crate) type Exempt = Arc<dyn Fn(&RequestHead<'_>) -> bool + Send + Sync>;
 
-/// What happened so far.
-pub(crate) struct Counters([Stripe; STRIPES]);
-
-/// Counters of different keys do not meet in one cache line.
-#[derive(Default)]
-#[repr(align(64))]
-pub(crate) struct Stripe {
-    pub(crate) admitted: AtomicU64,
-    pub(crate) refused: AtomicU64,
-    pub(crate) overflowed: AtomicU64,
-    pub(crate) shadowed: AtomicU64,
-    pub(crate) delayed: AtomicU64,
-}
-
 /// The limits on one request, the route's own first.
 #[derive(Clone, Copy)]
 pub(crate) struct Limits<'a> {
@@ -121,8 +108,6 @@ enum Done {
     /// The limit would have refused, but is a shadow.
     Nothing,
 }
-
-const STRIPES: usize = 32;
 
 // === impl Limiter ===
 
@@ -417,26 +402,6 @@ impl fmt::Debug for Limiter {
             .field("proxies", &self.proxies)
             .field("fields", &self.fields)
             .finish_non_exhaustive()
-    }
-}
-
-// === impl Counters ===
-
-impl Counters {
-    fn new() -> Self {
-        Self(std::array::from_fn(|_| Stripe::default()))
-    }
-
-    pub(crate) fn add(&self, mark: Mark, which: impl Fn(&Stripe) -> &AtomicU64) {
-        which(&self.0[mark.low() % STRIPES]).fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn add_anywhere(&self, which: impl Fn(&Stripe) -> &AtomicU64) {
-        which(&self.0[0]).fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn sum(&self, which: impl Fn(&Stripe) -> &AtomicU64) -> u64 {
-        self.0.iter().map(|stripe| which(stripe).load(Ordering::Relaxed)).sum()
     }
 }
 

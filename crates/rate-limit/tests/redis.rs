@@ -289,3 +289,9 @@ async fn a_caller_who_goes_away_while_the_store_thinks_gives_back_its_place() {
     assert_eq!(layer.handle().stats().in_flight, 0);
     redis.resume();
 }
+
+#[cfg(feature = "redis-tls")]
+#[tokio::test]
+async fn tls_without_a_provider_is_an_error_and_no_panic() {
+    assert!(RedisStore::new("rediss://localhost").unwrap_err().is_provider());
+}

@@ -1,0 +1,96 @@
+//! Reading and changing a layer's limits while they are in use.
+
+use std::sync::Arc;
+
+use crate::limit::Limit;
+use crate::limiter::{Delay, Limiter};
+use crate::rate::Rate;
+
+/// Reads and changes what the services of one layer do, while they run.
+#[derive(Clone, Debug)]
+pub struct Handle {
+    pub(crate) limiter: Arc<Limiter>,
+}
+
+/// What a layer did so far, and how full it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Charges made: one for each limit of a request.
+    pub admitted: u64,
+    /// Requests refused.
+    pub refused: u64,
+    /// Times a [shadow](Limit::shadow) would have refused.
+    pub shadowed: u64,
+    /// Requests that were made to wait instead.
+    pub delayed: u64,
+    /// Requests that wait now.
+    pub waiting: usize,
+    /// Places of concurrency limits that are taken now.
+    pub in_flight: u64,
+    /// Charges made on a bucket that newcomers share, since there was no place left.
+    pub overflowed: u64,
+    /// Keys that have a place and say something.
+    pub live: usize,
+    /// Places there are; about four for each key of the capacity, so that hashing does not get in the way.
+    pub places: usize,
+    /// Buckets shared by newcomers that are in use.
+    pub overflowing: usize,
+    /// Such buckets there are.
+    pub buckets: usize,
+    /// The memory of the table in bytes; it does not change.
+    pub bytes: usize,
+}
+
+// === impl Handle ===
+
+impl Handle {
+    /// Gives the limit of that name another rate; its callers keep their debts, in time. `false` if there is none.
+    pub fn set_rate(&self, name: &str, rate: Rate) -> bool {
+        let mut found = false;
+        self.limiter.limits.rcu(|limits| {
+            let change =
+                |limit: &Limit| if limit.name() == name { limit.clone().with_rate(rate) } else { limit.clone() };
+            found = limits.iter().any(|limit| limit.name() == name);
+            limits.iter().map(change).collect::<Vec<_>>()
+        });
+        if found {
+            tracing::info!(limit = name, ?rate, "a limit's rate was changed");
+        }
+        found
+    }
+
+    /// Replaces all limits of the layer. Those that keep their name keep their counters.
+    pub fn set_limits(&self, limits: impl IntoIterator<Item = Limit>) {
+        let limits: Vec<Limit> = limits.into_iter().collect();
+        tracing::info!(?limits, "the limits were changed");
+        self.limiter.limits.store(Arc::new(limits));
+    }
+
+    /// The limits of the layer.
+    #[must_use]
+    pub fn limits(&self) -> Vec<Limit> {
+        self.limiter.limits.load().to_vec()
+    }
+
+    /// What happened so far. It looks at every place: not for every request.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        let (counters, table) = (&self.limiter.counters, &self.limiter.table);
+        let fill = table.fill(self.limiter.clock.now().as_nanos());
+        Stats {
+            admitted: counters.sum(|stripe| &stripe.admitted),
+            refused: counters.sum(|stripe| &stripe.refused),
+            shadowed: counters.sum(|stripe| &stripe.shadowed),
+            delayed: counters.sum(|stripe| &stripe.delayed),
+            waiting: self.limiter.delay.as_ref().map_or(0, Delay::waiting),
+            in_flight: self.limiter.places_held(),
+            overflowed: counters.sum(|stripe| &stripe.overflowed),
+            live: fill.live,
+            places: fill.entries,
+            overflowing: fill.overflowing,
+            buckets: fill.sets,
+            bytes: table.bytes(),
+        }
+    }
+}

@@ -1,0 +1,257 @@
+//! One request's limits on their way to the store, and what comes of them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::StatusCode;
+use portcullis_core::{Moment, Rejection};
+
+use super::leases::{Given, Local, Question};
+use super::{OnFailure, RedisStore, count, from_ticks, ticks};
+use crate::answer::{Refusal, Standing, Wait};
+use crate::held::Holding;
+use crate::key::{KeyBytes, RequestHead};
+use crate::limit::Limit;
+use crate::limiter::{Admission, Limiter};
+use crate::rate::{Cell, Rate};
+use crate::table::Mark;
+
+/// One limit on its way to the store.
+pub(super) struct Ask {
+    pub(super) limit: Limit,
+    pub(super) key: KeyBytes,
+    pub(super) mark: Mark,
+    pub(super) rate: Rate,
+    pub(super) cell: Cell,
+    pub(super) units: u32,
+    pub(super) window: u64,
+    pub(super) local: Local,
+}
+
+/// What was taken for a request so far; it goes back unless it is kept.
+pub(super) struct Taken {
+    pub(super) store: RedisStore,
+    pub(super) limiter: Arc<Limiter>,
+    pub(super) asks: Vec<Ask>,
+    pub(super) places: Vec<Mark>,
+    pub(super) kept: bool,
+}
+
+/// What the script said of one key.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reply {
+    pub(super) lease: u64,
+    pub(super) leased: u32,
+    pub(super) ahead: u64,
+    pub(super) again: u64,
+    pub(super) refuses: bool,
+}
+
+// === impl Taken ===
+
+impl Taken {
+    pub(super) fn new(store: &RedisStore, limiter: &Arc<Limiter>) -> Self {
+        Self { store: store.clone(), limiter: limiter.clone(), asks: Vec::new(), places: Vec::new(), kept: false }
+    }
+
+    /// Waits for leases that others are asking for, no longer than an answer of its own would be waited for.
+    async fn wait(&mut self) -> Result<(), Refusal> {
+        let (shared, deadline) = (&self.store.shared, self.store.settings.deadline);
+        let until = tokio::time::Instant::now() + deadline;
+        for ask in &mut self.asks {
+            while matches!(ask.local, Local::Wait) {
+                let late = match shared.leases.asking(ask.mark) {
+                    Some(asked) => tokio::time::timeout_at(until, asked).await.is_err(),
+                    None => false,
+                };
+                let now = self.limiter.clock.now();
+                ask.local = self.store.take(ask, now);
+                if late && matches!(ask.local, Local::Wait) {
+                    ask.local = Local::Ask(Question::default());
+                }
+                if let Local::Refused { until } = ask.local
+                    && !ask.limit.is_shadow()
+                {
+                    count(&shared.counts.remembered);
+                    self.limiter.counters.add(ask.mark, |stripe| &stripe.refused);
+                    return Err(ask.refusal(until.since(now)));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) async fn ask(mut self) -> Result<Admission, Rejection> {
+        if let Err(refusal) = self.wait().await {
+            return Err(self.limiter.refuse(refusal));
+        }
+        let (shared, settings) = (&self.store.shared, self.store.settings);
+        let sent = self.limiter.clock.now();
+        if !self.asks.iter().any(Ask::is_asked) {
+            return Ok(self.admit(&[], sent));
+        }
+        count(&shared.counts.round_trips);
+        let answer = tokio::time::timeout(settings.deadline, shared.invoke(settings, &self.asks)).await;
+        let now = self.limiter.clock.now();
+        let replies = match answer.unwrap_or_else(|_| Err("no answer in time".into())) {
+            Ok(replies) => replies,
+            Err(reason) => {
+                count(&shared.counts.failures);
+                shared.failed(now, &reason);
+                return self.undecided(now);
+            }
+        };
+        shared.answered();
+        let mut worst: Option<Refusal> = None;
+        for (ask, reply) in self.asks.iter().filter(|ask| ask.is_asked()).zip(&replies) {
+            let again = (reply.again > 0).then(|| from_ticks(reply.again));
+            // Only what is true for every request of the key is worth remembering.
+            let for_all = ask.window == ask.cell.window && (ask.units == 1 || !reply.refuses);
+            let given = (reply.leased > 0).then(|| Given {
+                id: reply.lease,
+                units: reply.leased,
+                interval: ticks(ask.cell.interval),
+                since: sent,
+                // A tenth for clocks that run at different speeds.
+                until: sent + settings.lease * 9 / 10,
+            });
+            let until = again.filter(|_| for_all).map(|again| now + again);
+            if let Some(report) = shared.leases.learn(ask.mark, given, until, now) {
+                shared.owe(ask.mark, &shared.key(&ask.key), 0, Some(report));
+            }
+            if !reply.refuses {
+                continue;
+            }
+            if ask.limit.is_shadow() {
+                self.limiter.counters.add(ask.mark, |stripe| &stripe.shadowed);
+                continue;
+            }
+            self.limiter.counters.add(ask.mark, |stripe| &stripe.refused);
+            let refusal = ask.refusal(again.unwrap_or_default());
+            if worst.as_ref().is_none_or(|worst| refusal.wait > worst.wait) {
+                worst = Some(refusal);
+            }
+        }
+        match worst {
+            Some(refusal) => Err(self.limiter.refuse(refusal)),
+            None => Ok(self.admit(&replies, now)),
+        }
+    }
+
+    /// Keeps what was taken.
+    pub(super) fn admit(mut self, replies: &[Reply], now: Moment) -> Admission {
+        self.kept = true;
+        let limiter = &self.limiter;
+        let mut admission = Admission::default();
+        admission.holdings.extend(std::mem::take(&mut self.places).into_iter().map(Holding::Place));
+        let mut replies = replies.iter();
+        for ask in &self.asks {
+            let (lease, ahead) = match ask.local {
+                Local::Charged { lease, left } => {
+                    count(&self.store.shared.counts.leased);
+                    // As far as this process knows.
+                    let ahead = ask.cell.window.saturating_sub(ask.cell.cost(left));
+                    (Some(lease), Duration::from_nanos(ahead))
+                }
+                // A shadow that refused.
+                Local::Refused { .. } => {
+                    limiter.counters.add(ask.mark, |stripe| &stripe.shadowed);
+                    continue;
+                }
+                Local::Ask(_) | Local::Wait => match replies.next() {
+                    Some(reply) if reply.refuses => continue,
+                    reply => (None, reply.map_or(Duration::ZERO, |reply| from_ticks(reply.ahead))),
+                },
+            };
+            limiter.counters.add(ask.mark, |stripe| &stripe.admitted);
+            if limiter.fields.are_on_every_response() {
+                let remaining = ask.cell.remaining((now + ahead).as_nanos(), now.as_nanos());
+                admission.standings.push(Standing::of_rate(ask.limit.shared_name(), ask.rate, remaining, ahead));
+            }
+            if let Some(settle) = ask.limit.settlement() {
+                let (store, key) = (self.store.clone(), self.store.shared.key(&ask.key));
+                let (mark, interval, units, settle) = (ask.mark, ticks(ask.cell.interval), ask.units, settle.clone());
+                admission.holdings.push(Holding::Stored { store, mark, key, interval, units, lease, settle });
+            }
+        }
+        admission
+    }
+
+    /// Decides without the store.
+    pub(super) fn undecided(self, now: Moment) -> Result<Admission, Rejection> {
+        count(&self.store.shared.counts.undecided);
+        let processes = match self.store.settings.on_failure {
+            OnFailure::Admit => return Ok(self.admit(&[], now)),
+            OnFailure::Refuse => {
+                let unavailable = StatusCode::SERVICE_UNAVAILABLE;
+                return Err(Rejection::new(portcullis_core::Layer::RateLimit, unavailable, "limits-unavailable"));
+            }
+            OnFailure::Share(processes) => u64::from(processes.get()),
+        };
+        let table = &self.limiter.table;
+        let cost = |ask: &Ask| ask.cell.cost(ask.units).saturating_mul(processes);
+        let time = now.as_nanos();
+        for (done, ask) in self.asks.iter().enumerate() {
+            let (cost_here, window) = (cost(ask), ask.window.max(cost(ask)));
+            let charged = table.charge(ask.mark, time, |debt| Cell::charge(debt, time, cost_here, window));
+            let Err(debt) = charged else { continue };
+            if ask.limit.is_shadow() {
+                self.limiter.counters.add(ask.mark, |stripe| &stripe.shadowed);
+                continue;
+            }
+            self.asks.iter().take(done).for_each(|before| table.refund(before.mark, cost(before)));
+            self.limiter.counters.add(ask.mark, |stripe| &stripe.refused);
+            let wait = Cell::wait(debt, time, cost_here, window).unwrap_or_default();
+            return Err(self.limiter.refuse(ask.refusal(wait)));
+        }
+        Ok(self.admit(&[], now))
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        for ask in &self.asks {
+            if let Local::Ask(question) = ask.local {
+                self.store.shared.leases.asked(ask.mark, question.asking);
+            }
+        }
+        if self.kept {
+            return;
+        }
+        for ask in &self.asks {
+            if let Local::Charged { lease, .. } = ask.local {
+                self.store.shared.leases.give_back(ask.mark, lease, ask.units);
+            }
+        }
+        self.places.iter().for_each(|mark| self.limiter.in_flight().leave(*mark));
+    }
+}
+
+// === impl Ask ===
+
+impl Ask {
+    pub(super) fn new(limiter: &Limiter, limit: &Limit, route: Option<&str>, head: &RequestHead<'_>) -> Option<Self> {
+        let (rate, cell, units, window) = limit.charge(head)?;
+        let mut key = KeyBytes::new();
+        limiter.write_key(limit, route, head, &mut key);
+        let mark = limiter.table.mark(key.bytes());
+        let local = Local::Ask(Question::default());
+        Some(Self { limit: limit.clone(), key, mark, rate, cell, units, window, local })
+    }
+
+    /// As many whole units as the window has.
+    pub(super) fn window_ticks(&self) -> u64 {
+        let (window, interval) = (u128::from(self.window), u128::from(self.cell.interval));
+        u64::try_from(window * u128::from(ticks(self.cell.interval)) / interval).unwrap_or(u64::MAX).min(1 << 51)
+    }
+
+    pub(super) fn is_asked(&self) -> bool {
+        matches!(self.local, Local::Ask(_))
+    }
+
+    pub(super) fn refusal(&self, wait: Duration) -> Refusal {
+        let never = self.cell.cost(self.units) > self.window;
+        let standing = Standing::of_rate(self.limit.shared_name(), self.rate, 0, wait);
+        Refusal { standing, wait: if never { Wait::Never } else { Wait::For(wait) } }
+    }
+}
