@@ -12,7 +12,8 @@ use http::request::Parts;
 use http::{Request, Response, StatusCode, header};
 use pin_project_lite::pin_project;
 use portcullis_core::{
-    Body, Carried, Deadline, Dialect, Endpoint, Endpoints, Head, Layer, Moment, Outcome, Rejection, Route,
+    Body, Carried, Deadline, Dialect, Endpoint, Endpoints, Head, HeadDeadline, Layer, Moment, Outcome, Rejection,
+    Route, Side,
 };
 use tokio::time::{Sleep, sleep};
 use tower_service::Service;
@@ -74,7 +75,7 @@ struct Call<S: Service<Request<Replay<B>>>, P: Pick, B> {
     dialect: Dialect,
     repeats: bool,
     attempt: Option<Attempt<P>>,
-    timeout: Option<Pin<Box<Sleep>>>,
+    timeout: Option<(Moment, Pin<Box<Sleep>>)>,
     failed: Vec<Failed>,
     /// What the attempt before came to, until there is another.
     last: Option<Last<S::Response, S::Error, P>>,
@@ -169,7 +170,7 @@ where
                 (Project::Calling { future }, Some(call)) => match future.poll(cx) {
                     Poll::Ready(result) => call.end(result),
                     Poll::Pending => {
-                        let Some(timeout) = &mut call.timeout else { return Poll::Pending };
+                        let Some((_, timeout)) = &mut call.timeout else { return Poll::Pending };
                         ready!(timeout.as_mut().poll(cx));
                         call.time_out()
                     }
@@ -250,8 +251,8 @@ where
         if let Some(limit) = policy.attempt_timeout {
             let now = self.shared.clock.now();
             let deadline = Deadline::of(&parts.extensions).map_or(now + limit, |caller| caller.0.min(now + limit));
-            Deadline(deadline).attach(&mut parts.extensions);
-            self.timeout = Some(Box::pin(sleep(deadline.since(now))));
+            HeadDeadline(deadline).attach(&mut parts.extensions);
+            self.timeout = Some((deadline, Box::pin(sleep(deadline.since(now)))));
         }
         self.attempt = Some(Attempt::begin(permit.endpoint(), &self.shared.pick, began, &self.shared.clock));
         permit.attach(&mut parts.extensions);
@@ -291,7 +292,7 @@ where
         let Some(mut attempt) = self.attempt.take() else { return self.nobody(Nobody::Empty) };
         let policy = policy_of(self.route.as_ref(), &self.shared);
         let reason = match &result {
-            Ok(response) => policy.judge(Head::of(response), self.repeats),
+            Ok(response) => policy.judge(Head::of(response), self.repeats).or_else(|| self.given_up(response)),
             Err(_) => policy.error(self.repeats),
         };
         match reason.and_then(|reason| Some((reason, self.again(reason, attempt.endpoint())?))) {
@@ -306,6 +307,14 @@ where
             }
             None => Next::Return(self.finish(result, attempt)),
         }
+    }
+
+    /// An inner layer that keeps the attempt's time may be the first to say that it is over.
+    fn given_up(&self, response: &Response<R>) -> Option<Reason> {
+        let (until, _) = self.timeout.as_ref().filter(|_| self.repeats)?;
+        let rejection = response.extensions().get::<Rejection>()?;
+        let late = rejection.status() == StatusCode::GATEWAY_TIMEOUT && rejection.side() == Side::Upstream;
+        (late && self.shared.clock.now() >= *until).then_some(Reason::TimedOut)
     }
 
     fn time_out(&mut self) -> NextOf<S, P, R, B> {
@@ -331,11 +340,15 @@ where
         if self.deadline().is_some_and(|deadline| self.shared.clock.now() + wait >= deadline) {
             return None;
         }
-        let body = self.keeper.again()?;
+        if !self.keeper.is_whole() {
+            return None;
+        }
         if reason != Reason::Unsent && !self.shared.budget.withdraw(self.shared.clock.now()) {
             tracing::debug!(endpoint = &**failed.id(), ?reason, "the retry budget is used up");
             return None;
         }
+        // Last: from here on the attempt before reads no more.
+        let body = self.keeper.again()?;
         let head = if attempts + 1 < usize::from(policy.attempts) { self.head.clone() } else { self.head.take() };
         self.next = Some((head?, body));
         tracing::debug!(endpoint = &**failed.id(), ?reason, "tries another endpoint");

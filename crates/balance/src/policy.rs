@@ -93,7 +93,7 @@ impl Policy {
 
     /// Gives an attempt up after so long without the head of a response, and tries another endpoint if the method is
     /// idempotent; the last attempt ends with 504. Default none. Inner layers see it as the attempt's
-    /// [`Deadline`](portcullis_core::Deadline), which never is later than the caller's.
+    /// [`HeadDeadline`](portcullis_core::HeadDeadline) and may answer 504 by then, so that a breaker below counts it.
     #[must_use]
     pub const fn attempt_timeout(mut self, timeout: Duration) -> Self {
         self.attempt_timeout = Some(timeout);

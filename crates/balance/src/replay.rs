@@ -247,6 +247,11 @@ impl Passed {
 // === impl Keeper ===
 
 impl<B: Body<Data = Bytes>> Keeper<B> {
+    /// Whether all that was read is kept.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.0.as_ref().is_none_or(|shared| lock(shared).whole)
+    }
+
     /// The body from its beginning, for another attempt; the one before can read no more. `None` when more was read than
     /// is kept.
     pub(crate) fn again(&self) -> Option<Replay<B>> {

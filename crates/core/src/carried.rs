@@ -53,6 +53,11 @@ pub struct Destination(Arc<str>);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Deadline(pub Moment);
 
+/// When this attempt is given up unless the head of its response is there, on the stack's [`Clock`](crate::Clock). Unlike
+/// a [`Deadline`] it says nothing of the body.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HeadDeadline(pub Moment);
+
 /// The address of the connection's other end, put in by the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PeerAddress(pub SocketAddr);
@@ -66,7 +71,7 @@ pub struct PeerTls {
 
 #[expect(unnameable_types, reason = "what travels is this crate's choice, and so is the carrier")]
 mod sealed {
-    use super::{Deadline, Destination, Endpoints, Identity, PeerAddress, PeerTls, Permit, Route};
+    use super::{Deadline, Destination, Endpoints, HeadDeadline, Identity, PeerAddress, PeerTls, Permit, Route};
 
     /// What travels with a request.
     #[derive(Clone, Debug, Default)]
@@ -74,6 +79,7 @@ mod sealed {
         pub(super) route: Option<Route>,
         pub(super) destination: Option<Destination>,
         pub(super) deadline: Option<Deadline>,
+        pub(super) head_deadline: Option<HeadDeadline>,
         pub(super) peer: Option<PeerAddress>,
         pub(super) tls: Option<PeerTls>,
         pub(super) identity: Option<Identity>,
@@ -107,6 +113,7 @@ carried! {
     route: Route,
     destination: Destination,
     deadline: Deadline,
+    head_deadline: HeadDeadline,
     peer: PeerAddress,
     tls: PeerTls,
     identity: Identity,

@@ -10,6 +10,7 @@
 //! | [`Identity`] | who is calling | auth | rate-limit, balance, the application |
 //! | [`Endpoints`] | where the service lives | discovery | balance |
 //! | [`Permit`] | the right to call one [`Endpoint`] | balance | circuit-break, forward |
+//! | [`HeadDeadline`] | when this attempt is given up | balance | forward |
 //!
 //! They are reached by the methods of [`Carried`] and share one entry in the extensions, however many there are.
 //!
@@ -44,7 +45,7 @@ mod slots;
 mod sync;
 
 pub use body::{Body, Guard};
-pub use carried::{Carried, Deadline, Destination, PeerAddress, PeerTls};
+pub use carried::{Carried, Deadline, Destination, HeadDeadline, PeerAddress, PeerTls};
 pub use client_address::{InvalidNetwork, TrustedProxies, canonical_address, ipv6_prefix};
 pub use clock::{Clock, ManualClock, Moment, WallClock};
 pub use endpoint::{Address, Endpoint, InFlight, Instance, InvalidAddress, Protocol, Scheme};

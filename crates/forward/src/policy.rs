@@ -94,7 +94,8 @@ impl Policy {
         self
     }
 
-    /// How long it may take from the call to the head of the response, connecting and uploading included.
+    /// How long it may take from the call to the head of the response, connecting and uploading included. A
+    /// [`HeadDeadline`](portcullis_core::HeadDeadline) that is earlier counts instead.
     #[must_use]
     pub fn attempt_timeout(mut self, timeout: Duration) -> Self {
         self.attempt_timeout = Some(timeout);

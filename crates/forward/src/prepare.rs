@@ -8,8 +8,8 @@ use http::header::{ALLOW, CONTENT_LENGTH, EXPECT, HOST, HeaderValue, LOCATION, M
 use http::uri::{Authority, PathAndQuery};
 use http::{Method, Request, Response, StatusCode, Uri, Version};
 use portcullis_core::{
-    Address, Body, Carried, Deadline, Dialect, Endpoint, GRPC_TIMEOUT, GrpcCode, Instance, Layer, Permit, Rejection,
-    Route, Scheme, grpc_timeout, grpc_timeout_value, is_normal_path, normal_path,
+    Address, Body, Carried, Deadline, Dialect, Endpoint, GRPC_TIMEOUT, GrpcCode, HeadDeadline, Instance, Layer, Moment,
+    Permit, Rejection, Route, Scheme, grpc_timeout, grpc_timeout_value, is_normal_path, normal_path,
 };
 use tokio::time::Instant;
 use tracing::debug;
@@ -157,8 +157,8 @@ impl Shared {
     fn times(&self, policy: &Merged<'_>, parts: &mut http::request::Parts, is_grpc: bool) -> Times {
         let start = Instant::now();
         let total = policy.time(|policy| policy.total_timeout).and_then(|timeout| after(start, timeout));
-        let deadline =
-            Deadline::of(&parts.extensions).and_then(|deadline| after(start, deadline.0.since(self.clock.now())));
+        let at = |moment: Moment| after(start, moment.since(self.clock.now()));
+        let deadline = Deadline::of(&parts.extensions).and_then(|deadline| at(deadline.0));
         let caller =
             if is_grpc { grpc_timeout(&parts.headers).and_then(|timeout| after(start, timeout)) } else { None };
         let end = earlier(earlier(total, deadline), caller);
@@ -167,6 +167,7 @@ impl Shared {
             parts.headers.insert(GRPC_TIMEOUT, grpc_timeout_value(left));
         }
         let attempt = policy.time(|policy| policy.attempt_timeout).and_then(|timeout| after(start, timeout));
+        let attempt = earlier(attempt, HeadDeadline::of(&parts.extensions).and_then(|deadline| at(deadline.0)));
         let off = Duration::MAX;
         Times {
             start,

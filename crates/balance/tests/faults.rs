@@ -1,0 +1,129 @@
+//! What went wrong once, and must not again.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::BodyExt;
+use portcullis_balance::{
+    Asked, BalanceLayer, Budget, Call, Candidates, Pick, Policy, Random, Replay, RoundRobin, Served,
+};
+use portcullis_core::{
+    Carried, Clock, Endpoint, Endpoints, HeadDeadline, Instance, Layer, Moment, Mover, Outcome, Permit, Rejection,
+};
+use portcullis_testing::contract::{ProbeBody, full, probe};
+use tower::{Layer as _, Service, ServiceExt, service_fn};
+
+fn endpoints(n: u16) -> Endpoints {
+    let instance = |i| Instance::new(format!("{i}"), SocketAddr::from(([10, 0, 0, 1], 1000 + i)));
+    Endpoints::none("s").reconcile((0..n).map(instance), Moment::MIN)
+}
+
+fn request_of(method: Method, endpoints: &Endpoints, body: &'static str) -> Request<ProbeBody> {
+    let mut request = Request::builder().method(method).body(full(body)).unwrap();
+    endpoints.clone().attach(request.extensions_mut());
+    request
+}
+
+fn rejected(status: StatusCode, sent: bool) -> Response<ProbeBody> {
+    let mut response = Response::builder().status(status).body(full("")).unwrap();
+    response.extensions_mut().insert(Rejection::new(Layer::Forward, status, "test").with_sent(sent));
+    response
+}
+
+#[tokio::test(start_paused = true)]
+async fn when_very_few_of_many_admit_it_is_a_panic_and_not_a_stampede() {
+    let set = endpoints(200);
+    set.iter().skip(1).for_each(|endpoint| endpoint.gate().close_for(Mover::new()));
+    let layer = BalanceLayer::new(Random);
+    let mut seen = std::collections::HashSet::new();
+    for _ in 0..1000 {
+        let request = request_of(Method::GET, &set, "");
+        let permit = layer.choose(&set, Asked::of(&request)).unwrap();
+        seen.insert(permit.endpoint().id().clone());
+    }
+    assert!(seen.len() > 100, "{}", seen.len());
+}
+
+struct Observer(Mutex<Vec<(Arc<str>, Outcome)>>);
+
+impl Pick for Observer {
+    fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
+        (0..among.len()).find(|&i| among.usable(i))
+    }
+
+    fn observe(&self, endpoint: &Endpoint, call: &Call) {
+        self.0.lock().unwrap().push((endpoint.id().clone(), call.outcome));
+    }
+
+    fn observes(&self) -> bool {
+        true
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_policy_is_told_of_the_failure_that_another_attempt_makes_up_for() {
+    let set = endpoints(2);
+    for (status, sent) in [(502, false), (502, true), (500, true)] {
+        let observer = Arc::new(Observer(Mutex::default()));
+        let layer =
+            BalanceLayer::new(observer.clone()).policy(Policy::new().on_statuses([StatusCode::INTERNAL_SERVER_ERROR]));
+        let status = StatusCode::from_u16(status).unwrap();
+        let mut service = layer.layer(service_fn(move |request: Request<Replay<ProbeBody>>| async move {
+            let bad = &**Permit::of(request.extensions()).unwrap().endpoint().id() == "0";
+            Ok::<_, std::convert::Infallible>(match (bad, status.as_u16()) {
+                (true, 500) => Response::builder().status(500).body(full("")).unwrap(),
+                (true, _) => rejected(status, sent),
+                (false, _) => Response::new(full("ok")),
+            })
+        }));
+        let response = service.ready().await.unwrap().call(request_of(Method::GET, &set, "")).await.unwrap();
+        assert_eq!(response.status(), 200);
+        response.into_body().collect().await.unwrap();
+        let seen = observer.0.lock().unwrap().clone();
+        assert_eq!(seen, [("0".into(), Outcome::Failure), ("1".into(), Outcome::Success)], "{status} {sent}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_inner_layer_may_be_the_first_to_say_that_an_attempt_took_too_long() {
+    let set = endpoints(2);
+    let layer = BalanceLayer::new(RoundRobin::new()).policy(Policy::new().attempt_timeout(Duration::from_millis(100)));
+    let tries = Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    let seen = tries.clone();
+    let mut service = layer.layer(service_fn(move |request: Request<Replay<ProbeBody>>| {
+        let first = seen.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 0;
+        async move {
+            if first {
+                let HeadDeadline(at) = *HeadDeadline::of(request.extensions()).unwrap();
+                tokio::time::sleep(at.since(Clock::system().now())).await;
+                return Ok::<_, std::convert::Infallible>(rejected(StatusCode::GATEWAY_TIMEOUT, true));
+            }
+            Ok(Response::new(full("ok")))
+        }
+    }));
+    let response = service.ready().await.unwrap().call(request_of(Method::GET, &set, "")).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.extensions().get::<Served>().unwrap().attempts(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upload_goes_on_when_the_budget_denies_another_attempt() {
+    let set = endpoints(2);
+    let layer = BalanceLayer::new(RoundRobin::new())
+        .policy(Policy::new().on_statuses([StatusCode::SERVICE_UNAVAILABLE]))
+        .budget(Budget::new(0.0, 0, Duration::from_secs(10)));
+    let (inner, mut calls) = probe();
+    let mut service = layer.layer(inner);
+    let mut call = Box::pin(service.ready().await.unwrap().call(request_of(Method::PUT, &set, "body")));
+    let answer = async {
+        let call = calls.next().await;
+        call.answer(Response::builder().status(503).body(full("")).unwrap())
+    };
+    let (response, request) = futures::join!(&mut call, answer);
+    assert_eq!(response.unwrap().status(), 503);
+    assert_eq!(request.into_body().collect().await.unwrap().to_bytes(), "body");
+}
