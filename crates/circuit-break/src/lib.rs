@@ -4,8 +4,9 @@
 //! * **Writes** nothing; it takes the right out of the permit and leaves the endpoint.
 //! * **Refuses** with 503 and `retry-after`, or `UNAVAILABLE` and `RetryInfo`, while open.
 //! * **Alone** it guards the whole service behind it.
-//! * **Cost**: while closed no lock, no allocation, and nothing written that threads share; a window adds a write, and one of
-//!   time or of slow calls readings of the clock. `cargo bench -p portcullis-circuit-break` compares it with others.
+//! * **Cost**: while closed no lock, no allocation, and nothing written that threads share but a hold on the endpoint; a
+//!   window adds a write, and one of time or of slow calls readings of the clock. `cargo bench -p portcullis-circuit-break`
+//!   compares it with others.
 //!
 //! ```
 //! # use http::{Request, Response, StatusCode};
