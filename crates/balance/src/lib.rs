@@ -71,6 +71,25 @@
 //! requests: with 20 balancers the p99 at load 0.9 is 15 to 18 for all that look at load, with 100 it is 25 to 28, near
 //! round robin.
 //!
+//! # What it costs
+//!
+//! From `cargo bench -p portcullis-balance`, nanoseconds on a 2.8 GHz Xeon. A pick includes entering the gate, counting the
+//! request and counting it back; none allocates.
+//!
+//! | pick among | 3 | 1000 | 100,000 |
+//! |---|---|---|---|
+//! | random | 62 | 62 | 237 |
+//! | power of two | 58 | 58 | 223 |
+//! | round robin | 68 | 68 | 171 |
+//! | least connections | 60 | 69 | 426 |
+//! | peak EWMA, reading the clock (39) included | 129 | 133 | 547 |
+//! | Maglev | 79 | 79 | |
+//! | ring hash | 101 | 112 | |
+//!
+//! Among 100,000 what is left is waiting for memory. A whole call, with a request of five headers whose making is not
+//! counted, among 100 endpoints: 212 without a second attempt, 640 with one made possible (most of it the copy of the head),
+//! of which 50 are [`Served`]. `tower`'s `Buffer` + `Balance` takes 870 in the same run, 1230 with its peak EWMA.
+//!
 //! # Gates
 //!
 //! The balancer enters an endpoint's [gate](portcullis_core::Gate) while it picks, so what it hands down is the right to
