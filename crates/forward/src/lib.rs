@@ -3,7 +3,117 @@
 //! **Reads** [`Permit`](portcullis_core::Permit), [`Route`](portcullis_core::Route),
 //! [`Deadline`](portcullis_core::Deadline), [`PeerAddress`](portcullis_core::PeerAddress) · **Writes** nothing ·
 //! **Refuses** 400 408 413 500 502 503 504 508 ·
-//! **Alone** [`Forward::to`] a fixed origin · **Cost** one future, and a box for a request's body if it has one
+//! **Alone** [`Forward::to`] a fixed origin · **Cost** one boxed future, and a box for a request's body if it has one
+//!
+//! ```
+//! # #[tokio::main(flavor = "current_thread")] async fn main() {
+//! use bytes::Bytes;
+//! use http::Request;
+//! use http_body_util::{BodyExt, Empty};
+//! use portcullis_core::Rejection;
+//! use portcullis_forward::Forward;
+//! use tower::ServiceExt;
+//! # use tokio::io::{AsyncReadExt, AsyncWriteExt};
+//! # let origin = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+//! # let address = origin.local_addr().unwrap();
+//! # tokio::spawn(async move {
+//! #     let (mut io, _) = origin.accept().await.unwrap();
+//! #     io.read(&mut [0; 1024]).await.unwrap();
+//! #     io.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello").await.unwrap();
+//! # });
+//! let get = |path| Request::get(path).header("host", "shop.test").body(Empty::<Bytes>::new()).unwrap();
+//!
+//! let forward = Forward::to(&format!("http://{address}")).unwrap();
+//! let admitted = forward.clone().oneshot(get("/orders/7")).await.unwrap();
+//! assert_eq!(admitted.into_body().collect().await.unwrap().to_bytes(), "hello");
+//!
+//! let refused = forward.oneshot(get("/orders/%2e%2e/admin")).await.unwrap();
+//! assert_eq!(refused.status(), 400);
+//! assert!(!refused.extensions().get::<Rejection>().unwrap().sent());
+//! # }
+//! ```
+//!
+//! # What happens to a message
+//!
+//! * **Connections.** What belongs to one connection stays on it: the fixed set of fields, and whatever any `Connection`
+//!   line nominates, except fields that guard or describe the request itself (`Authorization`, `Cookie`,
+//!   `X-Forwarded-*`, ...), which cannot be nominated away. Of `TE` only `trailers` goes on. Trailers go both ways; those
+//!   that would change framing, routing or credentials are dropped.
+//! * **Targets.** A path that is not in [normal form](portcullis_core::is_normal_path) gets 400, unless the route
+//!   [says otherwise](Paths). Absolute form becomes origin form, and its authority replaces `Host`. Two `Host`s, a `Host`
+//!   that is none, user information in it, and one that contradicts `:authority` get 400; `CONNECT` 405.
+//! * **Framing.** The body's own length counts; a `Content-Length` that disagrees is replaced.
+//! * **`Via`** is added to both ways; a request that names us in it gets 508. `Max-Forwards` is obeyed.
+//! * **Where it came from** is said in `X-Forwarded-*` or [`Forwarded`]. What the caller says about it is dropped unless
+//!   [a trusted proxy](Forward::trusted_proxies) said it.
+//! * **Upgrades** are passed on if they name one protocol, which is not HTTP itself, in a request without a body. Bytes
+//!   are tunnelled only after a 101 that agrees, and each half closes by itself.
+//! * **gRPC** finds HTTP/2 by its content type where the endpoint does not say what it speaks. `grpc-timeout` goes on less
+//!   what was spent; when time is up the caller gets `DEADLINE_EXCEEDED`, in trailers if the answer had begun.
+//!
+//! # Connections
+//!
+//! They belong to the endpoint's handle and end with it, and are kept per runtime. An HTTP/1.1 connection has no task of its
+//! own: the future and the body of whoever uses it drive it, so that what arrives from the upstream wakes the task that
+//! waits for it and nobody else. Only a request that is still being sent when its answer comes gets a task, and so does
+//! an upgraded connection. HTTP/2 connections have one task each and are shared; another is opened when
+//! [their streams](Forward::max_streams) run out, by one request while the others wait for it.
+//!
+//! Timers are set once in a while, not for each request: one that is set for an earlier request stays until it goes off,
+//! and is then set anew.
+//!
+//! # Nothing sent
+//!
+//! Bytes are counted where they leave. A [`Rejection`](portcullis_core::Rejection) whose
+//! [`sent`](portcullis_core::Rejection::sent) is false means that no byte of the request was taken by the transport, or
+//! that an HTTP/2 endpoint said it did not process the stream (`REFUSED_STREAM`, or a `GOAWAY` without error). Everything
+//! else counts as sent.
+//!
+//! A kept connection may be closed by the upstream just as it is used. If hyper hands the request back, it is sent over
+//! another. If it is gone, has no body, and no byte of an answer came, it is made again and sent over a new connection
+//! once, provided its method is idempotent or nothing had been sent.
+//!
+//! # Defaults
+//!
+//! | setting | default |
+//! |---|---|
+//! | [`connect_timeout`](Policy::connect_timeout) | 1 s |
+//! | [`response_timeout`](Policy::response_timeout) | 15 s from the end of the request to the head of the response |
+//! | [`idle_timeout`](Policy::idle_timeout) | 5 min, either direction |
+//! | [`attempt_timeout`](Policy::attempt_timeout), [`total_timeout`](Policy::total_timeout) | off; a `Deadline` always counts |
+//! | [`request_limit`](Policy::request_limit), [`response_limit`](Policy::response_limit) | off |
+//! | [`max_connections`](Forward::max_connections), [`max_waiting`](Forward::max_waiting) | 1024 per endpoint; waiting per runtime |
+//! | [`max_idle`](Forward::max_idle) | 256 per endpoint and runtime |
+//! | [`pool_idle_timeout`](Forward::pool_idle_timeout), [`max_age`](Forward::max_age) | 60 s; 10 min ± 10 % |
+//! | [`max_streams`](Forward::max_streams) | 100 |
+//! | [`max_head`](Forward::max_head) | 64 KiB |
+//!
+//! # When it fails
+//!
+//! | what | the caller gets | sent |
+//! |---|---|---|
+//! | no endpoint and no origin | 500 `no-endpoint` | no |
+//! | refused, no address, no TLS | 502 `connect-failed`, `tls-failed` | no |
+//! | no connection in time | 504 `connect-timeout` | no |
+//! | too many wait for a connection | 503 `connections-exhausted` | no |
+//! | closed without an answer, or with half a head | 502 `upstream-reset` | as counted |
+//! | an answer that is not HTTP | 502 `malformed-response` | yes |
+//! | 101 nobody asked for, or to something else | 502 `unexpected-upgrade` | yes |
+//! | no head in time; no time left | 504 `response-timeout`; `deadline-exceeded` | as counted |
+//! | the request's body stops; breaks off; is too large | 408; 400; 413 | as counted |
+//! | the response is announced too large | 502 `response-too-large` | yes |
+//! | the response's body stops, breaks off, turns out too large | the head it had, and a body that ends in an error | |
+//!
+//! # What it does not do
+//!
+//! It does not repeat requests with a body, nor choose another endpoint: balance does. It does not buffer, compress, cache
+//! or mirror. There is no HTTP/3, no extended `CONNECT`, no PROXY protocol. A reader who does not read is the server's
+//! affair, since a body that is not polled cannot notice.
+//!
+//! What hyper settles before it can be seen here: of `Content-Length` and `Transfer-Encoding` in one request the latter
+//! counts, and the former never reaches the upstream; 1xx answers other than 101 are swallowed, and 100 is sent by the
+//! server itself when the body is asked for; fields in lower case are all there is; HTTP/1.1 trailers need to be
+//! announced by `Trailer`, so those of an HTTP/2 upstream that did not announce them do not reach an HTTP/1.1 caller.
 
 mod alarm;
 mod connect;

@@ -9,13 +9,14 @@
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use futures::task::AtomicWaker;
 use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use portcullis_core::{Endpoint, Instance, Protocol, Scheme};
 use tokio::runtime::{Handle, Id};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
@@ -115,8 +116,19 @@ struct H2 {
 
 struct H2State {
     streams: AtomicUsize,
+    /// How many streams the endpoint allows; none but the first until it has said so.
     most: AtomicUsize,
+    settled: AtomicBool,
+    driver: AtomicWaker,
     shard: Weak<Shard>,
+}
+
+/// Spawns what hyper needs for an HTTP/2 connection. The first of it reads the socket: until the endpoint's settings have
+/// arrived, it wakes the task that looks at them.
+#[derive(Clone)]
+struct Spawn {
+    state: Arc<H2State>,
+    reads: Arc<AtomicBool>,
 }
 
 /// The right to one stream; dropping it makes room for another.
@@ -294,6 +306,9 @@ impl Shard {
             return Err(failure.clone());
         }
         *failures = Some(kept.failures);
+        if kept.h2.iter().any(|h2| !h2.state.settled.load(Ordering::Acquire)) {
+            return Ok(Turn::Wait);
+        }
         Ok(if std::mem::replace(&mut kept.dialing, true) { Turn::Wait } else { Turn::ForAll(Dialing(self)) })
     }
 
@@ -371,7 +386,15 @@ impl Shard {
         now: Instant,
         retire: Option<Instant>,
     ) -> Result<Lease, Failure> {
-        let mut builder = http2::Builder::new(TokioExecutor::new());
+        let state = Arc::new(H2State {
+            streams: AtomicUsize::new(0),
+            most: AtomicUsize::new(1),
+            settled: AtomicBool::new(false),
+            driver: AtomicWaker::new(),
+            shard: Arc::downgrade(self),
+        });
+        let spawn = Spawn { state: state.clone(), reads: Arc::default() };
+        let mut builder = http2::Builder::new(spawn);
         builder
             .timer(TokioTimer::new())
             .adaptive_window(false)
@@ -382,26 +405,28 @@ impl Shard {
         if let Some((interval, timeout)) = self.limits.keep_alive {
             builder.keep_alive_interval(interval).keep_alive_timeout(timeout);
         }
+        let relay = dialed.relay;
         let (sender, mut connection) = builder
             .handshake(TokioIo::new(dialed.stream))
             .await
             .map_err(|error| Failure::unsent(Kind::Connect).because(&error))?;
-        let state = Arc::new(H2State {
-            streams: AtomicUsize::new(0),
-            most: AtomicUsize::new(self.limits.streams),
-            shard: Arc::downgrade(self),
-        });
         let driven = state.clone();
         // Ends with the connection, which ends when the last sender and the last stream are gone.
         tokio::spawn(async move {
             let _place = place;
             let result = poll_fn(|cx| {
+                driven.driver.register(cx.waker());
                 let polled = Pin::new(&mut connection).poll(cx);
-                driven.most.store(connection.current_max_send_streams(), Ordering::Relaxed);
+                // Settings are the first thing an endpoint says.
+                if relay.read() > 0 {
+                    driven.most.store(connection.current_max_send_streams(), Ordering::Relaxed);
+                    driven.settle();
+                }
                 polled
             })
             .await;
             driven.most.store(0, Ordering::Relaxed);
+            driven.settle();
             if let Err(error) = result {
                 debug!(%error, "HTTP/2 connection ended");
             }
@@ -631,6 +656,40 @@ impl H2 {
         self.sender.is_closed()
             || self.retire.is_some_and(|retire| now >= retire)
             || unused && now.saturating_duration_since(self.last_used) > idle_timeout
+    }
+}
+
+impl H2State {
+    fn settle(&self) {
+        if !self.settled.swap(true, Ordering::AcqRel)
+            && let Some(shard) = self.shard.upgrade()
+        {
+            shard.room.notify_waiters();
+        }
+    }
+}
+
+impl<F> hyper::rt::Executor<F> for Spawn
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, future: F) {
+        if self.reads.swap(true, Ordering::Relaxed) {
+            tokio::spawn(future);
+            return;
+        }
+        let state = self.state.clone();
+        tokio::spawn(async move {
+            let mut future = pin!(future);
+            poll_fn(|cx| {
+                let polled = future.as_mut().poll(cx);
+                if !state.settled.load(Ordering::Relaxed) {
+                    state.driver.wake();
+                }
+                polled
+            })
+            .await;
+        });
     }
 }
 

@@ -5,7 +5,11 @@
 mod connections;
 mod failures;
 mod fields;
+mod fuzz;
+mod h2;
 mod messages;
+#[cfg(feature = "tls")]
+mod tls;
 mod upgrades;
 
 use std::convert::Infallible;
