@@ -177,6 +177,19 @@ async fn a_dropped_registration_goes_and_a_forgotten_one_comes_back() {
 }
 
 #[tokio::test]
+async fn who_gives_up_registering_leaves_nothing_registered() {
+    let consul = Consul::start().await;
+    let registry = registry(&consul);
+    consul.pause();
+    let given_up = registry.register(definition("orders", "a", 1));
+    assert!(tokio::time::timeout(Duration::from_millis(200), given_up).await.is_err());
+    consul.resume();
+    // It arrives, and is taken off again.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    until(async || consul.get("/v1/agent/services").await.body.trim_ascii() == b"{}").await;
+}
+
+#[tokio::test]
 async fn a_ttl_is_kept_alive_and_carries_what_is_reported() {
     let consul = Consul::start().await;
     let registry = registry(&consul);

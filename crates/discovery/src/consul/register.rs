@@ -38,10 +38,22 @@ pub(super) async fn register(client: Arc<Client>, definition: ServiceDefinition)
         return Err(Error::invalid("a registration needs a service and an id"));
     }
     let keeper = Keeper { client, definition, maintenance: None, health: Health::Passing, note: String::new() };
-    keeper.put().await?;
-    tracing::info!(service = &*service, id = &*id, "registered");
     let (handle, commands) = mpsc::channel(8);
-    tokio::spawn(keeper.run(commands));
+    let (done, registered) = oneshot::channel();
+    // In the task, so that a caller who gives up leaves nothing registered: the task then sees the handle gone.
+    tokio::spawn(async move {
+        let result = keeper.put().await;
+        let failed = result.is_err();
+        let _ = done.send(result);
+        if failed {
+            // It may have arrived although the answer did not.
+            let _ = keeper.deregister().await;
+        } else {
+            keeper.run(commands).await;
+        }
+    });
+    registered.await.map_err(|_| Error::unavailable("the runtime is gone"))??;
+    tracing::info!(service = &*service, id = &*id, "registered");
     Ok(Registration::new(service, id, Handle(handle)))
 }
 
