@@ -71,6 +71,9 @@
 //! requests: with 20 balancers the p99 at load 0.9 is 15 to 18 for all that look at load, with 100 it is 25 to 28, near
 //! round robin.
 //!
+//! `cargo run --release --example sick_backends`, in the workspace, does the like with three real backends, of which one is
+//! slow, fails, or cuts its bodies short.
+//!
 //! # What it costs
 //!
 //! From `cargo bench -p portcullis-balance`, nanoseconds on a 2.8 GHz Xeon. A pick includes entering the gate, counting the
