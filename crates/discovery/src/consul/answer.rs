@@ -44,8 +44,9 @@ struct Service {
     id: String,
     #[serde(default)]
     address: String,
+    /// The agent takes any number: one that is no port must not make the whole answer unreadable.
     #[serde(default)]
-    port: u16,
+    port: i64,
     #[serde(default)]
     socket_path: String,
     #[serde(default)]
@@ -65,7 +66,7 @@ struct Service {
 struct TaggedAddress {
     address: String,
     #[serde(default)]
-    port: u16,
+    port: i64,
 }
 
 #[derive(Deserialize)]
@@ -172,10 +173,8 @@ pub(super) const SCHEME: &str = "scheme";
 pub(super) const PROTOCOL: &str = "protocol";
 pub(super) const PRIORITY: &str = "priority";
 
-fn address(host: &str, port: u16) -> Option<Address> {
-    if port == 0 {
-        return None;
-    }
+fn address(host: &str, port: i64) -> Option<Address> {
+    let port = u16::try_from(port).ok().filter(|port| *port != 0)?;
     match host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
         Ok(ip) => Some(Address::Socket((ip, port).into())),
         Err(_) => format!("{host}:{port}").parse().ok(),
@@ -245,7 +244,9 @@ mod tests {
         assert_eq!(at(with(|entry| entry["Service"]["Address"] = "fd00::1".into()), None).unwrap(), "[fd00::1]:8000");
         assert_eq!(at(with(|entry| entry["Service"]["Address"] = "a.b".into()), None).unwrap(), "a.b:8000");
         assert_eq!(at(with(|entry| entry["Service"]["Address"] = "a b".into()), None), None);
-        assert_eq!(at(with(|entry| entry["Service"]["Port"] = 0.into()), None), None);
+        for port in [0, -5, 70_000] {
+            assert_eq!(at(with(|entry| entry["Service"]["Port"] = port.into()), None), None, "{port}");
+        }
     }
 
     #[test]
