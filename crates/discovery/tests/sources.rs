@@ -1,4 +1,5 @@
 //! Files and DNS, as they are.
+#![cfg(any(feature = "file", feature = "dns"))]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
 
 use std::time::Duration;
@@ -7,7 +8,6 @@ use portcullis_core::Instance;
 use portcullis_discovery::Watch;
 
 /// The next answer, within ten seconds.
-#[cfg(any(feature = "file", feature = "dns"))]
 async fn next(watch: &mut Watch) -> Result<Vec<Instance>, portcullis_discovery::Error> {
     tokio::time::timeout(Duration::from_secs(10), watch.next()).await.expect("an answer in time").unwrap()
 }
