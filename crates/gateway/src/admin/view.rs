@@ -1,0 +1,156 @@
+//! What there is to see, as JSON: for the page, and for whoever asks.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use portcullis::circuit_break::{Mode, State as Breaker};
+use portcullis_core::Endpoint;
+use serde_json::{Value as Json, json};
+
+use crate::build::{Running, Service};
+use crate::config::Route;
+use crate::state::State;
+use crate::telemetry::{Answered, BOUNDS, Reading};
+
+/// Everything the page shows.
+pub(super) fn state(state: &State) -> Json {
+    let running = state.running();
+    let telemetry = &state.telemetry;
+    let readings = telemetry.readings();
+    let route = |name: &str| {
+        let mut sum = Reading::default();
+        let (mut errors, mut refused) = (0, 0);
+        for (labels, reading) in readings.iter().filter(|(labels, _)| &*labels.route == name) {
+            for (sum, add) in sum.buckets.iter_mut().zip(reading.buckets) {
+                *sum += add;
+            }
+            sum.seconds += reading.seconds;
+            sum.bytes += reading.bytes;
+            errors += if labels.status >= 500 { reading.count() } else { 0 };
+            refused += if labels.refused.0.is_empty() { 0 } else { reading.count() };
+        }
+        json!({
+            "requests": sum.count(), "errors": errors, "refused": refused, "seconds": sum.seconds, "bytes": sum.bytes,
+            "buckets": sum.buckets,
+        })
+    };
+    let mut routes: Vec<Json> = Vec::new();
+    for one in &running.config.routes {
+        let name = route_name(one);
+        // Routes of one name are counted as one.
+        if routes.iter().any(|have| have["name"] == *name) {
+            continue;
+        }
+        let mut shown = route(&name);
+        shown["name"] = json!(name);
+        shown["hosts"] = one.hosts.iter().map(|host| host.as_str()).collect();
+        shown["methods"] = one.methods.iter().map(http::Method::as_str).collect();
+        shown["to"] = one.to.iter().map(|to| json!({ "service": *to.0.service, "weight": to.0.weight })).collect();
+        shown["does"] = json!(if one.redirect.is_some() {
+            "redirect"
+        } else if one.respond.is_some() {
+            "respond"
+        } else {
+            "send"
+        });
+        routes.push(shown);
+    }
+    let refusals: Vec<Json> = readings
+        .iter()
+        .filter(|(labels, _)| !labels.refused.0.is_empty())
+        .map(|(labels, reading)| {
+            json!({ "route": *labels.route, "layer": labels.refused.0, "reason": labels.refused.1, "count": reading.count() })
+        })
+        .collect();
+    let stats = running.limits.stats();
+    let events: Vec<Json> = telemetry
+        .events()
+        .iter()
+        .map(|event| json!({ "at": event.at.as_millis() as u64, "kind": event.kind, "text": event.text }))
+        .collect();
+    let mut unmatched = route("");
+    unmatched["name"] = json!("");
+    json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "uptime_seconds": state.clock.now().since(state.started).as_secs(),
+        "ready": state.not_ready().is_none(),
+        "not_ready": state.not_ready(),
+        "draining": state.is_stopping(),
+        "file": state.file().map(|file| file.display().to_string()),
+        "writable": running.config.admin.writable,
+        "active": telemetry.active.load(Ordering::Relaxed),
+        "bounds": BOUNDS,
+        "routes": routes,
+        "unmatched": unmatched,
+        "services": services(&running),
+        "refusals": refusals,
+        "limits": {
+            "admitted": stats.admitted, "refused": stats.refused, "callers": stats.live, "places": stats.places,
+            "rates": running.config.limits.iter().map(|(name, limit)| (name.clone(), limit.masked_rate())).collect::<serde_json::Map<_, _>>(),
+        },
+        "events": events,
+    })
+}
+
+/// What a route is called in logs and metrics.
+pub(super) fn route_name(route: &Route) -> String {
+    let grpc = || {
+        let grpc = route.grpc.as_ref()?;
+        Some(format!("/{}/{}", *grpc.service, grpc.method.as_ref().map_or("{method}", |method| method)))
+    };
+    route.name.clone().or_else(|| route.path.as_ref().map(|path| path.to_string())).or_else(grpc).unwrap_or_default()
+}
+
+/// All services with their endpoints.
+pub(super) fn services(running: &Running) -> Json {
+    Json::Object(running.services.iter().map(|(name, one)| (name.clone(), service(one))).collect())
+}
+
+fn service(service: &Service) -> Json {
+    let status = service.status();
+    let failing = status.as_ref().and_then(|status| status.failing.as_ref());
+    let endpoints = status.as_ref().and_then(|status| status.endpoints.as_ref());
+    json!({
+        "known": endpoints.is_some(),
+        "endpoints": endpoints.map(|all| all.iter().map(|one| endpoint(one, service)).collect::<Vec<_>>()).unwrap_or_default(),
+        "registry": status.as_ref().map(|status| json!({
+            "answers": status.answers,
+            "failures": status.failures,
+            "failing_seconds": failing.map(|(time, _)| time.as_secs_f64()),
+            "problem": failing.map(|(_, error)| error.to_string()),
+        })),
+    })
+}
+
+fn endpoint(endpoint: &Endpoint, service: &Service) -> Json {
+    let answered = Answered::by(endpoint);
+    let breaker = service.circuit_break.handle().endpoint(endpoint);
+    let counts = breaker.counts();
+    let health = service.health.as_ref().and_then(|checker| checker.health(endpoint));
+    let instance = endpoint.instance();
+    json!({
+        "id": **endpoint.id(),
+        "address": endpoint.address().to_string(),
+        "weight": endpoint.weight(),
+        "priority": instance.priority,
+        "zone": instance.zone.as_deref(),
+        "admits": endpoint.gate().admits(),
+        "in_flight": endpoint.in_flight(),
+        "picks": endpoint.requests(),
+        "requests": answered.requests.load(Ordering::Relaxed),
+        "errors": answered.errors.load(Ordering::Relaxed),
+        "retried": answered.retried.load(Ordering::Relaxed),
+        "seconds": Duration::from_nanos(answered.nanos.load(Ordering::Relaxed)).as_secs_f64(),
+        "breaker": {
+            "state": match breaker.state() { Breaker::Closed => "closed", Breaker::Open => "open", _ => "half-open" },
+            "forced": match breaker.mode() { Mode::ForcedOpen => Some("open"), Mode::ForcedClosed => Some("closed"), _ => None },
+            "opens_in_seconds": breaker.open_for().map(|time| time.as_secs_f64()),
+            "failures_in_a_row": breaker.failures_in_a_row(),
+            "failed": counts.failed,
+            "refused": counts.refused,
+        },
+        "health": health.map(|health| json!({
+            "well": health.is_well, "checks": health.checks, "failures": health.failures, "problem": health.problem,
+        })),
+    })
+}

@@ -1,0 +1,248 @@
+//! What a route of the file asks of each layer.
+
+use std::num::NonZeroU32;
+
+use http::HeaderName;
+use portcullis::auth::{self, Attempt, Authenticate, Head, Scheme, SharedAuthenticate, SharedFuture};
+use portcullis::forward::{self, Edit};
+use portcullis::gateway::{Cors, Is, Redirect, Route};
+use portcullis::rate_limit::{self, Claim, ClientAddress, Everyone, Header, Key as _, Limit, Rate};
+use portcullis_core::Route as Matched;
+
+use super::Error;
+use crate::config::{self, AuthMode, Config, LimitKey, Paths};
+
+/// The proofs that a route believes, instead of all.
+#[derive(Clone)]
+pub(super) struct Believed(SharedAuthenticate);
+
+/// Asks the proofs that a request's route believes.
+pub(super) struct ByRoute {
+    every: SharedAuthenticate,
+}
+
+// === impl Believed ===
+
+impl Believed {
+    pub(super) fn new(proofs: &[&SharedAuthenticate]) -> Self {
+        Self(any_of(proofs))
+    }
+}
+
+/// Whoever one of these accepts. There is always one.
+fn any_of(proofs: &[&SharedAuthenticate]) -> SharedAuthenticate {
+    match proofs {
+        [] => (|_: &Head<'_>| std::future::ready(Err(auth::Denied::missing()))).shared(),
+        [one] => (*one).clone(),
+        [first, others @ ..] => (*first).clone().or(any_of(others)).shared(),
+    }
+}
+
+// === impl ByRoute ===
+
+impl ByRoute {
+    pub(super) fn new(every: &[&SharedAuthenticate]) -> Self {
+        Self { every: any_of(every) }
+    }
+}
+
+impl Authenticate for ByRoute {
+    type Future = SharedFuture;
+
+    fn authenticate(&self, head: &Head<'_>) -> Attempt<SharedFuture> {
+        let route = portcullis_core::Carried::of(head.extensions());
+        let believed = route.and_then(Matched::policy::<Believed>).map_or(&self.every, |Believed(proof)| proof);
+        believed.authenticate(head)
+    }
+
+    fn schemes(&self) -> Vec<Scheme> {
+        vec![Scheme::bearer()]
+    }
+}
+
+/// What is asked of callers where a route says nothing.
+pub(super) fn default_auth(config: &Config) -> auth::Policy {
+    mode(config.default_auth())
+}
+
+fn mode(mode: AuthMode) -> auth::Policy {
+    match mode {
+        AuthMode::Required => auth::Policy::required(),
+        AuthMode::Optional => auth::Policy::optional(),
+        AuthMode::None => auth::Policy::none(),
+    }
+}
+
+pub(super) fn limit(name: &str, limit: &config::Limit) -> Result<Limit, Error> {
+    let count = NonZeroU32::new(limit.rate.count).unwrap_or(NonZeroU32::MIN);
+    let rate =
+        Rate::new(count, limit.rate.period).map_err(|error| Error::of(format_args!("the limit {name:?}"), error))?;
+    let built = Limit::new(name, limit.burst.map_or(rate, |burst| rate.burst(burst)));
+    Ok(match (limit.key, &limit.header, &limit.claim) {
+        (LimitKey::Address, ..) => built.with_key(ClientAddress::default()),
+        (LimitKey::Everyone, ..) => built.with_key(Everyone),
+        // Who brings none shares nothing with those who do.
+        (LimitKey::Header, Some(header), _) => {
+            built.with_key(Header::new((**header).clone()).or(ClientAddress::default()))
+        }
+        (LimitKey::Claim, _, Some(claim)) => built.with_key(Claim::new(claim.as_str()).or(ClientAddress::default())),
+        (LimitKey::Caller | LimitKey::Header | LimitKey::Claim, ..) => built,
+    })
+}
+
+/// A route with its pattern.
+pub(super) fn route(
+    route: &config::Route,
+    config: &Config,
+    believed: Option<Believed>,
+) -> Result<(String, Route), Error> {
+    let mut built = target(route)?;
+    let pattern = match (&route.path, &route.grpc) {
+        (Some(path), _) => path.to_string(),
+        (None, Some(grpc)) => {
+            built = built.grpc();
+            format!("/{}/{}", *grpc.service, grpc.method.as_ref().map_or("{method}", |method| method))
+        }
+        (None, None) => return Err(Error(String::from("no path"))),
+    };
+    if let Some(name) = &route.name {
+        built = built.named(name);
+    }
+    for host in &route.hosts {
+        built = built.host(host);
+    }
+    for method in &route.methods {
+        built = built.method(method.clone());
+    }
+    for (name, matches) in &route.headers {
+        for is in conditions(matches) {
+            built = built.header(header(name)?, is);
+        }
+    }
+    for (name, matches) in &route.query {
+        for is in conditions(matches) {
+            built = built.query(name, is);
+        }
+    }
+    if let Some(auth) = &route.auth {
+        let auth = &auth.0;
+        let mut policy = mode(auth.mode);
+        if !auth.scopes.is_empty() {
+            policy = policy.scopes_all(&auth.scopes);
+        }
+        if !auth.any_scope.is_empty() {
+            policy = policy.scopes_any(&auth.any_scope);
+        }
+        if !auth.roles.is_empty() {
+            policy = policy.roles_all(&auth.roles);
+        }
+        if !auth.any_role.is_empty() {
+            policy = policy.roles_any(&auth.any_role);
+        }
+        built = built.auth(policy);
+    }
+    if let Some(believed) = believed {
+        built = built.with_policy(believed);
+    }
+    if let Some(names) = &route.limits {
+        let mut limits = Vec::new();
+        for name in names {
+            if let Some(found) = config.limits.get(&**name) {
+                limits.push(limit(name, found)?);
+            }
+        }
+        built = built.rate_limit(rate_limit::Policy::limits(limits));
+    }
+    if let Some(timeout) = route.timeout {
+        built = built.timeout(timeout);
+    }
+    if let Some(retry) = &route.retry {
+        built = built.balance(super::retry_policy(retry));
+    }
+    if let Some(cors) = &route.cors {
+        built = built.cors(cors_of(cors)?);
+    }
+    Ok((pattern, built.forward(forwarding(route)?)))
+}
+
+fn target(route: &config::Route) -> Result<Route, Error> {
+    if let Some(redirect) = &route.redirect {
+        let status = http::StatusCode::from_u16(*redirect.status).map_err(|error| Error(error.to_string()))?;
+        let mut built = Redirect::new(status);
+        if let Some(scheme) = &redirect.scheme {
+            built = built.scheme(scheme);
+        }
+        if let Some(host) = &redirect.host {
+            built = built.host(host);
+        }
+        if let Some(path) = &redirect.path {
+            built = built.path(path);
+        }
+        return Ok(Route::redirect(built));
+    }
+    if let Some(respond) = &route.respond {
+        return Ok(Route::respond(respond.status, respond.content_type.clone(), respond.body.clone()));
+    }
+    Ok(Route::split(route.to.iter().map(|backend| (backend.0.service.as_str(), backend.0.weight))))
+}
+
+fn conditions(matches: &config::Matches) -> impl Iterator<Item = Is> {
+    let table = &matches.0;
+    let present = table.present.map(|present| if present { Is::Present } else { Is::Absent });
+    let exact = table.exact.clone().map(Is::Exactly);
+    exact.into_iter().chain(table.prefix.clone().map(Is::Prefixed)).chain(present)
+}
+
+fn header(name: &str) -> Result<HeaderName, Error> {
+    name.parse().map_err(|_| Error(format!("{name:?} is no name of a header")))
+}
+
+fn forwarding(route: &config::Route) -> Result<forward::Policy, Error> {
+    let mut policy = forward::Policy::new().paths(match route.paths {
+        Paths::Refuse => forward::Paths::Refuse,
+        Paths::Redirect => forward::Paths::Redirect,
+        Paths::Pass => forward::Paths::Pass,
+    });
+    if let Some(prefix) = &route.strip_prefix {
+        policy = policy.strip_prefix(prefix);
+    }
+    if let Some(prefix) = &route.add_prefix {
+        policy = policy.add_prefix(prefix);
+    }
+    if let Some(bytes) = route.max_body {
+        policy = policy.request_limit(bytes.0);
+    }
+    for edit in edits(&route.request_headers)? {
+        policy = policy.edit_request(edit);
+    }
+    for edit in edits(&route.response_headers)? {
+        policy = policy.edit_response(edit);
+    }
+    Ok(policy)
+}
+
+fn edits(edits: &config::Edits) -> Result<Vec<Edit>, Error> {
+    let mut list: Vec<Edit> = edits.remove.iter().cloned().map(Edit::Remove).collect();
+    for (name, value) in &edits.set {
+        list.push(Edit::Set(header(name)?, value.clone()));
+    }
+    for (name, value) in &edits.add {
+        list.push(Edit::Add(header(name)?, value.clone()));
+    }
+    Ok(list)
+}
+
+fn cors_of(cors: &config::Cors) -> Result<Cors, Error> {
+    let built =
+        Cors::new(cors.origins.iter().map(|origin| origin.as_str())).map_err(|error| Error(error.to_string()))?;
+    let built = built
+        .methods(cors.methods.clone())
+        .expose(cors.expose.clone())
+        .credentials(cors.credentials)
+        .max_age(cors.max_age);
+    if cors.headers.iter().any(|name| name == "*") {
+        return Ok(built.any_header());
+    }
+    let names: Result<Vec<HeaderName>, Error> = cors.headers.iter().map(|name| header(name)).collect();
+    Ok(built.headers(names?))
+}

@@ -1,0 +1,95 @@
+//! From a file to what it means, or to everything that is wrong with it.
+
+mod check;
+mod mistake;
+mod model;
+mod read;
+
+use std::path::Path;
+
+use serde_json::{Value as Json, json};
+use toml::de::DeTable;
+
+use self::mistake::Notes;
+pub use self::mistake::{Mistake, Mistakes};
+pub use self::model::*;
+pub use self::read::{At, Blob, Bytes, Map, Rate, Secret, Share};
+use self::read::{Reader, Value};
+
+/// The largest file that is read.
+pub const MAX_FILE: u64 = 4 << 20;
+
+impl Config {
+    /// Reads a file, and the secrets and certificates it names.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with it.
+    pub fn load(path: &Path) -> Result<Self, Mistakes> {
+        let name = path.display().to_string();
+        let unreadable = |why: String| Mistakes::whole(&name, format!("cannot read it: {why}"), "name a readable file");
+        let about = std::fs::metadata(path).map_err(|error| unreadable(error.to_string()))?;
+        if about.len() > MAX_FILE {
+            return Err(Mistakes::whole(
+                &name,
+                format!("{} bytes are too many", about.len()),
+                "at most 4 MiB are read",
+            ));
+        }
+        let text = std::fs::read(path).map_err(|error| unreadable(error.to_string()))?;
+        let text = String::from_utf8(text).map_err(|_| unreadable(String::from("it is not UTF-8")))?;
+        let folder = path.parent().unwrap_or(Path::new(""));
+        Self::parse(&name, &text, folder, &|variable| std::env::var(variable).ok())
+    }
+
+    /// Reads the text of a file called `name` that lies in `folder`; `environment` knows the variables it may name.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with it.
+    pub fn parse(
+        name: &str,
+        text: &str,
+        folder: &Path,
+        environment: &dyn Fn(&str) -> Option<String>,
+    ) -> Result<Self, Mistakes> {
+        let (document, errors) = DeTable::parse_recoverable(text);
+        let mut notes = Notes::new(text);
+        for error in &errors {
+            notes.push(&error.span().unwrap_or_default(), format!("not TOML: {}", error.message()), "");
+        }
+        if !errors.is_empty() {
+            // What was recovered has holes; what it seems to say would be noise.
+            return Err(notes.finish(name));
+        }
+        if document.get_ref().is_empty() {
+            let help = "begin with [services.<name>] and [[routes]]; `portcullis run --help` shows a small one";
+            return Err(Mistakes::whole(name, "the file is empty", help));
+        }
+        let node = toml::Spanned::new(document.span(), toml::de::DeValue::Table(document.into_inner()));
+        let mut reader = Reader { notes, folder: folder.to_owned(), environment };
+        let config = Self::read(&node, &mut reader);
+        if let Some(config) = &config {
+            config.check(&mut reader.notes);
+        }
+        match config {
+            Some(config) if reader.notes.is_empty() => Ok(config),
+            _ => Err(reader.notes.finish(name)),
+        }
+    }
+
+    /// What a file may say, as a JSON schema.
+    #[must_use]
+    pub fn json_schema() -> Json {
+        let mut schema = Self::schema();
+        schema["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
+        schema["title"] = json!("Portcullis gateway");
+        schema
+    }
+
+    /// What the file means, defaults included, with secrets masked.
+    #[must_use]
+    pub fn masked(&self) -> Json {
+        self.show()
+    }
+}

@@ -1,0 +1,157 @@
+//! What runs at the moment, and how it is replaced.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use arc_swap::ArcSwap;
+use portcullis::circuit_break::CircuitBreakLayer;
+use portcullis_core::{Clock, Moment};
+use tokio::sync::watch;
+
+use crate::build::Running;
+use crate::config::Config;
+use crate::telemetry::Telemetry;
+
+/// Everything the servers share.
+pub(crate) struct State {
+    running: ArcSwap<Running>,
+    pub(crate) telemetry: Arc<Telemetry>,
+    pub(crate) clock: Clock,
+    pub(crate) started: Moment,
+    /// The file it was read from; a demo has none.
+    pub(crate) file: Option<PathBuf>,
+    reloading: tokio::sync::Mutex<()>,
+    /// Whether it has been told to stop.
+    stop: watch::Sender<bool>,
+}
+
+// === impl State ===
+
+impl State {
+    /// Puts the first configuration in force.
+    pub(crate) fn new(mut running: Running, file: Option<PathBuf>) -> Arc<Self> {
+        running.commit();
+        let clock = Clock::system();
+        let state = Self {
+            telemetry: Arc::default(),
+            started: clock.now(),
+            clock,
+            file,
+            reloading: tokio::sync::Mutex::default(),
+            stop: watch::Sender::new(false),
+            running: ArcSwap::from_pointee(running),
+        };
+        state.listen_to_breakers(None);
+        Arc::new(state)
+    }
+
+    pub(crate) fn running(&self) -> arc_swap::Guard<Arc<Running>> {
+        self.running.load()
+    }
+
+    /// Reads the file again and puts it in force, or changes nothing and says why.
+    pub(crate) async fn reload(&self) -> Result<String, String> {
+        let Some(file) = self.file.clone() else { return Err(String::from("there is no file to read")) };
+        let _one_at_a_time = self.reloading.lock().await;
+        let loaded = tokio::task::spawn_blocking(move || Config::load(&file)).await;
+        let result = match loaded {
+            Ok(Ok(config)) => self.replace(config),
+            Ok(Err(mistakes)) => Err(mistakes.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        match &result {
+            Ok(what) => {
+                self.telemetry.reloads.fetch_add(1, Ordering::Relaxed);
+                tracing::info!("{what}");
+                self.telemetry.event("reload", what.clone());
+            }
+            Err(why) => {
+                self.telemetry.failed_reloads.fetch_add(1, Ordering::Relaxed);
+                tracing::error!("the file was not put in force:\n{why}");
+                self.telemetry.event("reload", format!("refused: {why}"));
+            }
+        }
+        result
+    }
+
+    fn replace(&self, config: Config) -> Result<String, String> {
+        let before = self.running.load_full();
+        let mut next = Running::build(config, Some(&before)).map_err(|error| error.to_string())?;
+        let (old, new) = (&before.config, &next.config);
+        let fixed = [
+            ("listeners", old.listeners == new.listeners),
+            ("admin.address", old.admin.address == new.admin.address && old.admin.enabled == new.admin.enabled),
+            ("server.threads", old.server.threads == new.server.threads),
+            ("log.format", old.log.format == new.log.format),
+        ];
+        let later: Vec<&str> = fixed.iter().filter(|(_, same)| !same).map(|(name, _)| *name).collect();
+        if old.log.level != new.log.level {
+            crate::log::change(&new.log.level);
+        }
+        next.commit();
+        self.running.store(Arc::new(next));
+        self.listen_to_breakers(Some(&before));
+        let mut said = String::from("the file is in force");
+        if !later.is_empty() {
+            said.push_str(&format!("; what it says of {} counts from the next start", later.join(", ")));
+        }
+        Ok(said)
+    }
+
+    /// Notes what breakers do, of those that are not listened to yet.
+    fn listen_to_breakers(&self, before: Option<&Running>) {
+        for (name, service) in &self.running().services {
+            let old = before.and_then(|before| before.services.get(name));
+            if old.is_some_and(|old| old.has_breaker_of(service)) {
+                continue;
+            }
+            let layer: &CircuitBreakLayer = &service.circuit_break;
+            let mut changes = layer.handle().changes();
+            let (telemetry, name) = (self.telemetry.clone(), name.clone());
+            tokio::spawn(async move {
+                while let Some(change) = changes.next().await {
+                    let of = change.scope.as_endpoint().map_or_else(String::new, |endpoint| endpoint.id().to_string());
+                    let text = format!("{name} {of}: {:?} to {:?} ({:?})", change.from, change.to, change.reason);
+                    telemetry.event("breaker", text);
+                }
+            });
+        }
+    }
+
+    /// Says that it is to stop.
+    pub(crate) fn stop(&self) {
+        if !self.stop.send_replace(true) {
+            self.telemetry.event("drain", "told to stop");
+        }
+    }
+
+    pub(crate) fn is_stopping(&self) -> bool {
+        *self.stop.borrow()
+    }
+
+    /// Done when it is to stop.
+    pub(crate) async fn stopping(&self) {
+        let mut stop = self.stop.subscribe();
+        let _ = stop.wait_for(|stop| *stop).await;
+    }
+
+    /// Why it is not ready, if it is not.
+    pub(crate) fn not_ready(&self) -> Option<String> {
+        if self.is_stopping() {
+            return Some(String::from("draining"));
+        }
+        let running = self.running();
+        let waiting: Vec<&str> = running
+            .services
+            .iter()
+            .filter(|(_, service)| service.endpoints().is_none() && service.is_asked_for(&running.config))
+            .map(|(name, _)| name.as_str())
+            .collect();
+        (!waiting.is_empty()).then(|| format!("nothing is known yet of {}", waiting.join(", ")))
+    }
+
+    pub(crate) fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
+    }
+}

@@ -1,0 +1,208 @@
+//! What happened: numbers for metrics and the page, and the last events.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use http::{Method, StatusCode};
+use portcullis_core::{Endpoint, SlotKey, WallClock};
+
+/// Where `http.server.request.duration` changes bucket, in seconds, as OpenTelemetry has it.
+pub(crate) const BOUNDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
+/// So many series at most; whatever else comes is counted in one.
+const MAX_SERIES: usize = 2_000;
+/// So many events are kept.
+const MAX_EVENTS: usize = 200;
+
+/// What happened since the start.
+#[derive(Default)]
+pub(crate) struct Telemetry {
+    series: ArcSwap<HashMap<Labels, Arc<Series>>>,
+    writing: Mutex<()>,
+    pub(crate) active: AtomicI64,
+    pub(crate) reloads: AtomicU64,
+    pub(crate) failed_reloads: AtomicU64,
+    events: Mutex<VecDeque<Event>>,
+    wall: WallClock,
+}
+
+/// What tells one series of requests from another. Every part comes from a bounded set.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct Labels {
+    /// The route's name, or nothing.
+    pub(crate) route: Arc<str>,
+    pub(crate) method: &'static str,
+    pub(crate) status: u16,
+    /// The layer that refused and why, or nothing.
+    pub(crate) refused: (&'static str, &'static str),
+}
+
+/// Requests that are alike.
+#[derive(Default)]
+pub(crate) struct Series {
+    buckets: [AtomicU64; BOUNDS.len() + 1],
+    nanos: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// A [`Series`] as it was at one time.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Reading {
+    pub(crate) buckets: [u64; BOUNDS.len() + 1],
+    pub(crate) seconds: f64,
+    pub(crate) bytes: u64,
+}
+
+/// Requests that one endpoint answered; kept with the endpoint.
+#[derive(Default)]
+pub(crate) struct Answered {
+    pub(crate) requests: AtomicU64,
+    /// Of those, answered with 5xx.
+    pub(crate) errors: AtomicU64,
+    /// Time until the head of the response.
+    pub(crate) nanos: AtomicU64,
+    /// Attempts that failed here and were made elsewhere.
+    pub(crate) retried: AtomicU64,
+}
+
+static ANSWERED: LazyLock<SlotKey<Answered>> = LazyLock::new(SlotKey::new);
+
+/// Something an operator would want to have seen.
+#[derive(Clone, Debug)]
+pub(crate) struct Event {
+    /// Since the epoch.
+    pub(crate) at: Duration,
+    pub(crate) kind: &'static str,
+    pub(crate) text: String,
+}
+
+// === impl Telemetry ===
+
+impl Telemetry {
+    /// Where requests with these labels are counted.
+    pub(crate) fn series(&self, labels: Labels) -> Arc<Series> {
+        if let Some(series) = self.series.load().get(&labels) {
+            return series.clone();
+        }
+        let _writing = lock(&self.writing);
+        let mut series = HashMap::clone(&self.series.load());
+        let overflow = || Labels { route: "_overflow".into(), method: "_OTHER", status: 0, refused: ("", "") };
+        let labels = if series.len() < MAX_SERIES { labels } else { overflow() };
+        let found = series.entry(labels).or_default().clone();
+        self.series.store(Arc::new(series));
+        found
+    }
+
+    /// All series, in order.
+    pub(crate) fn readings(&self) -> Vec<(Labels, Reading)> {
+        let mut all: Vec<_> =
+            self.series.load().iter().map(|(labels, series)| (labels.clone(), series.read())).collect();
+        all.sort_by(|(a, _), (b, _)| a.cmp(b));
+        all
+    }
+
+    pub(crate) fn event(&self, kind: &'static str, text: impl Into<String>) {
+        let mut events = lock(&self.events);
+        if events.len() == MAX_EVENTS {
+            events.pop_front();
+        }
+        events.push_back(Event { at: self.wall.since_epoch(), kind, text: text.into() });
+    }
+
+    /// The last events, newest first.
+    pub(crate) fn events(&self) -> Vec<Event> {
+        lock(&self.events).iter().rev().cloned().collect()
+    }
+}
+
+// === impl Labels ===
+
+impl Labels {
+    pub(crate) fn new(
+        route: Option<&Arc<str>>,
+        method: &Method,
+        status: StatusCode,
+        refused: (&'static str, &'static str),
+    ) -> Self {
+        static NONE: LazyLock<Arc<str>> = LazyLock::new(|| "".into());
+        Self { route: route.unwrap_or(&NONE).clone(), method: method_label(method), status: status.as_u16(), refused }
+    }
+}
+
+/// Methods that callers make up are one.
+pub(crate) fn method_label(method: &Method) -> &'static str {
+    const KNOWN: [&str; 9] = ["GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "CONNECT", "TRACE"];
+    KNOWN.into_iter().find(|known| *known == method.as_str()).unwrap_or("_OTHER")
+}
+
+// === impl Series ===
+
+impl Series {
+    pub(crate) fn record(&self, took: Duration, bytes: u64) {
+        let seconds = took.as_secs_f64();
+        let bucket = BOUNDS.iter().position(|&bound| seconds <= bound).unwrap_or(BOUNDS.len());
+        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        self.nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn read(&self) -> Reading {
+        Reading {
+            buckets: std::array::from_fn(|index| self.buckets[index].load(Ordering::Relaxed)),
+            seconds: self.nanos.load(Ordering::Relaxed) as f64 / 1e9,
+            bytes: self.bytes.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Reading {
+    pub(crate) fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
+}
+
+// === impl Answered ===
+
+impl Answered {
+    pub(crate) fn by(endpoint: &Endpoint) -> &Self {
+        endpoint.slot(&ANSWERED, Self::default)
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn made_up_methods_and_too_many_series_are_counted_together() {
+        let telemetry = Telemetry::default();
+        let odd = Method::from_bytes(b"BREW").unwrap();
+        for number in 0..MAX_SERIES + 50 {
+            let route: Arc<str> = number.to_string().into();
+            telemetry
+                .series(Labels::new(Some(&route), &odd, StatusCode::OK, ("", "")))
+                .record(Duration::from_millis(7), 3);
+        }
+        let readings = telemetry.readings();
+        assert_eq!(readings.len(), MAX_SERIES + 1);
+        assert!(readings.iter().all(|(labels, _)| labels.method == "_OTHER"));
+        let overflow = readings.iter().find(|(labels, _)| &*labels.route == "_overflow").unwrap();
+        assert_eq!((overflow.1.count(), overflow.1.bytes, overflow.1.buckets[1]), (50, 150, 50));
+    }
+
+    #[test]
+    fn the_oldest_events_give_way() {
+        let telemetry = Telemetry::default();
+        for number in 0..MAX_EVENTS + 5 {
+            telemetry.event("test", number.to_string());
+        }
+        let events = telemetry.events();
+        assert_eq!((events.len(), events[0].text.as_str()), (MAX_EVENTS, "204"));
+    }
+}

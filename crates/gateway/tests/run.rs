@@ -1,0 +1,522 @@
+//! The program itself: started, asked, reloaded, and told to stop.
+#![expect(clippy::expect_used, reason = "what helps the tests fails with them")]
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use http::Method;
+use portcullis_testing::Backend;
+use portcullis_testing::client::{Answer, get, request};
+use portcullis_testing::process::{free_port, scratch_folder};
+use serde_json::json;
+
+/// The program, as it runs.
+struct Program {
+    child: Child,
+    gateway: SocketAddr,
+    admin: SocketAddr,
+    folder: PathBuf,
+}
+
+impl Program {
+    /// Starts it with this file, and waits until it says where it listens.
+    fn start(file: &str) -> Self {
+        let folder = scratch_folder("gateway");
+        Self::start_in(folder, file)
+    }
+
+    fn start_in(folder: PathBuf, file: &str) -> Self {
+        let path = folder.join("gateway.toml");
+        std::fs::write(&path, file).expect("a folder to write in");
+        let errors = std::fs::File::create(folder.join("log")).expect("a folder to write in");
+        let mut child = program(&["run", "--config"])
+            .arg(&path)
+            .stdout(Stdio::piped())
+            .stderr(errors)
+            .spawn()
+            .expect("the program");
+        let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+        let mut address = |what: &str| {
+            let line = lines.next().and_then(Result::ok).unwrap_or_else(|| panic!("it ended: {}", log(&folder)));
+            let at = line.strip_prefix(what).unwrap_or_else(|| panic!("{line:?} is not {what:?}"));
+            at.split(' ').next().and_then(|at| at.parse().ok()).unwrap_or_else(|| panic!("no address in {line:?}"))
+        };
+        let (gateway, admin) = (address("listening at http://"), address("operators at http://"));
+        Self { child, gateway, admin, folder }
+    }
+
+    fn write(&self, file: &str) {
+        std::fs::write(self.folder.join("gateway.toml"), file).expect("a folder to write in");
+    }
+
+    fn signal(&self, name: &str) {
+        let sent = Command::new("kill").arg(format!("-{name}")).arg(self.child.id().to_string()).status();
+        assert!(sent.is_ok_and(|status| status.success()));
+    }
+
+    /// Its exit code, ten seconds from now at the latest.
+    async fn ended(&mut self) -> Option<i32> {
+        for _ in 0..1000 {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return status.code();
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("it does not end: {}", log(&self.folder));
+    }
+
+    async fn get(&self, target: &str) -> Answer {
+        get(self.gateway, target, &[]).await.unwrap_or_else(|error| panic!("{error}: {}", log(&self.folder)))
+    }
+
+    async fn ask(&self, target: &str) -> Answer {
+        get(self.admin, target, &[]).await.unwrap_or_else(|error| panic!("{error}: {}", log(&self.folder)))
+    }
+
+    async fn order(&self, target: &str, body: &serde_json::Value) -> Answer {
+        let answer = request(self.admin, Method::POST, target, &[], body.to_string()).await;
+        answer.unwrap_or_else(|error| panic!("{error}: {}", log(&self.folder)))
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
+
+fn program(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_portcullis"));
+    command.args(arguments).stdin(Stdio::null()).env_remove("RUST_LOG");
+    command
+}
+
+fn log(folder: &Path) -> String {
+    std::fs::read_to_string(folder.join("log")).unwrap_or_default()
+}
+
+/// A file with these services (each with its addresses) and this besides.
+fn file(services: &[(&str, &[SocketAddr])], more: &str) -> String {
+    let mut text = String::from(
+        "listeners.main = { address = \"127.0.0.1:0\" }\nserver = { threads = 2, drain_timeout = \"5s\" }\n",
+    );
+    let has_admin = more.contains("admin");
+    if !has_admin {
+        text.push_str("admin = { address = \"127.0.0.1:0\", writable = true }\n");
+    }
+    for (name, addresses) in services {
+        let list: Vec<String> = addresses.iter().map(|address| format!("\"{address}\"")).collect();
+        text.push_str(&format!(
+            "services.{name} = {{ endpoints = [{}], breaker = {{ failures = 3 }} }}\n",
+            list.join(", ")
+        ));
+    }
+    text + more
+}
+
+const ALL: &str = "[[routes]]\npath = \"/{*rest}\"\nto = \"a\"\n";
+
+#[tokio::test]
+async fn it_serves_shows_itself_and_ends_with_zero() {
+    let backend = Backend::start("one").await;
+    let mut program = Program::start(&file(&[("a", &[backend.address()])], ALL));
+    assert_eq!(program.get("/x").await.header("x-backend"), "one");
+    assert_eq!(program.ask("/live").await.text(), "live\n");
+    assert_eq!(program.ask("/ready").await.text(), "ready\n");
+    let metrics = program.ask("/metrics").await.text();
+    assert!(metrics.contains("http_server_request_duration_seconds_count{http_request_method=\"GET\",http_response_status_code=\"200\",http_route=\"/{*rest}\""), "{metrics}");
+    assert!(metrics.contains("portcullis_service_endpoints{service=\"a\",state=\"admitting\"} 1"), "{metrics}");
+    assert!(!metrics.contains("/x\""), "no path becomes a label");
+    let endpoints = program.ask("/endpoints").await.json();
+    assert_eq!(endpoints["a"]["endpoints"][0]["requests"], 1);
+    assert_eq!(program.ask("/config").await.json()["services"]["a"]["retry"]["attempts"], 2);
+    let page = program.ask("/").await;
+    assert!(
+        page.text().contains("<title>Portcullis</title>")
+            && page.header("content-security-policy").contains("default-src 'none'")
+    );
+    assert_eq!(program.ask("/nothing").await.status, 404);
+    program.signal("TERM");
+    assert_eq!(program.ended().await, Some(0));
+    assert!(log(&program.folder).contains("drained"));
+}
+
+#[tokio::test]
+async fn the_access_log_says_what_happened_and_never_the_query() {
+    let backend = Backend::start("one").await;
+    let mut program = Program::start(&file(&[("a", &[backend.address()])], &format!("log.format = \"json\"\n{ALL}")));
+    program.get("/x?token=secret").await;
+    program.signal("TERM");
+    assert_eq!(program.ended().await, Some(0));
+    let log = log(&program.folder);
+    let line = log.lines().find(|line| line.contains("\"path\":\"/x\"")).unwrap_or_else(|| panic!("{log}"));
+    let line: serde_json::Value = serde_json::from_str(line).expect("a line of JSON");
+    assert_eq!((&line["status"], &line["service"], &line["attempts"]), (&json!(200), &json!("a"), &json!(1)));
+    assert!(line["trace"].as_str().is_some_and(|trace| trace.len() == 32), "{line}");
+    assert!(!log.contains("secret"));
+}
+
+#[tokio::test]
+async fn a_reload_takes_effect_at_once_and_keeps_what_did_not_change() {
+    let (one, two) = (Backend::start("one").await, Backend::start("two").await);
+    let limits = "limits.each = { rate = \"5/h\" }\nlimiter.default = [\"each\"]\n";
+    let first = file(&[("a", &[one.address()])], &format!("{limits}{ALL}"));
+    let program = Program::start(&first);
+    for _ in 0..3 {
+        assert_eq!(program.get("/").await.header("x-backend"), "one");
+    }
+    program.write(&file(
+        &[("a", &[one.address(), two.address()])],
+        &format!("{limits}{ALL}[[routes]]\npath = \"/new\"\nrespond = {{ body = \"new\" }}\n"),
+    ));
+    let answer = program.order("/reload", &json!(null)).await;
+    assert_eq!((answer.status.as_u16(), answer.text().as_str()), (200, "the file is in force\n"));
+    assert_eq!(program.get("/new").await.text(), "new");
+    // The list is followed as a registry is: a moment later.
+    let mut endpoints = json!(null);
+    for _ in 0..500 {
+        endpoints = program.ask("/endpoints").await.json();
+        if endpoints["a"]["endpoints"].as_array().is_some_and(|all| all.len() == 2) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(endpoints["a"]["endpoints"].as_array().map(Vec::len), Some(2));
+    let kept = endpoints["a"]["endpoints"].as_array().and_then(|all| all.iter().find(|one_of| one_of["requests"] == 3));
+    assert!(kept.is_some(), "the endpoint that stayed kept its counters: {endpoints}");
+    // The limit goes on counting where it was: two are left of five.
+    let mut statuses = Vec::new();
+    for _ in 0..3 {
+        statuses.push(program.get("/").await.status.as_u16());
+    }
+    assert_eq!(statuses, [200, 200, 429]);
+}
+
+#[tokio::test]
+async fn a_wrong_file_changes_nothing_and_says_why() {
+    let backend = Backend::start("one").await;
+    let program = Program::start(&file(&[("a", &[backend.address()])], ALL));
+    program.write("[[routes]]\npath = \"/\"\nto = \"b\"\n");
+    let answer = program.order("/reload", &json!(null)).await;
+    assert_eq!(answer.status, 422);
+    assert!(answer.text().contains("gateway.toml:3:6: there is no service \"b\""), "{}", answer.text());
+    program.write(&file(&[("a", &[backend.address()])], &format!("{ALL}{ALL}")));
+    let answer = program.order("/reload", &json!(null)).await;
+    assert!(answer.text().contains("two routes for"), "{}", answer.text());
+    assert_eq!(program.get("/").await.header("x-backend"), "one");
+    assert!(program.ask("/metrics").await.text().contains("portcullis_config_reloads_total{result=\"refused\"} 2"));
+    std::fs::remove_file(program.folder.join("gateway.toml")).expect("a file");
+    assert_eq!(program.order("/reload", &json!(null)).await.status, 422);
+    assert_eq!(program.get("/").await.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_lost_when_files_change_under_load() {
+    let (one, two) = (Backend::start("one").await, Backend::start("two").await);
+    let files = [
+        file(&[("a", &[one.address()])], ALL),
+        file(&[("a", &[two.address()])], ALL),
+        file(
+            &[("a", &[one.address(), two.address()])],
+            &format!("limits.each = {{ rate = \"100000/s\" }}\nlimiter.default = [\"each\"]\n{ALL}"),
+        ),
+    ];
+    let program = Program::start(&files[0]);
+    let (over, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let mut clients = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let (over, sent, gateway) = (over.clone(), sent.clone(), program.gateway);
+        clients.spawn(async move {
+            let mut lost = Vec::new();
+            while !over.load(Ordering::Relaxed) {
+                sent.fetch_add(1, Ordering::Relaxed);
+                match get(gateway, "/", &[]).await {
+                    Ok(answer) if answer.status == 200 => {}
+                    other => lost.push(format!("{other:?}")),
+                }
+            }
+            lost
+        });
+    }
+    for round in 0..30 {
+        program.write(&files[round % 3]);
+        assert_eq!(program.order("/reload", &json!(null)).await.status, 200);
+    }
+    over.store(true, Ordering::Relaxed);
+    let lost: Vec<String> = clients.join_all().await.concat();
+    let sent = sent.load(Ordering::Relaxed);
+    assert!(lost.is_empty(), "{} of {sent} lost: {}", lost.len(), lost[0]);
+    assert!(sent > 50, "only {sent} were sent");
+}
+
+#[tokio::test]
+async fn a_hangup_and_a_change_of_the_file_reload_it() {
+    let backend = Backend::start("one").await;
+    let with = |word: &str| {
+        let more = format!("{ALL}[[routes]]\npath = \"/word\"\nrespond = {{ body = \"{word}\" }}\n");
+        file(&[("a", &[backend.address()])], &more).replace("threads = 2", "threads = 2, watch = true")
+    };
+    let program = Program::start(&with("first"));
+    let until = async |word: &str| {
+        for _ in 0..500 {
+            if program.get("/word").await.text() == word {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("not {word}: {}", log(&program.folder));
+    };
+    until("first").await;
+    program.write(&with("second"));
+    program.signal("HUP");
+    until("second").await;
+    program.write(&with("the third"));
+    until("the third").await;
+}
+
+#[tokio::test]
+async fn requests_under_way_are_finished_and_a_second_signal_ends_it_at_once() {
+    // A backend that answers when it is told to.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let slow = listener.local_addr().unwrap();
+    let mut program = Program::start(&file(&[("a", &[slow])], ALL));
+    let waiting = tokio::spawn(get(program.gateway, "/", &[]));
+    let (mut stream, _) = listener.accept().await.unwrap();
+    // An answer before the request would be none.
+    let mut asked = Vec::new();
+    while !asked.ends_with(b"\r\n\r\n") {
+        tokio::io::AsyncReadExt::read_buf(&mut stream, &mut asked).await.unwrap();
+    }
+    program.signal("TERM");
+    for _ in 0..500 {
+        if get(program.admin, "/ready", &[]).await.is_ok_and(|answer| answer.text() == "not ready: draining\n") {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    tokio::io::AsyncWriteExt::write_all(&mut stream, b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ndone")
+        .await
+        .unwrap();
+    let answer = waiting.await.unwrap().unwrap_or_else(|error| panic!("{error}: {}", log(&program.folder)));
+    assert_eq!(answer.text(), "done");
+    assert_eq!(program.ended().await, Some(0));
+
+    let mut program = Program::start(&file(&[("a", &[slow])], ALL));
+    let waiting = tokio::spawn(get(program.gateway, "/", &[]));
+    let _stream = listener.accept().await.unwrap();
+    program.signal("INT");
+    while program.ask("/ready").await.status == 200 {}
+    program.signal("INT");
+    assert_eq!(program.ended().await, Some(1));
+    assert!(waiting.await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn a_restart_that_overlaps_loses_nothing() {
+    let backend = Backend::start("one").await;
+    let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let text = file(&[("a", &[backend.address()])], ALL).replace(
+        "address = \"127.0.0.1:0\" }\nserver",
+        &format!("address = \"{address}\", reuse_port = true }}\nserver"),
+    );
+    let mut old = Program::start(&text);
+    let over = Arc::new(AtomicBool::new(false));
+    let client = tokio::spawn({
+        let over = over.clone();
+        async move {
+            let mut sent = 0;
+            while !over.load(Ordering::Relaxed) {
+                let answer = get(address, "/", &[]).await.unwrap_or_else(|error| panic!("lost after {sent}: {error}"));
+                assert_eq!(answer.status, 200);
+                sent += 1;
+            }
+            sent
+        }
+    });
+    let new = Program::start(&text);
+    old.signal("TERM");
+    assert_eq!(old.ended().await, Some(0));
+    assert_eq!(new.get("/").await.status, 200);
+    over.store(true, Ordering::Relaxed);
+    assert!(client.await.unwrap() > 0);
+}
+
+#[tokio::test]
+async fn operators_force_breakers_and_change_the_log_only_where_the_file_lets_them() {
+    let (one, two) = (Backend::start("one").await, Backend::start("two").await);
+    let program = Program::start(&file(&[("a", &[one.address(), two.address()])], ALL));
+    let force = |state: &str| json!({ "service": "a", "endpoint": one.address().to_string(), "state": state });
+    assert_eq!(program.order("/breaker", &force("open")).await.text(), "done\n");
+    for _ in 0..10 {
+        assert_eq!(program.get("/").await.header("x-backend"), "two");
+    }
+    assert_eq!(program.ask("/endpoints").await.json()["a"]["endpoints"][0]["breaker"]["forced"], "open");
+    assert_eq!(program.order("/breaker", &force("auto")).await.text(), "done\n");
+    assert_eq!(program.order("/breaker", &force("ajar")).await.status, 400);
+    assert_eq!(
+        program.order("/breaker", &json!({ "service": "b", "endpoint": "", "state": "open" })).await.status,
+        404
+    );
+    assert_eq!(program.order("/log", &json!({ "level": "debug" })).await.status, 200);
+    assert_eq!(program.order("/log", &json!({ "level": "lots" })).await.status, 400);
+    let foreign =
+        request(program.admin, Method::POST, "/drain", &[("origin", "http://evil.example")], "").await.unwrap();
+    assert_eq!(foreign.status, 403, "a page from elsewhere");
+    let rebound = get(program.admin, "http://evil.example/config", &[]).await.unwrap();
+    assert_eq!(rebound.status, 403, "a name that points here");
+
+    let more = format!("admin = {{ address = \"127.0.0.1:0\" }}\n{ALL}");
+    let reading = Program::start(&file(&[("a", &[one.address()])], &more));
+    assert_eq!(reading.order("/drain", &json!(null)).await.status, 403);
+    assert_eq!(reading.ask("/ready").await.status, 200);
+
+    let more = format!("admin = {{ address = \"127.0.0.1:0\", writable = true, token = \"xyzzy\" }}\n{ALL}");
+    let mut guarded = Program::start(&file(&[("a", &[one.address()])], &more));
+    assert_eq!(guarded.order("/drain", &json!(null)).await.status, 401);
+    let admin = guarded.admin;
+    let drain = async |token| request(admin, Method::POST, "/drain", &[("authorization", token)], "").await;
+    assert_eq!(drain("Bearer plugh").await.unwrap().status, 401);
+    assert_eq!(drain("Bearer xyzzy").await.unwrap().status, 202);
+    assert_eq!(guarded.ended().await, Some(0));
+}
+
+#[tokio::test]
+async fn checks_keep_requests_from_what_is_sick() {
+    let (one, two) = (Backend::start("one").await, Backend::start("two").await);
+    let text = file(&[("a", &[one.address(), two.address()])], ALL)
+        .replace("breaker = { failures = 3 }", "health = { interval = \"10ms\", unhealthy = 1 }, breaker = { enabled = false }, balance = { panic_threshold = 0 }");
+    let program = Program::start(&text);
+    one.kill().await;
+    for _ in 0..1000 {
+        if program.ask("/endpoints").await.json()["a"]["endpoints"][0]["health"]["well"] == false {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    for _ in 0..10 {
+        assert_eq!(program.get("/").await.header("x-backend"), "two");
+    }
+    assert_eq!(program.ask("/endpoints").await.json()["a"]["endpoints"][0]["retried"], 0);
+}
+
+#[tokio::test]
+async fn a_registry_that_is_not_there_is_waited_for() {
+    let mut text = file(&[], "[[routes]]\npath = \"/{*rest}\"\nto = \"a\"\n[services.a]\nregistry = \"r\"\n");
+    text.push_str(&format!("[registries.r]\nkind = \"consul\"\naddress = \"http://127.0.0.1:{}\"\n", free_port()));
+    let mut program = Program::start(&text);
+    let ready = program.ask("/ready").await;
+    assert_eq!((ready.status.as_u16(), ready.text().as_str()), (503, "not ready: nothing is known yet of a\n"));
+    assert_eq!(program.ask("/live").await.status, 200);
+    assert_eq!(program.get("/").await.status, 503);
+    program.signal("TERM");
+    assert_eq!(program.ended().await, Some(0));
+}
+
+fn said(mut command: Command) -> (Option<i32>, String) {
+    let output = command.output().expect("the program");
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8_lossy(&text).into_owned())
+}
+
+#[tokio::test]
+async fn what_cannot_be_is_said_and_nothing_is_half_started() {
+    let folder = scratch_folder("wrong");
+    let write = |text: &str| {
+        let path = folder.join("gateway.toml");
+        std::fs::write(&path, text).expect("a folder to write in");
+        path
+    };
+    let run = |text: &str| {
+        let mut command = program(&["run", "--config"]);
+        command.arg(write(text));
+        said(command)
+    };
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let sound = file(&[("a", &[address])], ALL);
+    let (code, text) = run(&sound.replacen("127.0.0.1:0", &address.to_string(), 1));
+    assert_eq!(code, Some(1));
+    assert!(
+        text.contains(&format!("cannot listen at {address}")) && text.contains("another program listens there"),
+        "{text}"
+    );
+    let (code, text) =
+        run(&sound.replace("admin = { address = \"127.0.0.1:0\"", &format!("admin = {{ address = \"{address}\"")));
+    assert_eq!((code, text.contains("listening")), (Some(1), false), "{text}");
+    assert_eq!(run("").0, Some(2));
+    let (code, text) = run(&format!("# {}\n", "x".repeat(5 << 20)));
+    assert_eq!(code, Some(2));
+    assert!(text.contains("too many"), "{text}");
+    let mut absent = program(&["run", "--config"]);
+    absent.arg(folder.join("absent"));
+    assert_eq!(said(absent).0, Some(2));
+
+    let check = |text: &str| {
+        let mut command = program(&["check", "--config"]);
+        command.arg(write(text));
+        said(command)
+    };
+    let (code, text) = check(&sound);
+    assert!(code == Some(0) && text.contains("is right: 1 services, 1 routes"), "{text}");
+    let (code, text) = check(&format!("{sound}{ALL}"));
+    assert!(code == Some(2) && text.contains("two routes for \"/{*rest}\""), "{text}");
+    let (code, text) = check("colour = 1\n[[routes]]\nto = \"x\"\n");
+    assert!(code == Some(2) && text.contains("gateway.toml:1:1: unknown key \"colour\""), "{text}");
+    let (code, text) = said(program(&["schema"]));
+    assert_eq!(code, Some(0));
+    let schema: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!(schema["properties"]["routes"]["anyOf"][0]["items"]["properties"]["path"]["type"], "string");
+    let _ = std::fs::remove_dir_all(&folder);
+}
+
+#[tokio::test]
+async fn tokens_it_makes_are_tokens_it_takes() {
+    let backend = Backend::start("one").await;
+    let more = format!(
+        "auth.providers.p = {{ secret = \"a secret that is long enough for HS256, by far\", issuer = \"i\", audiences = [\"x\", \"y\"] }}\n{ALL}auth = {{ scopes = [\"read\"] }}\n"
+    );
+    let running = Program::start(&file(&[("a", &[backend.address()])], &more));
+    let token = |arguments: &[&str]| {
+        let mut command = program(&["token", "--config"]);
+        command.arg(running.folder.join("gateway.toml")).args(arguments);
+        let (code, text) = said(command);
+        assert_eq!(code, Some(0), "{text}");
+        format!("Bearer {}", text.trim())
+    };
+    let ask = async |token: &str| get(running.gateway, "/", &[("authorization", token)]).await.unwrap().status.as_u16();
+    assert_eq!(running.get("/").await.status, 401);
+    assert_eq!(ask(&token(&["--scope", "read"])).await, 200);
+    assert_eq!(ask(&token(&[])).await, 403);
+    assert_eq!(ask(&token(&["--scope", "read", "--issuer", "other"])).await, 401);
+    assert_eq!(said(program(&["token"])).0, Some(2));
+}
+
+#[tokio::test]
+async fn the_demo_runs_with_nothing_installed() {
+    let mut child = program(&["demo"]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("the program");
+    let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+    let mut shown = Vec::new();
+    for line in lines.by_ref() {
+        shown.push(line.expect("text"));
+        if shown.last().is_some_and(|line| line.contains("drains and stops")) {
+            break;
+        }
+    }
+    let find =
+        |what: &str| shown.iter().find_map(|line| line.split_once(what)).unwrap_or_else(|| panic!("{shown:?}")).1;
+    let gateway: SocketAddr = find("listening at http://").split(' ').next().unwrap().parse().unwrap();
+    let token = find("authorization: ").split('\'').next().unwrap();
+    let answer = get(gateway, "/orders/7", &[("authorization", token)]).await.unwrap();
+    assert!(answer.status == 200 && answer.text().contains("answers GET /orders/7"), "{answer:?}");
+    assert_eq!(get(gateway, "/orders/7", &[]).await.unwrap().status, 401);
+    let stopped = Command::new("kill").arg("-TERM").arg(child.id().to_string()).status();
+    assert!(stopped.is_ok_and(|status| status.success()));
+    assert_eq!(child.wait().expect("an end").code(), Some(0));
+}
