@@ -71,6 +71,14 @@
 //! requests: with 20 balancers the p99 at load 0.9 is 15 to 18 for all that look at load, with 100 it is 25 to 28, near
 //! round robin.
 //!
+//! Weights: an endpoint of weight 1 among others of 2 gets its share within the noise, 1.4 %, from random, round robin, least
+//! connections and power of two when idle, whatever their number. Under load, with servers as fast as their weights, random
+//! and round robin keep it so; least connections of all is within 3 %, power of two gives it up to 13 % less, peak EWMA up
+//! to 28 % less, because it is slower; peak EWMA follows latency when idle too.
+//!
+//! Hashing 200,000 keys over 10, and 100, endpoints: the fullest has 1.05, 1.11 of its share on the ring, 1.01, 1.05 with
+//! Maglev; when one goes, no other's keys move on the ring, and 0.3 %, 0.6 % of all do with Maglev.
+//!
 //! `cargo run --release --example sick_backends`, in the workspace, does the like with three real backends, of which one is
 //! slow, fails, or cuts its bodies short.
 //!
