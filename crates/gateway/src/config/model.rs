@@ -531,7 +531,7 @@ section! {
 section! {
     /// Lets pages of other origins call ([the fetch standard](https://fetch.spec.whatwg.org/#http-cors-protocol)).
     pub struct Cors {
-        /// Origins, such as "https://app.example.com", or "*".
+        /// Origins, such as `https://app.example.com`, or "*".
         origins: Vec<At<String>>,
         /// Methods, beside those that need no leave.
         methods: Vec<Method>,

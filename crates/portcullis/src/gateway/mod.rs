@@ -295,7 +295,7 @@ impl Builder {
         self.with_rate_limit(RateLimitLayer::new(rate))
     }
 
-    /// Picks endpoints by this policy instead of [`PowerOfTwo`].
+    /// Picks endpoints by this policy instead of [`PowerOfTwo`](portcullis_balance::PowerOfTwo).
     pub fn pick(self, pick: impl Pick + 'static) -> Self {
         self.with_balance(BalanceLayer::new(Arc::new(pick)))
     }
