@@ -226,7 +226,6 @@ async fn one_process(url: &str, lease: Duration, seconds: u64) {
                 let before = WallClock::system().since_epoch();
                 let response = service.oneshot(request).await.unwrap();
                 times.lock().unwrap().push((WallClock::system().since_epoch() - before).as_nanos() as u64);
-                assert_ne!(response.status(), 503, "the store did not answer within 20 s");
                 if let Some(after) = response.extensions().get::<Duration>() {
                     let (before, after) = (before.as_nanos() as u64, after.as_nanos() as u64);
                     admissions.lock().unwrap().push(Admission { key, before, after });

@@ -22,8 +22,9 @@
 //! * *A charge on the floor while the key loses its entry*: a raise changes the floor's version, and the charge is tried
 //!   again.
 //!
-//! An entry whose time is over carries no information, and its floor raises nobody. While every entry of a set is in use,
-//! newcomers to that set share its floor: that is the overflow bucket.
+//! An entry whose time is over carries no information, and raising the floor to it costs nobody. While every entry of a set
+//! is in use, newcomers to that set share its floor: that is the overflow bucket. One who starts while it is ahead is a
+//! *guest*, and makes room again as soon as the floor has passed it.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
@@ -105,6 +106,8 @@ const STATE: u64 = 3 << 62;
 const LIVE: u64 = 0;
 const MOVING: u64 = 1 << 62;
 const PENDING: u64 = 2 << 62;
+/// Live, but started at a floor that was ahead, and was charged only once.
+const GUEST: u64 = 3 << 62;
 const VERSION: u64 = 15 << 58;
 const ONE_VERSION: u64 = 1 << 58;
 
@@ -131,7 +134,7 @@ impl Table {
     pub(crate) fn charge(&self, mark: Mark, now: u64, decide: impl Fn(u64) -> Option<u64>) -> Result<Charged, u64> {
         let set = self.set(mark);
         loop {
-            if let Some(done) = set.charge(mark, &decide).or_else(|| set.admit(mark, now, &decide)) {
+            if let Some(done) = set.charge(mark, now, &decide).or_else(|| set.admit(mark, now, &decide)) {
                 return done;
             }
         }
@@ -141,7 +144,7 @@ impl Table {
     pub(crate) fn peek(&self, mark: Mark) -> u64 {
         let set = self.set(mark);
         match set.find(mark) {
-            Some((_, word)) if word.state() == LIVE => word.time(),
+            Some((_, word)) if word.state() != PENDING => word.time(),
             Some((_, word)) => word.time().max(set.floor().time()),
             None => set.floor().time(),
         }
@@ -151,7 +154,7 @@ impl Table {
     pub(crate) fn refund(&self, mark: Mark, nanos: u64) {
         let set = self.set(mark);
         while let Some((entry, word)) = set.find(mark) {
-            if word.state() != LIVE || entry.replace(word, word.earlier(nanos)) {
+            if word.state() == PENDING || entry.replace(word, word.earlier(nanos)) {
                 return;
             }
         }
@@ -228,13 +231,13 @@ impl Set {
     }
 
     /// Charges the key's entry. `None` when it has none, or somebody else was quicker.
-    fn charge(&self, mark: Mark, decide: &impl Fn(u64) -> Option<u64>) -> Option<Result<Charged, u64>> {
+    fn charge(&self, mark: Mark, now: u64, decide: &impl Fn(u64) -> Option<u64>) -> Option<Result<Charged, u64>> {
         let (entry, word) = self.find(mark)?;
         if word.state() == PENDING {
-            return self.activate(entry, word, decide);
+            return self.activate(entry, word, now, decide);
         }
         let Some(time) = decide(word.time()) else { return Some(Err(word.time())) };
-        entry.replace(word, word.at(time)).then_some(Ok(Charged { time, overflow: false }))
+        entry.replace(word, word.live().at(time)).then_some(Ok(Charged { time, overflow: false }))
     }
 
     /// The first charge of an entry, by whoever comes first.
@@ -242,12 +245,14 @@ impl Set {
         &self,
         entry: &Entry,
         word: Word,
+        now: u64,
         decide: &impl Fn(u64) -> Option<u64>,
     ) -> Option<Result<Charged, u64>> {
         fence(Ordering::SeqCst);
         let start = word.time().max(self.floor().time());
         let Some(time) = decide(start) else { return Some(Err(start)) };
-        entry.replace(word, Word(word.0 & !STATE).at(time)).then_some(Ok(Charged { time, overflow: false }))
+        let started = if start > now { word.guest() } else { word.live() };
+        entry.replace(word, started.at(time)).then_some(Ok(Charged { time, overflow: false }))
     }
 
     /// Charges a key that has no entry: gives it one, else charges the floor.
@@ -270,7 +275,7 @@ impl Set {
                 entry.mark.store(mark.0, Ordering::Release);
                 let pending = word.pending();
                 entry.word.store(pending.0, Ordering::Release);
-                let done = self.activate(entry, pending, decide);
+                let done = self.activate(entry, pending, now, decide);
                 drop(head);
                 return done;
             }
@@ -295,11 +300,16 @@ impl Set {
         None
     }
 
-    /// The entry to give away: the one that was over first.
+    /// The entry to give away: the one that was over first, else one that says no more than the floor.
+    ///
+    /// Only guests go for the second reason. Without it a set that overflowed once would stay full: newcomers start at the
+    /// floor, and so live long. With it for all, strangers could displace a caller in debt.
     fn victim(&self, mark: Mark, now: u64) -> Option<(&Entry, Word)> {
+        let floor = self.floor().time();
         let over = |entry| {
             let word = Entry::word(entry);
-            (word.time() <= now).then_some((entry, word))
+            let over = word.time() <= now || word.state() == GUEST && word.time() <= floor;
+            over.then_some((entry, word))
         };
         self.beginning_at(mark).filter_map(over).min_by_key(|(_, word)| word.time())
     }
@@ -369,6 +379,14 @@ impl Word {
 
     fn earlier(self, nanos: u64) -> Self {
         self.next_version().at(self.time().saturating_sub(nanos))
+    }
+
+    fn live(self) -> Self {
+        Self(self.0 & !STATE | LIVE)
+    }
+
+    fn guest(self) -> Self {
+        Self(self.0 & !STATE | GUEST)
     }
 
     fn moving(self) -> Self {

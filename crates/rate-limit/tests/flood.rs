@@ -41,7 +41,7 @@ fn memory() -> f64 {
 /// A million new keys a second; a hundred callers come at half of what they may.
 #[test]
 fn honest_callers_keep_their_share_while_strangers_flood() {
-    let keys: u32 = std::env::var("PORTCULLIS_KEYS").map_or(300_000, |keys| keys.parse().unwrap());
+    let keys: u32 = std::env::var("PORTCULLIS_KEYS").map_or(200_000, |keys| keys.parse().unwrap());
     let (clock, hand) = Clock::manual();
     let layer = RateLimitLayer::new(Rate::per_second(n(10))).with_clock(clock);
     let mut service = layer.layer(service_fn(|_: Request<()>| {
@@ -71,7 +71,7 @@ fn honest_callers_keep_their_share_while_strangers_flood() {
 /// When even that is too much, every place is taken for an hour: who is in debt keeps it, and strangers share buckets.
 #[test]
 fn a_flood_beyond_all_places_forgives_no_debt() {
-    let keys: u32 = std::env::var("PORTCULLIS_KEYS").map_or(300_000, |keys| keys.parse().unwrap());
+    let keys: u32 = std::env::var("PORTCULLIS_KEYS").map_or(200_000, |keys| keys.parse().unwrap());
     let (clock, hand) = Clock::manual();
     let layer = RateLimitLayer::new(Rate::per_hour(n(10))).with_clock(clock);
     let mut service = layer.layer(service_fn(|_: Request<()>| {

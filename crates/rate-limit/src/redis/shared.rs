@@ -93,7 +93,7 @@ impl Shared {
     pub(super) async fn invoke(&self, settings: Settings, asks: &[Ask]) -> Result<Vec<Reply>, String> {
         let connection = self.connection.get_or_init(|| {
             let config = ConnectionManagerConfig::new()
-                .set_response_timeout(Some(Duration::from_secs(1)))
+                .set_response_timeout(Some(settings.deadline.max(Duration::from_secs(1))))
                 .set_connection_timeout(Some(Duration::from_secs(1)))
                 .set_number_of_retries(1)
                 .set_min_delay(Duration::from_millis(20));

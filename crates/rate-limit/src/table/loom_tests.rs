@@ -18,7 +18,7 @@ fn model(preemptions: usize, check: impl Fn() + Sync + Send + 'static) {
 fn take(set: &Set, key: u64, now: u64, burst: u64) -> bool {
     let decide = |time| Cell::charge(time, now, COST, burst * COST);
     loop {
-        if let Some(done) = set.charge(Mark(key), &decide).or_else(|| set.admit(Mark(key), now, &decide)) {
+        if let Some(done) = set.charge(Mark(key), now, &decide).or_else(|| set.admit(Mark(key), now, &decide)) {
             return done.is_ok();
         }
         loom::thread::yield_now();
@@ -117,7 +117,7 @@ fn loom_a_refund_meets_no_other_key() {
         let other = set.clone();
         let refund = loom::thread::spawn(move || {
             while let Some((entry, word)) = other.find(Mark(1)) {
-                if word.state() != LIVE || entry.replace(word, word.earlier(COST)) {
+                if word.state() == PENDING || entry.replace(word, word.earlier(COST)) {
                     break;
                 }
             }
