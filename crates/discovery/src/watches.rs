@@ -16,6 +16,7 @@ use portcullis_core::{Clock, Endpoints, Instance, Moment};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
+use tokio::time::MissedTickBehavior;
 
 use crate::backoff::Backoff;
 use crate::{Error, Registry};
@@ -248,6 +249,10 @@ impl Drop for Watched {
         if let Some(task) = self.task.get_mut().unwrap_or_else(PoisonError::into_inner) {
             task.abort();
         }
+        // Nobody follows them any more: breakers need not keep them, nor pools their connections.
+        if let Some(endpoints) = self.current() {
+            drop(endpoints.reconcile([], Moment::MIN));
+        }
     }
 }
 
@@ -360,6 +365,8 @@ async fn run(registry: Arc<dyn Registry>, watches: Weak<Watches>, state: Ending,
     let (state, clock) = (&state.0, &limits.clock);
     let mut backoff = Backoff::new();
     let mut idle = tokio::time::interval(limits.idle.clamp(Duration::from_millis(1), A_YEAR));
+    // Periods that were missed are not held against a service in use.
+    idle.set_missed_tick_behavior(MissedTickBehavior::Delay);
     idle.reset();
     loop {
         let mut watch = registry.watch(&state.service);

@@ -383,3 +383,38 @@ fn services_are_clone_send_and_sync() {
     check(&service);
     is_send(&service.call(Request::new(())));
 }
+
+#[tokio::test(start_paused = true)]
+async fn endpoints_that_nobody_follows_any_more_are_marked_removed() {
+    let registry = FixedRegistry::new().instances("orders", [instance("a")]);
+    let layer = DiscoveryLayer::new(registry).idle(Duration::from_secs(10));
+    layer.follow("orders");
+    layer.ready().await;
+    let idle = layer.follow("orders").unwrap();
+    tokio::time::sleep(Duration::from_secs(30)).await;
+    assert!(layer.status().is_empty() && idle[0].is_removed(), "pools and breakers would keep them for ever");
+
+    layer.follow("orders");
+    layer.ready().await;
+    let last = layer.follow("orders").unwrap();
+    assert!(!last[0].is_removed());
+    drop(layer);
+    assert!(last[0].is_removed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_that_keeps_ending_does_not_have_a_service_in_use_forgotten() {
+    let registry = Scripted::default();
+    registry.script().send(Ok(vec![instance("a")])).unwrap();
+    for _ in 0..100 {
+        drop(registry.script());
+    }
+    let layer = DiscoveryLayer::new(registry).idle(Duration::from_secs(2));
+    layer.follow("orders");
+    layer.ready().await;
+    let first = layer.follow("orders").unwrap();
+    for _ in 0..1000 {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        assert!(layer.follow("orders").is_some_and(|known| known.is(&first)), "what was known is lost");
+    }
+}
