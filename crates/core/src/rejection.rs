@@ -212,7 +212,7 @@ impl Rejection {
         };
         let headers = response.headers_mut();
         if let Some(wait) = inner.retry_after {
-            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            let seconds = wait.as_secs().saturating_add(u64::from(wait.subsec_nanos() > 0));
             headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
         for (name, value) in &inner.headers {
@@ -333,5 +333,13 @@ mod tests {
         let details = base64::engine::general_purpose::STANDARD_NO_PAD.decode(details).unwrap();
         assert!(details.starts_with(&[0x08, 8, 0x12, 22]));
         assert!(details.ends_with(&[0x12, 9, 0x0a, 7, 0x08, 1, 0x10, 0x80, 0x84, 0xaf, 0x5f]));
+    }
+
+    #[test]
+    fn the_longest_wait_is_said_as_such() {
+        let rejection =
+            Rejection::new(Layer::Forward, StatusCode::SERVICE_UNAVAILABLE, "x").with_retry_after(Duration::MAX);
+        let response = rejection.into_response::<(), ()>(Dialect::Grpc);
+        assert_eq!(response.headers()["retry-after"], u64::MAX.to_string());
     }
 }
