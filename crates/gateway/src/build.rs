@@ -407,7 +407,7 @@ fn providers(
 fn jwt(provider: &Provider) -> Result<auth::Jwt, String> {
     let keys = match (keys_of(provider)?, &provider.jwks_url) {
         (Some(keys), _) => keys,
-        (None, Some(_)) => return Err(String::from("jwks_url is not built in")),
+        (None, Some(url)) => auth::KeySource::url(url.as_str()).start().map_err(|error| error.to_string())?,
         (None, None) => return Err(String::from("no key")),
     };
     let mut jwt = auth::Jwt::new(keys);

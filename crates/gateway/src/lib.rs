@@ -122,6 +122,9 @@ fn check(file: &std::path::Path) -> ExitCode {
     };
     let (services, routes) = (config.services.len(), config.routes.len());
     // What only shows when it is put together: patterns that contradict each other, keys that do not fit.
+    // Nothing is asked of anybody: what would run in it never does.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let _inside = runtime.as_ref().ok().map(tokio::runtime::Runtime::enter);
     let built = config.listeners.values().try_for_each(|listener| run::tls(listener).map(drop));
     match built.and_then(|()| build::Running::build(config, None).map(drop).map_err(|error| error.to_string())) {
         Ok(()) => {

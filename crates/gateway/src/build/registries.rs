@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use futures::stream;
 use portcullis::discovery::{
-    ConsulConfig, ConsulRegistry, DiscoveryLayer, Pending, Registration, Registry, ServiceDefinition, Watch,
+    ConsulConfig, ConsulRegistry, DiscoveryLayer, DnsRegistry, FileRegistry, Pending, Registration, Registry,
+    ServiceDefinition, Watch,
 };
 use portcullis_core::{Instance, Protocol, Scheme};
 use tokio::sync::watch;
@@ -135,7 +136,19 @@ fn build(registry: &config::Registry) -> Result<Arc<dyn Registry>, Error> {
             }
             Ok(Arc::new(ConsulRegistry::new(config).map_err(wrong)?))
         }
-        RegistryKind::Dns | RegistryKind::File => Err(Error(String::from("this kind is not built in"))),
+        RegistryKind::Dns => {
+            let wrong = |error: portcullis::discovery::Error| Error(error.to_string());
+            let dns = registry.port.map_or_else(DnsRegistry::srv, DnsRegistry::addresses).map_err(wrong)?;
+            let server = registry.address.as_ref().and_then(|address| address.parse().ok());
+            Ok(Arc::new(match server {
+                Some(server) => dns.server(server).map_err(wrong)?,
+                None => dns,
+            }))
+        }
+        RegistryKind::File => match &registry.path {
+            Some(path) => Ok(Arc::new(FileRegistry::new(path.as_str()))),
+            None => Err(Error(String::from("no path"))),
+        },
     }
 }
 

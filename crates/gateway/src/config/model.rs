@@ -115,7 +115,9 @@ section! {
         tag: Option<String>,
         /// Consul: authorities of an agent that speaks TLS, as PEM.
         ca: Option<Blob>,
-        /// File: the file with the instances.
+        /// DNS: the port of all instances. Without, SRV records say it.
+        port: Option<u16>,
+        /// File: the file with the instances; relative to where the program is started.
         path: Option<At<String>>,
         /// How long endpoints are used while the registry does not answer. By default for ever.
         max_age: Option<Duration>,
