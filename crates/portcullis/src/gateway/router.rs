@@ -276,17 +276,17 @@ mod tests {
 
     fn ask(
         router: &Router<&'static str>,
-        method: Method,
+        method: &Method,
         target: &str,
         headers: &[(&str, &str)],
     ) -> Result<&'static str, Missing> {
         let uri: Uri = target.parse().unwrap();
         let headers = headers.iter().map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap())).collect();
-        router.find(Asked { method: &method, uri: &uri, headers: &headers }).copied()
+        router.find(Asked { method, uri: &uri, headers: &headers }).copied()
     }
 
     fn get(router: &Router<&'static str>, target: &str) -> Result<&'static str, Missing> {
-        ask(router, Method::GET, target, &[])
+        ask(router, &Method::GET, target, &[])
     }
 
     fn any() -> Matches {
@@ -330,12 +330,12 @@ mod tests {
             ("/a".to_owned(), Matches { methods: vec![Method::POST], ..any() }, "post"),
         ];
         let router = Router::new(routes.clone()).unwrap();
-        assert_eq!(ask(&router, Method::HEAD, "/a", &[]), Ok("get"));
-        assert_eq!(ask(&router, Method::POST, "/a", &[]), Ok("post"));
+        assert_eq!(ask(&router, &Method::HEAD, "/a", &[]), Ok("get"));
+        assert_eq!(ask(&router, &Method::POST, "/a", &[]), Ok("post"));
         let allowed = vec![Method::GET, Method::HEAD, Method::POST];
-        assert_eq!(ask(&router, Method::PUT, "/a", &[]), Err(Missing::Method(allowed)));
+        assert_eq!(ask(&router, &Method::PUT, "/a", &[]), Err(Missing::Method(allowed)));
         let with_any = [routes.clone(), vec![("/a".to_owned(), any(), "any")]].concat();
-        assert_eq!(ask(&Router::new(with_any).unwrap(), Method::PUT, "/a", &[]), Ok("any"));
+        assert_eq!(ask(&Router::new(with_any).unwrap(), &Method::PUT, "/a", &[]), Ok("any"));
         let twice =
             [routes, vec![("/a".to_owned(), Matches { methods: vec![Method::POST], ..any() }, "again")]].concat();
         assert!(Router::new(twice).is_err());
@@ -351,7 +351,7 @@ mod tests {
             ("/a".to_owned(), host("v1.API.example"), "exact"),
         ])
         .unwrap();
-        let at = |host: &str, path| ask(&router, Method::GET, path, &[("host", host)]);
+        let at = |host: &str, path| ask(&router, &Method::GET, path, &[("host", host)]);
         assert_eq!(at("v1.api.example:8080", "/a"), Ok("exact"));
         assert_eq!(at("V1.api.example", "/b"), Ok("longer"), "what is more specific takes only what matches");
         assert_eq!(at("x.example", "/a"), Ok("wild"));
@@ -385,15 +385,15 @@ mod tests {
         ])
         .unwrap();
         let canary = [("x-canary", "yes")];
-        assert_eq!(ask(&router, Method::GET, "/a?v+w=2.1", &canary), Ok("both"));
+        assert_eq!(ask(&router, &Method::GET, "/a?v+w=2.1", &canary), Ok("both"));
         assert_eq!(
-            ask(&router, Method::GET, "/a?v%20w=1&v%20w=2", &canary),
+            ask(&router, &Method::GET, "/a?v%20w=1&v%20w=2", &canary),
             Ok("header"),
             "the first of a name counts"
         );
         assert_eq!(get(&router, "/a?v+w=2"), Ok("all"), "a less specific pattern takes what others refuse");
         assert_eq!(get(&router, "/b"), Ok("without"));
-        assert_eq!(ask(&router, Method::GET, "/b", &canary), Ok("all"));
+        assert_eq!(ask(&router, &Method::GET, "/b", &canary), Ok("all"));
     }
 
     #[test]
@@ -402,8 +402,8 @@ mod tests {
         let router =
             Router::new(vec![("/s.S/M".to_owned(), grpc, "grpc"), ("/s.S/M".to_owned(), any(), "web")]).unwrap();
         let grpc = [("content-type", "application/grpc+proto")];
-        assert_eq!(ask(&router, Method::POST, "/s.S/M", &grpc), Ok("grpc"));
-        assert_eq!(ask(&router, Method::POST, "/s.S/M", &[]), Ok("web"));
+        assert_eq!(ask(&router, &Method::POST, "/s.S/M", &grpc), Ok("grpc"));
+        assert_eq!(ask(&router, &Method::POST, "/s.S/M", &[]), Ok("web"));
     }
 
     #[test]
