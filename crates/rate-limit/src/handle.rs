@@ -38,7 +38,7 @@ pub struct Stats {
     pub overflowing: usize,
     /// Such buckets there are.
     pub buckets: usize,
-    /// The memory of the table in bytes; it does not change.
+    /// The memory of the table in bytes; it grows only when a limit of another span is asked for the first time.
     pub bytes: usize,
 }
 
@@ -62,7 +62,12 @@ impl Handle {
 
     /// Replaces all limits of the layer. Those that keep their name keep their counters.
     pub fn set_limits(&self, limits: impl IntoIterator<Item = Limit>) {
-        let limits: Vec<Limit> = limits.into_iter().collect();
+        let before = self.limiter.limits.load();
+        let counting = |limit: Limit| match before.iter().find(|other| other.name() == limit.name()) {
+            Some(other) => limit.counting_as(other),
+            None => limit,
+        };
+        let limits: Vec<Limit> = limits.into_iter().map(counting).collect();
         tracing::info!(?limits, "the limits were changed");
         self.limiter.limits.store(Arc::new(limits));
     }

@@ -52,7 +52,7 @@
 //! | who is who | subject and issuer, else client address | [`RateLimitLayer::with_key`] |
 //! | bits of an IPv6 address | 64 | [`DEFAULT_IPV6_PREFIX`] |
 //! | trusted proxies | none | [`RateLimitLayer::trusted_proxies`] |
-//! | capacity | 65,536 keys, 4 MiB | [`DEFAULT_CAPACITY`] |
+//! | capacity | 65,536 keys, 4 MiB for each of four spans in use | [`DEFAULT_CAPACITY`] |
 //! | cost, priority | one, critical | [`Limit::cost`], [`Limit::priority`] |
 //! | who comes too often | is refused | [`RateLimitLayer::delay`], [`Limit::shadow`] |
 //! | fields | on refusals | [`RateLimitLayer::fields`] |
@@ -210,8 +210,11 @@ impl RateLimitLayer {
         self.set(|limiter| limiter.proxies = proxies)
     }
 
-    /// How many keys have a place of their own; each takes 64 bytes, at once. [`DEFAULT_CAPACITY`] by default. A limit's
-    /// name, its route if it is the route's own, and what tells the caller apart make one key.
+    /// How many keys have a place of their own; each takes 64 bytes. [`DEFAULT_CAPACITY`] by default. A limit's name, its
+    /// route if it is the route's own, and what tells the caller apart make one key.
+    ///
+    /// Limits of very different windows do not get in each other's way: those of up to ten seconds, ten minutes, ten hours
+    /// and longer have so many places each, taken up when the first of them is asked.
     #[must_use]
     pub fn capacity(self, keys: usize) -> Self {
         self.set(|limiter| (limiter.capacity, limiter.table) = (keys, Table::new(keys)))

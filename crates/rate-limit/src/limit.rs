@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::held::Settlement;
 use crate::key::{Key, RequestHead};
 use crate::rate::{Cell, Rate};
+use crate::table::Span;
 
 /// One limit: how often, for whom, and what a request costs.
 ///
@@ -29,6 +30,8 @@ pub struct Priority(u8);
 struct Inner {
     name: Arc<str>,
     quantity: Quantity,
+    /// Where its counters lie; kept when the rate changes, and so are they.
+    span: Span,
     key: Option<Arc<dyn Key>>,
     cost: Option<Of<u32>>,
     plan: Option<Of<Option<Rate>>>,
@@ -155,7 +158,21 @@ impl Limit {
 
     fn of(name: Arc<str>, quantity: Quantity) -> Self {
         let (key, cost, plan, priority, settle) = (None, None, None, None, None);
-        Self(Arc::new(Inner { name, quantity, key, cost, plan, priority, settle, shadow: false }))
+        let span = match quantity {
+            Quantity::Rate(_, cell) => Span::of(cell.window),
+            Quantity::Concurrent(_) => Span::default(),
+        };
+        Self(Arc::new(Inner { name, quantity, span, key, cost, plan, priority, settle, shadow: false }))
+    }
+
+    pub(crate) fn span(&self) -> Span {
+        self.0.span
+    }
+
+    /// Keeps its counters where `other` of the same name has them.
+    pub(crate) fn counting_as(mut self, other: &Self) -> Self {
+        self.inner().span = other.0.span;
+        self
     }
 
     pub(crate) fn burst(self, burst: NonZeroU32) -> Self {

@@ -381,7 +381,7 @@ impl Limiter {
         };
         let mut key = KeyBytes::new();
         self.write_key(limit, route, head, &mut key);
-        Some(Ask { limit, mark: self.table.mark(key.bytes()), what })
+        Some(Ask { limit, mark: self.table.mark(limit.span(), key.bytes()), what })
     }
 
     /// A limit's name, its route if it is the route's own, and the caller.

@@ -22,11 +22,15 @@
 //! * *A charge on the floor while the key loses its entry*: a raise changes the floor's version, and the charge is tried
 //!   again.
 //!
+//! Keys whose limits have windows of very different length lie in sets of their own: else strangers could raise a floor by
+//! a day, and with it shut out whoever is limited by the second.
+//!
 //! An entry whose time is over carries no information, and raising the floor to it costs nobody. While every entry of a set
 //! is in use, newcomers to that set share its floor: that is the overflow bucket. One who starts while it is ahead is a
 //! *guest*, and makes room again as soon as the floor has passed it.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::OnceLock;
 
 use crate::sync::{AtomicU64, Ordering, fence};
 
@@ -51,9 +55,18 @@ pub(crate) const END: u64 = (1 << 58) - 1;
 /// Arrival times by key; bounded, and exact under any interleaving.
 #[derive(Debug)]
 pub(crate) struct Table {
-    sets: Box<[Set]>,
+    /// By [`Span`], made when one is first used: a floor that is a day ahead must not hold up who is limited by the second.
+    sets: [OnceLock<Box<[Set]>>; SPANS],
+    /// Sets of each span.
+    count: usize,
     seed: RandomState,
 }
+
+/// How far ahead of now a limit's arrival times may be, roughly. Keys of one span share sets with no other's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Span(u8);
+
+const SPANS: usize = 4;
 
 /// What tells a key from others, under this table's seed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,14 +129,15 @@ const ONE_VERSION: u64 = 1 << 58;
 impl Table {
     /// Room for `capacity` keys at once.
     pub(crate) fn new(capacity: usize) -> Self {
-        let sets = capacity.div_ceil(KEYS_PER_SET).clamp(1, u32::MAX as usize);
-        Self { sets: (0..sets).map(|_| Set::new()).collect(), seed: RandomState::new() }
+        let count = capacity.div_ceil(KEYS_PER_SET).clamp(1, 1 << 29);
+        Self { sets: Default::default(), count, seed: RandomState::new() }
     }
 
-    pub(crate) fn mark(&self, key: &[u8]) -> Mark {
+    /// The span is in the upper two bits.
+    pub(crate) fn mark(&self, span: Span, key: &[u8]) -> Mark {
         let mut hasher = self.seed.build_hasher();
         hasher.write(key);
-        Mark(hasher.finish().max(1))
+        Mark(hasher.finish() >> 2 | u64::from(span.0) << 62 | 1)
     }
 
     /// Lets `decide` make of the key's arrival time a later one; an arrival time that is over may be any that is over.
@@ -162,22 +176,35 @@ impl Table {
 
     /// Counts, entry by entry.
     pub(crate) fn fill(&self, now: u64) -> Fill {
-        let mut fill = Fill { sets: self.sets.len(), entries: self.sets.len() * WAYS, ..Fill::default() };
-        for set in &self.sets {
+        let mut fill = Fill::default();
+        for set in self.sets.iter().filter_map(OnceLock::get).flatten() {
+            fill.sets += 1;
+            fill.entries += WAYS;
             fill.live += set.entries.iter().filter(|entry| entry.word().time() > now).count();
             fill.overflowing += usize::from(set.floor().time() > now);
         }
         fill
     }
 
-    /// The bytes it keeps, whatever happens.
+    /// The bytes it keeps, for the spans that were used so far.
     pub(crate) fn bytes(&self) -> usize {
-        size_of_val::<[Set]>(&self.sets)
+        self.sets.iter().filter_map(OnceLock::get).map(|sets| size_of_val::<[Set]>(sets)).sum()
     }
 
     fn set(&self, mark: Mark) -> &Set {
-        let index = ((mark.0 >> 32) * self.sets.len() as u64) >> 32;
-        &self.sets[index as usize]
+        let sets = self.sets[(mark.0 >> 62) as usize].get_or_init(|| (0..self.count).map(|_| Set::new()).collect());
+        let index = ((mark.0 >> 32 & 0x3fff_ffff) * sets.len() as u64) >> 30;
+        &sets[index as usize]
+    }
+}
+
+// === impl Span ===
+
+impl Span {
+    /// The span of a window in nanoseconds: up to ten seconds, ten minutes, ten hours, or longer.
+    pub(crate) fn of(window: u64) -> Self {
+        const SECOND: u64 = 1_000_000_000;
+        Self([10 * SECOND, 600 * SECOND, 36_000 * SECOND].iter().map(|limit| u8::from(window > *limit)).sum())
     }
 }
 

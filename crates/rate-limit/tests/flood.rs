@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use http::{Request, Response};
 use http_body_util::Empty;
-use portcullis_core::{Carried, Clock, PeerAddress};
-use portcullis_rate_limit::{Rate, RateLimitLayer};
-use tower::{Layer, Service, service_fn};
+use portcullis_core::{Carried, Clock, PeerAddress, Route};
+use portcullis_rate_limit::{Header, Policy, Rate, RateLimitLayer};
+use tower::{Layer, Service, ServiceExt, service_fn};
 
 fn n(count: u32) -> NonZeroU32 {
     NonZeroU32::new(count).unwrap()
@@ -91,4 +91,34 @@ fn a_flood_beyond_all_places_forgives_no_debt() {
         let admitted = (0..10).filter(|_| status(&mut service, 0xc000_0200 + caller) == 200).count();
         assert_eq!(admitted, 5, "what was left of its burst, no more and no less");
     }
+}
+
+/// Callers of a limit by the day flood the table; a limit by the second then is not stuck for a day.
+#[tokio::test(start_paused = true)]
+async fn a_flood_of_one_limit_does_not_refuse_another_for_long() {
+    let (clock, hand) = Clock::manual();
+    let key = || Header::new(http::HeaderName::from_static("x-key"));
+    let layer = RateLimitLayer::new(Rate::per_second(n(10))).with_key(key()).capacity(4).with_clock(clock);
+    let service = layer.layer(tower::service_fn(async |_: Request<()>| {
+        Ok::<_, std::convert::Infallible>(Response::new(Empty::<bytes::Bytes>::new()))
+    }));
+    let reports = Route::new("/reports").with_policy(Policy::new(Rate::per_day(n(100))));
+    let ask = async |key: String, route: Option<Route>| {
+        let mut request = Request::builder().header("x-key", key).body(()).unwrap();
+        if let Some(route) = route {
+            route.attach(request.extensions_mut());
+        }
+        service.clone().oneshot(request).await.unwrap()
+    };
+    for key in 0..400 {
+        hand.advance(Duration::from_millis(10));
+        let _ = ask(format!("flood-{key}"), Some(reports.clone())).await;
+    }
+    let mut waits = Vec::new();
+    for i in 0..4 {
+        hand.advance(Duration::from_secs(600));
+        let response = ask(format!("new-{i}"), None).await;
+        waits.push((response.status(), response.headers().get("retry-after").cloned()));
+    }
+    assert!(waits.iter().all(|(status, _)| *status == 200), "{waits:?}");
 }

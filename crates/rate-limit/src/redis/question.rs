@@ -234,7 +234,7 @@ impl Ask {
         let (rate, cell, units, window) = limit.charge(head)?;
         let mut key = KeyBytes::new();
         limiter.write_key(limit, route, head, &mut key);
-        let mark = limiter.table.mark(key.bytes());
+        let mark = limiter.table.mark(limit.span(), key.bytes());
         let local = Local::Ask(Question::default());
         Some(Self { limit: limit.clone(), key, mark, rate, cell, units, window, local })
     }

@@ -12,7 +12,7 @@ fn one_set() -> Table {
 }
 
 fn take(table: &Table, key: u64, now: u64, cost: u64, window: u64) -> Result<Charged, u64> {
-    let mark = table.mark(&key.to_le_bytes());
+    let mark = table.mark(Span::default(), &key.to_le_bytes());
     table.charge(mark, now, |time| Cell::charge(time, now, cost, window))
 }
 
@@ -25,7 +25,11 @@ fn cases(usual: u32) -> proptest::prelude::ProptestConfig {
 #[test]
 fn sixteen_bytes_an_entry_and_sixty_four_a_key() {
     assert_eq!(size_of::<Set>(), 256);
-    assert_eq!(Table::new(65_536).bytes(), 4 << 20);
+    let table = Table::new(65_536);
+    assert_eq!(table.bytes(), 0, "nothing before it is used");
+    let mark = table.mark(Span::default(), b"x");
+    let _ = table.peek(mark);
+    assert_eq!(table.bytes(), 4 << 20);
 }
 
 #[test]
@@ -64,10 +68,10 @@ fn newcomers_share_a_bucket_while_every_entry_is_in_use() {
 fn a_refund_gives_back_what_a_charge_took() {
     let table = one_set();
     assert!(take(&table, 1, START, 30, 30).is_ok());
-    table.refund(table.mark(&1_u64.to_le_bytes()), 10);
-    assert_eq!(table.peek(table.mark(&1_u64.to_le_bytes())), START + 20);
+    table.refund(table.mark(Span::default(), &1_u64.to_le_bytes()), 10);
+    assert_eq!(table.peek(table.mark(Span::default(), &1_u64.to_le_bytes())), START + 20);
     assert!(take(&table, 1, START, 10, 30).is_ok());
-    table.refund(table.mark(&2_u64.to_le_bytes()), 10);
+    table.refund(table.mark(Span::default(), &2_u64.to_le_bytes()), 10);
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -103,7 +107,7 @@ proptest::proptest! {
                 let alone = Cell::charge(*debt, now, cost, window);
                 proptest::prop_assert!(alone.is_some(), "admitted with a debt of {} at {}", *debt, now);
                 if refund && !charged.overflow {
-                    table.refund(table.mark(&key.to_le_bytes()), cost);
+                    table.refund(table.mark(Span::default(), &key.to_le_bytes()), cost);
                 } else {
                     *debt = alone.unwrap();
                 }
