@@ -431,14 +431,10 @@ impl Forward {
         self.edit(|shared| shared.clock = clock)
     }
 
-    /// The connections this runtime keeps to `endpoint`: idle HTTP/1.1 ones, and HTTP/2 ones.
-    ///
-    /// # Panics
-    ///
-    /// Outside a tokio runtime.
+    /// How many connections to `endpoint` are idle, and how many are HTTP/2, in all runtimes.
     #[must_use]
     pub fn connections(&self, endpoint: &Endpoint) -> (usize, usize) {
-        endpoint.existing_slot(&self.shared.slot).map_or((0, 0), |pool| pool.shard().count())
+        endpoint.existing_slot(&self.shared.slot).map_or((0, 0), pool::Pool::count)
     }
 }
 

@@ -180,6 +180,18 @@ impl Pool {
             shards = &link.next;
         }
     }
+
+    /// How many connections are idle, and how many are HTTP/2, in all runtimes.
+    pub(crate) fn count(&self) -> (usize, usize) {
+        let (mut idle, mut h2) = (0, 0);
+        let mut shards = &self.shards;
+        while let Some(link) = shards.0.get() {
+            let (more_idle, more_h2) = link.shard.count();
+            (idle, h2) = (idle + more_idle, h2 + more_h2);
+            shards = &link.next;
+        }
+        (idle, h2)
+    }
 }
 
 impl Want {

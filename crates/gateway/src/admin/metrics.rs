@@ -174,7 +174,7 @@ fn endpoints(state: &State, page: &mut Page) {
     each("portcullis_breaker_refused_total", "counter", "Requests a breaker refused.", &|i| {
         all[i].3.counts().refused.into()
     });
-    each("portcullis_pool_idle_connections", "gauge", "Idle HTTP/1.1 connections kept in this runtime.", &|i| {
+    each("portcullis_pool_idle_connections", "gauge", "Idle HTTP/1.1 connections.", &|i| {
         all[i].1.forward.connections(&all[i].2).0 as f64
     });
     each("portcullis_health_well", "gauge", "What checks say; 1 also where there are none.", &|i| {
