@@ -1,7 +1,8 @@
 //! Sends the request on to its endpoint and streams the answer back.
 //!
 //! **Reads** [`Permit`](portcullis_core::Permit), [`Route`](portcullis_core::Route),
-//! [`Deadline`](portcullis_core::Deadline), [`PeerAddress`](portcullis_core::PeerAddress) · **Writes** nothing ·
+//! [`Deadline`](portcullis_core::Deadline), [`HeadDeadline`](portcullis_core::HeadDeadline),
+//! [`PeerAddress`](portcullis_core::PeerAddress), [`PeerTls`](portcullis_core::PeerTls) · **Writes** nothing ·
 //! **Refuses** 400 408 413 500 502 503 504 508 ·
 //! **Alone** [`Forward::to`] a fixed origin · **Cost** one boxed future, and a box for a request's body if it has one
 //!
