@@ -354,6 +354,9 @@ fn listen(address: SocketAddr, shared: bool) -> io::Result<StdListener> {
     Ok(socket.into())
 }
 
+/// See [`connection`].
+const FIRST_WORD: Duration = Duration::from_millis(500);
+
 // === impl Worker ===
 
 impl<S, B> Worker<S>
@@ -477,7 +480,10 @@ where
     let mut draining = pin!(phase.clone().reaches(Phase::Draining));
     let mut over = pin!(phase.clone().reaches(Phase::Over));
     // The phase is asked for once, which leaves our waker there; after that, a look at the number does until it moves.
-    let (mut seen, mut told) = (None, false);
+    let (mut seen, mut ending, mut told) = (None, false, false);
+    // How long a connection that was just made may take to say what it is for: told to end before, it would be closed
+    // with its first request unread.
+    let mut patience = pin!(sleep(FIRST_WORD));
     // Boxed, since it must be gone before its end is waited for: done as it is, it still holds the connection.
     let mut served = Box::pin(builder.serve_connection_with_upgrades(transport, service));
     let ended = poll_fn(|cx| {
@@ -486,12 +492,18 @@ where
             if over.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(false);
             }
-            if !told && draining.as_mut().poll(cx).is_ready() {
-                told = true;
-                served.as_mut().graceful_shutdown();
+            if !ending && draining.as_mut().poll(cx).is_ready() {
+                ending = true;
+                patience.as_mut().reset(Instant::now() + FIRST_WORD);
             }
         }
-        served.as_mut().poll(cx).map(|result| {
+        let mut polled = served.as_mut().poll(cx);
+        if ending && !told && polled.is_pending() && (line.has_heard() || patience.as_mut().poll(cx).is_ready()) {
+            told = true;
+            served.as_mut().graceful_shutdown();
+            polled = served.as_mut().poll(cx);
+        }
+        polled.map(|result| {
             if let Err(error) = result {
                 debug!(error, "a connection ended");
             }

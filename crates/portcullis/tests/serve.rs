@@ -167,6 +167,21 @@ async fn a_drain_finishes_what_is_under_way_and_closes_what_is_idle() {
 }
 
 #[tokio::test]
+async fn a_connection_made_before_the_drain_is_served_its_first_request() {
+    let mut running = Running::start(local(), PATIENCE);
+    let mut early = running.connect().await;
+    // It was accepted once a later one was answered.
+    let mut later = running.connect().await;
+    send(&mut later, "/").await;
+    until(&mut later, "false").await;
+    running.drain();
+    assert_eq!(rest(&mut later).await, "");
+    send(&mut early, "/").await;
+    assert!(rest(&mut early).await.starts_with("HTTP/1.1 200 OK\r\n"));
+    running.ended().await;
+}
+
+#[tokio::test]
 async fn the_deadline_cuts_requests_streams_and_upgraded_connections() {
     let mut running = Running::start(local(), Duration::from_millis(100));
     let mut busy = running.connect().await;

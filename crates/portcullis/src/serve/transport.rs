@@ -31,6 +31,7 @@ pub(super) enum Io {
 pub(super) struct Line {
     cut: AtomicBool,
     gone: AtomicBool,
+    heard: AtomicBool,
     reader: AtomicWaker,
     writer: AtomicWaker,
     owner: AtomicWaker,
@@ -63,6 +64,11 @@ impl Line {
     pub(super) fn poll_gone(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.owner.register(cx.waker());
         if self.gone.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// Whether the other end has said anything yet.
+    pub(super) fn has_heard(&self) -> bool {
+        self.heard.load(Ordering::Relaxed)
     }
 
     fn check(&self) -> io::Result<()> {
@@ -119,6 +125,8 @@ impl AsyncRead for Transport {
         let read = each!(&mut this.io, poll_read, cx, buf);
         if read.is_pending() {
             this.line.reader.register(cx.waker());
+        } else if !this.line.has_heard() {
+            this.line.heard.store(true, Ordering::Relaxed);
         }
         this.line.check()?;
         read
