@@ -479,20 +479,21 @@ where
         .max_header_list_size(u32::try_from(limits.max_head).unwrap_or(u32::MAX));
     let mut draining = pin!(phase.clone().reaches(Phase::Draining));
     let mut over = pin!(phase.clone().reaches(Phase::Over));
-    // The phase is asked for once, which leaves our waker there; after that, a look at the number does until it moves.
-    let (mut seen, mut ending, mut told) = (None, false, false);
+    // While it runs, the phase is asked for once, which leaves our waker there; after that, a look at the number does.
+    let (mut asked, mut ending, mut told) = (false, false, false);
     // How long a connection that was just made may take to say what it is for: told to end before, it would be closed
     // with its first request unread.
     let mut patience = pin!(sleep(FIRST_WORD));
     // Boxed, since it must be gone before its end is waited for: done as it is, it still holds the connection.
     let mut served = Box::pin(builder.serve_connection_with_upgrades(transport, service));
     let ended = poll_fn(|cx| {
-        let now = phase.now();
-        if seen.replace(now) != Some(now) {
+        let drains = phase.now() >= Phase::Draining as u8;
+        if drains || !asked {
+            asked = true;
             if over.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(false);
             }
-            if !ending && draining.as_mut().poll(cx).is_ready() {
+            if !ending && (draining.as_mut().poll(cx).is_ready() || drains) {
                 ending = true;
                 patience.as_mut().reset(Instant::now() + FIRST_WORD);
             }
