@@ -3,7 +3,7 @@
 //! **Reads** [`Permit`](portcullis_core::Permit), [`Route`](portcullis_core::Route),
 //! [`Deadline`](portcullis_core::Deadline), [`HeadDeadline`](portcullis_core::HeadDeadline),
 //! [`PeerAddress`](portcullis_core::PeerAddress), [`PeerTls`](portcullis_core::PeerTls) · **Writes** nothing ·
-//! **Refuses** 400 408 413 500 502 503 504 508 ·
+//! **Refuses** 400 405 408 413 500 501 502 503 504 508 ·
 //! **Alone** [`Forward::to`] a fixed origin · **Cost** one boxed future, and a box for a request's body if it has one
 //!
 //! ```
@@ -42,7 +42,8 @@
 //!   that would change framing, routing or credentials are dropped.
 //! * **Targets.** A path that is not in [normal form](portcullis_core::is_normal_path) gets 400, unless the route
 //!   [says otherwise](Paths). Absolute form becomes origin form, and its authority replaces `Host`. Two `Host`s, a `Host`
-//!   that is none, user information in it, and one that contradicts `:authority` get 400; `CONNECT` 405.
+//!   that is none, user information in it, and one that contradicts `:authority` get 400; `CONNECT`
+//!   405, unless it is [asked for](Policy::tunnels).
 //! * **Framing.** The body's own length counts; a `Content-Length` that disagrees is replaced.
 //! * **`Via`** is added to both ways; a request that names us in it gets 508. `Max-Forwards` is obeyed.
 //! * **Where it came from** is said in `X-Forwarded-*` or [`Forwarded`]. What the caller says about it is dropped unless
@@ -83,6 +84,7 @@
 //! | [`idle_timeout`](Policy::idle_timeout) | 5 min, either direction |
 //! | [`attempt_timeout`](Policy::attempt_timeout), [`total_timeout`](Policy::total_timeout) | off; a `Deadline` always counts |
 //! | [`request_limit`](Policy::request_limit), [`response_limit`](Policy::response_limit) | off |
+//! | [`tunnels`](Policy::tunnels) | none: `CONNECT` gets 405 |
 //! | [`max_connections`](Forward::max_connections), [`max_waiting`](Forward::max_waiting) | 1024 per endpoint; waiting per runtime |
 //! | [`max_idle`](Forward::max_idle) | 256 per endpoint and runtime |
 //! | [`pool_idle_timeout`](Forward::pool_idle_timeout), [`max_age`](Forward::max_age) | 60 s; 10 min ± 10 % |

@@ -24,6 +24,7 @@ pub struct Policy {
     pub(crate) total_timeout: Option<Duration>,
     pub(crate) idle_timeout: Option<Duration>,
     pub(crate) paths: Option<Paths>,
+    pub(crate) tunnels: Option<bool>,
     pub(crate) host: Option<Host>,
     pub(crate) strip: Option<Box<str>>,
     pub(crate) prepend: Option<Box<str>>,
@@ -121,6 +122,15 @@ impl Policy {
     #[must_use]
     pub fn paths(mut self, paths: Paths) -> Self {
         self.paths = Some(paths);
+        self
+    }
+
+    /// Whether `CONNECT` opens a tunnel (RFC 9110 §9.3.6), which leads to the endpoint, whatever authority the caller
+    /// named: bytes go both ways until both sides have closed or nothing moved for the idle timeout. What they are no
+    /// layer sees. Default no: 405.
+    #[must_use]
+    pub fn tunnels(mut self, tunnels: bool) -> Self {
+        self.tunnels = Some(tunnels);
         self
     }
 

@@ -27,7 +27,7 @@ use tracing::debug;
 use crate::alarm::{Alarm, after};
 use crate::connect::{Dialed, dial};
 use crate::failure::{Failure, Kind};
-use crate::stream::Relay;
+use crate::stream::{Relay, Stream};
 use crate::upload::Outgoing;
 
 /// How connections are kept. One for all endpoints of a [`Forward`](crate::Forward).
@@ -337,23 +337,53 @@ impl Shard {
         Ok(())
     }
 
+    /// A connection for a tunnel, which is nobody else's and is counted as long as its place is held.
+    pub(crate) async fn open(
+        &self,
+        endpoint: &Endpoint,
+        deadline: Option<Instant>,
+    ) -> Result<(Stream, OwnedSemaphorePermit), Failure> {
+        let opened = async {
+            let place = match self.open.clone().try_acquire_owned() {
+                Ok(place) => place,
+                Err(_) => {
+                    let mut waiting = None;
+                    self.queue(&mut waiting)?;
+                    self.open.clone().acquire_owned().await.map_err(|_| Failure::unsent(Kind::Exhausted))?
+                }
+            };
+            Ok((self.dial(endpoint, Some(false)).await?.stream, place))
+        };
+        match deadline {
+            Some(deadline) => {
+                timeout_at(deadline, opened).await.unwrap_or_else(|_| Err(Failure::unsent(Kind::ConnectTimeout)))
+            }
+            None => opened.await,
+        }
+    }
+
+    async fn dial(&self, endpoint: &Endpoint, h2: Option<bool>) -> Result<Dialed, Failure> {
+        let instance = endpoint.instance();
+        #[cfg(feature = "tls")]
+        let dialed = dial(&instance, h2, self.limits.tls.as_ref()).await?;
+        #[cfg(not(feature = "tls"))]
+        let dialed = dial(&instance, h2).await?;
+        debug!(endpoint = %endpoint.id(), h2 = dialed.h2, "connected");
+        Ok(dialed)
+    }
+
     async fn connect(
         self: &Arc<Self>,
         endpoint: &Endpoint,
         want: Want,
         place: OwnedSemaphorePermit,
     ) -> Result<Lease, Failure> {
-        let instance = endpoint.instance();
         let h2 = match want {
             Want::H1 => Some(false),
             Want::H2 => Some(true),
             Want::Agreed => None,
         };
-        #[cfg(feature = "tls")]
-        let dialed = dial(&instance, h2, self.limits.tls.as_ref()).await?;
-        #[cfg(not(feature = "tls"))]
-        let dialed = dial(&instance, h2).await?;
-        debug!(endpoint = %endpoint.id(), h2 = dialed.h2, "connected");
+        let dialed = self.dial(endpoint, h2).await?;
         let now = Instant::now();
         // Not all at once: what was opened together would otherwise be reopened together.
         let jitter = 1.0 + (fastrand::f64() - 0.5) * 0.2;

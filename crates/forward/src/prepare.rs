@@ -21,16 +21,21 @@ use crate::failure::{Failure, Kind};
 use crate::forwarded::{self, Via};
 use crate::headers::{self, look, rewrite_te, seen_by, strip_hop_by_hop, upgrade_wanted};
 use crate::pool::{Pool, Want};
+use crate::tunnel::Opening;
 use crate::upload::Outgoing;
 use crate::{BoxError, Host, Paths, Policy, Shared, Upstream};
 
 /// A request that can be sent.
 pub(crate) struct Prepared {
-    exchange: Exchange,
-    body: Outgoing,
+    way: Way,
     dialect: Dialect,
     route: Option<Route>,
     shared: Arc<Shared>,
+}
+
+enum Way {
+    Exchange(Exchange, Outgoing),
+    Tunnel(Opening),
 }
 
 pub(crate) enum Refusal {
@@ -53,13 +58,17 @@ impl Shared {
         let policy = Merged { route: route.as_ref().and_then(|route| route.policy()), default: &self.policy };
         let found = look(&parts.headers);
 
-        if parts.method == Method::CONNECT {
+        if parts.method == Method::CONNECT && !policy.tunnels() {
             return refuse(StatusCode::METHOD_NOT_ALLOWED, "connect", "this is no tunnel");
         }
         if found.via && seen_by(&parts.headers, &self.via.pseudonym) {
             return refuse(StatusCode::LOOP_DETECTED, "loop", "the request has been here before");
         }
         let authority = authority(&parts)?;
+        if parts.method == Method::CONNECT {
+            let opening = self.opening(parts, authority.as_ref(), &policy)?;
+            return Ok(Prepared { way: Way::Tunnel(opening), dialect, route, shared: self.clone() });
+        }
         check_path(&parts.uri, policy.paths())?;
         max_forwards(&mut parts)?;
         let path = rewritten(&parts.uri, &policy)?;
@@ -151,7 +160,29 @@ impl Shared {
             response_limit: policy.response_limit(),
             is_grpc,
         };
-        Ok(Prepared { exchange, body, dialect, route, shared: self.clone() })
+        Ok(Prepared { way: Way::Exchange(exchange, body), dialect, route, shared: self.clone() })
+    }
+
+    fn opening(
+        &self,
+        mut parts: http::request::Parts,
+        authority: Option<&HeaderValue>,
+        policy: &Merged<'_>,
+    ) -> Result<Opening, Refusal> {
+        if parts.uri.port_u16().is_none() {
+            return refuse(StatusCode::BAD_REQUEST, "connect", "the target of CONNECT names no port");
+        }
+        if parts.headers.contains_key(CONTENT_LENGTH) || parts.headers.contains_key(TRANSFER_ENCODING) {
+            return refuse(StatusCode::BAD_REQUEST, "connect", "CONNECT has no body");
+        }
+        let permit = Permit::take(&mut parts.extensions);
+        let endpoint = self.endpoint(permit.as_ref(), &parts.uri, authority)?;
+        let Some(caller) = parts.extensions.remove::<hyper::upgrade::OnUpgrade>() else {
+            return refuse(StatusCode::NOT_IMPLEMENTED, "connect", "the server does not let go of its connections");
+        };
+        let times = self.times(policy, &mut parts, false);
+        let shard = endpoint.slot(&self.slot, || Pool::new(self.limits.clone())).shard().clone();
+        Ok(Opening { caller, endpoint, shard, permit, times })
     }
 
     fn times(&self, policy: &Merged<'_>, parts: &mut http::request::Parts, is_grpc: bool) -> Times {
@@ -238,6 +269,10 @@ impl Merged<'_> {
         self.pick(|policy| policy.paths).unwrap_or_default()
     }
 
+    fn tunnels(&self) -> bool {
+        self.pick(|policy| policy.tunnels).unwrap_or_default()
+    }
+
     fn host(&self) -> &Host {
         self.route.and_then(|policy| policy.host.as_ref()).or(self.default.host.as_ref()).unwrap_or(&Host::Keep)
     }
@@ -273,12 +308,16 @@ impl Merged<'_> {
 impl Prepared {
     /// Sends it, and makes of whatever comes back something that can be returned.
     pub(crate) async fn run(self) -> Response<Body<ResponseBody>> {
-        let Self { exchange, body, dialect, route, shared } = self;
-        match exchange.run(body).await {
-            Ok(response) => {
+        let Self { way, dialect, route, shared } = self;
+        let result = match way {
+            Way::Exchange(exchange, body) => exchange.run(body).await.map(|response| {
                 let policy = Merged { route: route.as_ref().and_then(|route| route.policy()), default: &shared.policy };
                 returned(response, &shared.via, &policy).map(Body::new)
-            }
+            }),
+            Way::Tunnel(opening) => opening.run().await,
+        };
+        match result {
+            Ok(response) => response,
             Err(failure) => {
                 debug!(kind = ?failure.kind, sent = failure.sent, cause = failure.cause.as_deref(), "not forwarded");
                 failure.rejection().into_response(dialect)

@@ -1,19 +1,52 @@
-//! Two connections that have become one, after an upgrade.
+//! Two connections that have become one, after an upgrade or a `CONNECT`.
 
 use std::io;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use http::Response;
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
+use portcullis_core::{Body, Endpoint, Permit};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 use tracing::debug;
 
-use crate::alarm::{Alarm, after};
+use crate::alarm::{Alarm, after, earlier};
+use crate::download::ResponseBody;
+use crate::exchange::Times;
+use crate::failure::Failure;
+use crate::pool::Shard;
 
 const BUFFER: usize = 16 * 1024;
+
+/// A tunnel that was asked for by `CONNECT`.
+pub(crate) struct Opening {
+    pub(crate) caller: OnUpgrade,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) shard: Arc<Shard>,
+    pub(crate) permit: Option<Permit>,
+    pub(crate) times: Times,
+}
+
+impl Opening {
+    /// Connects to the endpoint; from then on a task of the tunnel's own carries the bytes.
+    pub(crate) async fn run(self) -> Result<Response<Body<ResponseBody>>, Failure> {
+        let Self { caller, endpoint, shard, permit, times } = self;
+        let deadline = earlier(after(times.start, times.connect), times.head);
+        let (stream, place) = shard.open(&endpoint, deadline).await?;
+        tokio::spawn(async move {
+            let _held = (place, permit);
+            match caller.await {
+                Ok(caller) => carry(TokioIo::new(caller), stream, times.idle).await,
+                Err(error) => debug!(%error, "a tunnel was not completed"),
+            }
+        });
+        Ok(Response::new(Body::default()))
+    }
+}
 
 /// Carries bytes both ways until both ends have closed, one half at a time, or nothing moved for `idle`.
 pub(crate) async fn run(caller: OnUpgrade, upstream: OnUpgrade, idle: Duration) {
@@ -24,9 +57,16 @@ pub(crate) async fn run(caller: OnUpgrade, upstream: OnUpgrade, idle: Duration) 
             return;
         }
     };
+    carry(TokioIo::new(caller), TokioIo::new(upstream), idle).await;
+}
+
+async fn carry<U>(caller: TokioIo<Upgraded>, upstream: U, idle: Duration)
+where
+    U: AsyncRead + AsyncWrite + Unpin,
+{
     let mut tunnel = Tunnel {
-        a: TokioIo::new(caller),
-        b: TokioIo::new(upstream),
+        a: caller,
+        b: upstream,
         up: Half::new(),
         down: Half::new(),
         alarm: Alarm::default(),
@@ -38,9 +78,9 @@ pub(crate) async fn run(caller: OnUpgrade, upstream: OnUpgrade, idle: Duration) 
     }
 }
 
-struct Tunnel {
+struct Tunnel<U> {
     a: TokioIo<Upgraded>,
-    b: TokioIo<Upgraded>,
+    b: U,
     up: Half,
     down: Half,
     alarm: Alarm,
@@ -65,7 +105,7 @@ enum State {
     Closed,
 }
 
-impl Tunnel {
+impl<U: AsyncRead + AsyncWrite + Unpin> Tunnel<U> {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let before = self.up.moves + self.down.moves;
         let up = self.up.poll(cx, &mut self.a, &mut self.b)?;

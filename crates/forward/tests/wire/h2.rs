@@ -85,7 +85,7 @@ where
 }
 
 /// A client that speaks HTTP/2 to a server that runs `forward`.
-async fn h2_client<B>(forward: &Forward) -> hyper::client::conn::http2::SendRequest<B>
+pub(crate) async fn h2_client<B>(forward: &Forward) -> hyper::client::conn::http2::SendRequest<B>
 where
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<portcullis_forward::BoxError>,

@@ -2,7 +2,13 @@
 
 use std::time::Duration;
 
-use tokio::io::AsyncWriteExt;
+use bytes::Bytes;
+use http::Request;
+use http_body_util::Empty;
+use hyper_util::rt::TokioIo;
+use portcullis_forward::{Forward, Policy};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tower::ServiceExt;
 
 use crate::{Upstream, client, lines, relay, same};
 
@@ -70,4 +76,64 @@ async fn a_request_with_a_body_does_not_switch() {
     let ((head, body), _) = relay(same, &request, "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
     assert!(!head.contains("upgrade"), "{head}");
     assert_eq!(body, "abc");
+}
+
+fn tunnels(forward: Forward) -> Forward {
+    forward.policy(Policy::new().tunnels(true))
+}
+
+#[tokio::test]
+async fn connect_opens_a_tunnel_to_the_endpoint_if_asked_for() {
+    let upstream = Upstream::bind().await;
+    let forward = tunnels(upstream.forward()).max_connections(1);
+    let mut client = client(&forward).await;
+    client.send("CONNECT elsewhere.test:443 HTTP/1.1\r\nhost: elsewhere.test:443\r\n\r\n").await;
+    let mut server = upstream.accept().await;
+    let head = client.head().await;
+    assert!(head.starts_with("HTTP/1.1 200 ") && !head.contains("content-length"), "{head}");
+    client.send("ping").await;
+    assert_eq!(server.exactly(4).await, "ping", "no request came first");
+    let waits = forward.clone().connect_timeout(Duration::from_millis(20));
+    let second = Request::get("/").header("host", "a").body(Empty::<Bytes>::new()).unwrap();
+    assert_eq!(waits.oneshot(second).await.unwrap().status(), 504, "the tunnel counts as a connection");
+    client.io.shutdown().await.unwrap();
+    assert_eq!(server.end().await, "");
+    server.send("still talking").await;
+    drop(server);
+    assert_eq!(client.end().await, "still talking");
+}
+
+#[tokio::test]
+async fn connect_opens_a_tunnel_from_a_stream_of_http_2() {
+    let upstream = Upstream::bind().await;
+    let mut sender = crate::h2::h2_client::<Empty<Bytes>>(&tunnels(upstream.forward())).await;
+    let request = Request::connect("elsewhere.test:443").body(Empty::new()).unwrap();
+    let (response, mut server) = tokio::join!(sender.send_request(request), upstream.accept());
+    let response = response.unwrap();
+    assert_eq!(response.status(), 200);
+    let mut io = TokioIo::new(hyper::upgrade::on(response).await.unwrap());
+    io.write_all(b"ping").await.unwrap();
+    assert_eq!(server.exactly(4).await, "ping");
+    server.send("pong").await;
+    let mut answer = [0; 4];
+    io.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"pong");
+}
+
+#[tokio::test]
+async fn a_tunnel_that_cannot_be_is_refused() {
+    for (request, status) in [
+        ("CONNECT a.test HTTP/1.1\r\nhost: a.test\r\n\r\n", 400),
+        ("CONNECT u@a.test:1 HTTP/1.1\r\nhost: a.test\r\n\r\n", 400),
+        ("CONNECT a.test:1 HTTP/1.1\r\nhost: a.test:1\r\ncontent-length: 1\r\n\r\nx", 400),
+        ("CONNECT a.test:1 HTTP/1.1\r\nhost: a.test:1\r\nvia: 1.1 portcullis\r\n\r\n", 508),
+    ] {
+        let (head, _) = crate::refused(tunnels, request).await;
+        assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{request:?} -> {head}");
+    }
+    let closed = Upstream::bind().await.address();
+    let mut client = client(&tunnels(Forward::to(&closed.to_string()).unwrap())).await;
+    client.send("CONNECT a.test:1 HTTP/1.1\r\nhost: a.test:1\r\n\r\n").await;
+    let (head, _) = client.message().await;
+    assert!(head.starts_with("HTTP/1.1 502 "), "{head}");
 }
