@@ -33,6 +33,7 @@ pub(crate) struct Prepared {
     shared: Arc<Shared>,
 }
 
+#[expect(clippy::large_enum_variant, reason = "nearly all are exchanges, and they move once, into a box")]
 enum Way {
     Exchange(Exchange, Outgoing),
     Tunnel(Opening),
