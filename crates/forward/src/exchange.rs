@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use crate::alarm::{Alarm, after, earlier};
 use crate::download::{Limits, ResponseBody};
 use crate::failure::{Failure, Kind};
+use crate::headers::has_other_codings;
 use crate::pool::{H1, Lease, Shard, StreamPlace, Want};
 use crate::tunnel;
 use crate::upload::{Flow, Outgoing, Progress};
@@ -201,6 +202,9 @@ impl Exchange {
     fn answered_h1(&mut self, mut response: Response<Incoming>, h1: Box<H1>) -> Tried {
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return self.switched(response, h1);
+        }
+        if has_other_codings(response.headers()) {
+            return Tried::Failed(Failure::sent(Kind::Malformed), Again::Never);
         }
         if response.headers().contains_key(TRANSFER_ENCODING) {
             // It was framed by the one, whatever the other said.

@@ -111,6 +111,14 @@ fn may_be_nominated(name: &HeaderName) -> bool {
         || text.starts_with("grpc-"))
 }
 
+/// Whether the body is coded by more than chunks. What else was done to it for this connection would have to be undone
+/// before it is sent over the next.
+pub(crate) fn has_other_codings(headers: &HeaderMap) -> bool {
+    let mut lines = headers.get_all(TRANSFER_ENCODING).iter();
+    let Some(first) = lines.next() else { return false };
+    !first.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked") || lines.next().is_some()
+}
+
 /// `TE` belongs to one connection, but that the caller takes trailers is true for us as well: `Some` if it said so.
 pub(crate) fn takes_trailers(headers: &HeaderMap) -> bool {
     headers.get_all(TE).iter().any(|line| {

@@ -44,7 +44,8 @@
 //!   [says otherwise](Paths). Absolute form becomes origin form, and its authority replaces `Host`. Two `Host`s, a `Host`
 //!   that is none, user information in it, and one that contradicts `:authority` get 400; `CONNECT`
 //!   405, unless it is [asked for](Policy::tunnels).
-//! * **Framing.** The body's own length counts; a `Content-Length` that disagrees is replaced.
+//! * **Framing.** The body's own length counts; a `Content-Length` that disagrees is replaced. A request coded by more
+//!   than chunks gets 501, an answer of that kind 502.
 //! * **`Via`** is added to both ways; a request that names us in it gets 508. `Max-Forwards` is obeyed.
 //! * **Where it came from** is said in `X-Forwarded-*` or [`Forwarded`]. What the caller says about it is dropped unless
 //!   [a trusted proxy](Forward::trusted_proxies) said it.

@@ -19,7 +19,7 @@ use crate::download::ResponseBody;
 use crate::exchange::{Exchange, Switched, Target, Times};
 use crate::failure::{Failure, Kind};
 use crate::forwarded::{self, Via};
-use crate::headers::{self, look, rewrite_te, seen_by, strip_hop_by_hop, upgrade_wanted};
+use crate::headers::{self, has_other_codings, look, rewrite_te, seen_by, strip_hop_by_hop, upgrade_wanted};
 use crate::pool::{Pool, Want};
 use crate::tunnel::Opening;
 use crate::upload::Outgoing;
@@ -69,6 +69,9 @@ impl Shared {
         if parts.method == Method::CONNECT {
             let opening = self.opening(parts, authority.as_ref(), &policy)?;
             return Ok(Prepared { way: Way::Tunnel(opening), dialect, route, shared: self.clone() });
+        }
+        if found.hop_by_hop && has_other_codings(&parts.headers) {
+            return refuse(StatusCode::NOT_IMPLEMENTED, "transfer-coding", "the body is coded by more than chunks");
         }
         check_path(&parts.uri, policy.paths())?;
         max_forwards(&mut parts)?;

@@ -75,6 +75,9 @@ async fn what_is_no_http_is_502() {
         "HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n",
         "HTTP/1.1 200 OK\r\nx y: 1\r\n\r\n",
         "HTTP/2.0 200 OK\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip\r\n\r\n",
+        "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
     ] {
         let (_, (head, _)) = relay(same, "GET / HTTP/1.1\r\nhost: a\r\n\r\n", answer).await;
         assert!(head.starts_with("HTTP/1.1 502 "), "{answer:?} -> {head}");

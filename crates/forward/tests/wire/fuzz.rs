@@ -1,34 +1,57 @@
-//! Whatever a client sends, what reaches the upstream is one well-formed request after the other, each of them one that
-//! the client sent as well.
+//! Whatever a client sends, what reaches the upstream is one well-formed request after the other, and each of them is
+//! one that the client sent, at the same place and with the same meaning.
 //!
-//! CI runs few cases; many: `PORTCULLIS_FUZZ_CASES=1000000 cargo test --release -p portcullis-forward --test wire fuzz`.
+//! The gate runs few cases; many: `PORTCULLIS_FUZZ_CASES=10000000 cargo test --release -p portcullis-forward --test wire fuzz`.
+//! A case that fails says its bytes; they belong into [`CORPUS`].
 
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+
+use http::Uri;
 use portcullis_forward::Forward;
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
 
-use crate::{OK, Raw, client};
+use crate::reading::{Heard, Read, Reader};
+use crate::{OK, serve, within};
 
-/// What requests are made of, good and bad; `{}` becomes a number that tells one from another.
-const LINES: [&str; 14] = [
-    "GET /{} HTTP/1.1",
-    "POST /{} HTTP/1.1",
-    "HEAD /{} HTTP/1.1",
-    "PUT /{}?a=b HTTP/1.1",
-    "GET http://h.test/{} HTTP/1.1",
-    "GET /{} HTTP/1.0",
-    "POST /{} HTTP/1.0",
-    "OPTIONS * HTTP/1.1",
-    "GET /../{} HTTP/1.1",
-    "GET //{} HTTP/1.1",
-    "GET /{}%0d%0aX HTTP/1.1",
-    "G\tT /{} HTTP/1.1",
-    "GET /{} x HTTP/1.1",
-    "GET /{} HTTP/1.2",
+/// What has been the way past other proxies, and what was found here.
+const CORPUS: [&str; 24] = [
+    // Both framings, in either order, and with either hidden.
+    "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 6\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n1c\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n\r\n0\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\ntransfer-encoding: xchunked\r\n\r\n1c\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n\r\n0\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\ntransfer-encoding : chunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\ntransfer-encoding: identity\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\ntransfer-encoding:\x0bchunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\ntransfer-encoding:\r\n chunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\nx: y\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.0\r\nhost: h\r\ncontent-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    // Lengths that two could count differently.
+    "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 0\r\ncontent-length: 28\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 0, 28\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 00\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "GET / HTTP/1.1\r\nhost: h\r\ncontent-length: 28\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 18446744073709551616\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    // Chunks that two could cut differently.
+    "POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n0;\nx\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n2\r\nxx47\r\n0\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n0_\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n10000000000000000\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n0\r\nhost: other\r\ncontent-length: 9\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    // Fields that change what the connection means.
+    "POST / HTTP/1.1\r\nhost: h\r\nconnection: content-length\r\ncontent-length: 28\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "GET / HTTP/1.1\r\nhost: h\r\nconnection: upgrade\r\nupgrade: websocket\r\ncontent-length: 28\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "POST / HTTP/1.1\r\nhost: h\r\nexpect: 100-continue\r\ncontent-length: 28\r\n\r\nGET /x HTTP/1.1\r\nhost: h\r\n\r\n",
+    // Targets with a line in them.
+    "GET /%0d%0ahost:%20x HTTP/1.1\r\nhost: h\r\n\r\n",
+    "GET http://h\tx/ HTTP/1.1\r\nhost: h\r\n\r\n",
 ];
-const FIELDS: [&str; 34] = [
-    "host: h.test",
-    "host: h.test",
+
+const METHODS: [&str; 8] = ["GET", "GET", "POST", "POST", "PUT", "HEAD", "DELETE", "G\tT"];
+const TARGETS: [&str; 9] = ["/", "/a/b", "/a?b=c", "http://h.test/a", "http://h.test?q", "*", "/../a", "//a", "/%2e/"];
+const VERSIONS: [&str; 6] = ["HTTP/1.1", "HTTP/1.1", "HTTP/1.1", "HTTP/1.1", "HTTP/1.0", "HTTP/1.2"];
+const FIELDS: [&str; 40] = [
     "host: h.test",
     "Host: other.test",
     "host: a b",
@@ -39,6 +62,11 @@ const FIELDS: [&str; 34] = [
     "content-length: +5",
     "content-length: 5 ",
     "content-length:",
+    "content-length: {}",
+    "content-length: {}",
+    "content-length: {}",
+    "content-length: {}",
+    "transfer-encoding: chunked",
     "transfer-encoding: chunked",
     "transfer-encoding: chunked",
     "Transfer-Encoding: Chunked",
@@ -51,6 +79,7 @@ const FIELDS: [&str; 34] = [
     "connection: close",
     "connection: content-length",
     "connection: transfer-encoding, host",
+    "connection: accept",
     "connection: upgrade",
     "upgrade: websocket",
     "upgrade: h2c",
@@ -61,8 +90,10 @@ const FIELDS: [&str; 34] = [
     "x: a\rb",
     "expect: 100-continue",
     "x y: z",
+    "accept: x",
+    "cookie: a=b; c=d",
 ];
-const BODIES: [&str; 12] = [
+const BODIES: [&str; 11] = [
     "",
     "",
     "hello",
@@ -73,125 +104,199 @@ const BODIES: [&str; 12] = [
     "05\r\nhello\r\n0\r\n\r\n",
     "0x5\r\nhello\r\n0\r\n\r\n",
     "5\r\nhelloX\r\n0\r\n\r\n",
-    "-1\r\n\r\n",
     "ffffffffffffffff1\r\nhello\r\n0\r\n\r\n",
 ];
+/// What a single wrong byte is likely to be.
+const BYTES: &[u8] = b"\r\n\0 \t:,;0159afx/.\x0b\x7f\x80\"";
 
 fn pick<T: Copy>(random: &mut fastrand::Rng, from: &[T]) -> T {
     from[random.usize(..from.len())]
 }
 
-fn request(random: &mut fastrand::Rng, number: usize) -> String {
-    let mut text = pick(random, &LINES).replace("{}", &number.to_string());
-    text.push_str("\r\n");
+/// A request, most often nearly right, whose body may hold another.
+fn request(random: &mut fastrand::Rng, id: &mut usize, depth: usize) -> String {
+    *id += 1;
+    let mut text = format!("{} {} {}\r\n", pick(random, &METHODS), pick(random, &TARGETS), pick(random, &VERSIONS));
+    text.push_str(&format!("x-id: {id}\r\n"));
     if random.u8(..) < 230 {
         text.push_str("host: h.test\r\n");
     }
-    for _ in 0..random.usize(..5) {
-        text.push_str(pick(random, &FIELDS));
+    let body = match random.u8(..) {
+        0..40 if depth > 0 => request(random, id, depth - 1),
+        40..80 if depth > 0 => {
+            let inner = request(random, id, depth - 1);
+            format!("{:x}\r\n{inner}\r\n0\r\n\r\n", inner.len())
+        }
+        _ => pick(random, &BODIES).to_owned(),
+    };
+    for _ in 0..random.usize(..4) {
+        text.push_str(&pick(random, &FIELDS).replace("{}", &body.len().to_string()));
         text.push_str("\r\n");
     }
-    text.push_str("\r\n");
-    text.push_str(pick(random, &BODIES));
-    text
+    text + "\r\n" + &body
 }
 
-/// Reads what arrives as strictly as can be, and answers each request; the paths that were asked for.
-async fn strict(mut server: Raw) -> Result<Vec<String>, String> {
-    let mut paths = Vec::new();
-    loop {
-        while !server.read.windows(4).any(|four| four == b"\r\n\r\n") {
-            if !server.more().await {
-                // A request that was broken off is never whole.
-                return Ok(paths);
-            }
-        }
-        let head = server.head().await;
-        let bad = |what: &str| Err(format!("{what}: {head:?}"));
-        let mut lines = head.trim_end_matches("\r\n").split("\r\n");
-        let words: Vec<_> = lines.next().unwrap_or_default().split(' ').collect();
-        let &[method, target, "HTTP/1.1"] = words.as_slice() else { return bad("request line") };
-        // What is left of a body nobody announced may stand before the next method, and make one of its own.
-        let is_method = !method.is_empty() && method.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-');
-        if !is_method || !(target.starts_with('/') || target == "*") {
-            return bad("method or target");
-        }
-        let fields: Vec<(&str, &str)> = lines.filter_map(|line| line.split_once(": ")).collect();
-        if fields.len() + 1 != head.matches("\r\n").count() - 1
-            || head.replace("\r\n", "").contains(['\r', '\n', '\0', '\x0b'])
-        {
-            return bad("fields");
-        }
-        let all =
-            |name: &str| fields.iter().filter(|(have, _)| *have == name).map(|(_, value)| *value).collect::<Vec<_>>();
-        if all("host").len() != 1 || !all("connection").iter().all(|value| *value == "upgrade") {
-            return bad("host or connection");
-        }
-        match (all("content-length").as_slice(), all("transfer-encoding").as_slice()) {
-            ([], []) => {}
-            ([length], []) if length.bytes().all(|byte| byte.is_ascii_digit()) => {
-                let length: usize = length.parse().map_err(|_| head.clone())?;
-                while server.read.len() < length {
-                    if !server.more().await {
-                        return Ok(paths);
-                    }
-                }
-                server.exactly(length).await;
-            }
-            ([], ["chunked"]) => {
-                while !server.read.windows(5).any(|five| five == b"0\r\n\r\n")
-                    && !server.read.ends_with(b"x-t: 1\r\n\r\n")
-                {
-                    if !server.more().await {
-                        return Ok(paths);
-                    }
-                }
-                let body = String::from_utf8(std::mem::take(&mut server.read)).map_err(|_| head.clone())?;
-                if !matches!(&*body, "0\r\n\r\n" | "5\r\nhello\r\n0\r\n\r\n" | "5\r\nhello\r\n0\r\nx-t: 1\r\n\r\n") {
-                    return bad(&body);
-                }
-            }
-            _ => return bad("framing"),
-        }
-        if !server.read.is_empty() {
-            return bad("something behind the request");
-        }
-        paths.push(target.to_owned());
-        let answer = if method == "HEAD" { "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n" } else { OK };
-        server.send(answer).await;
+fn case(random: &mut fastrand::Rng, id: &mut usize) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for _ in 0..random.usize(1..3) {
+        bytes.extend_from_slice(request(random, id, 1).as_bytes());
     }
+    if random.u8(..) < 100 {
+        for _ in 0..random.usize(1..3) {
+            let (at, byte) = (random.usize(..bytes.len()), pick(random, BYTES));
+            match random.u8(..3) {
+                0 => bytes[at] = byte,
+                1 => bytes.insert(at, byte),
+                _ => _ = bytes.remove(at),
+            }
+        }
+    }
+    bytes
+}
+
+/// What the upstream was asked, connection by connection, and the first thing that was no request.
+#[derive(Clone, Default)]
+struct Seen(Arc<Mutex<(VecDeque<Heard>, Option<String>)>>);
+
+impl Seen {
+    /// Reads what arrives as strictly as can be, and answers each request.
+    async fn listen(self, mut io: UnixStream) {
+        let mut bytes = Vec::new();
+        loop {
+            match Reader::Strict.read(&bytes) {
+                Read::Whole(heard, used) => {
+                    if used < bytes.len() {
+                        self.0.lock().unwrap().1 = Some(format!("something behind the request: {bytes:?}"));
+                        return;
+                    }
+                    bytes.clear();
+                    let answer =
+                        if heard.method == "HEAD" { "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n" } else { OK };
+                    self.0.lock().unwrap().0.push_back(*heard);
+                    if io.write_all(answer.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+                Read::More => match io.read_buf(&mut bytes).await {
+                    // A request that was broken off is never whole.
+                    Ok(0) | Err(_) => return,
+                    Ok(_) => {}
+                },
+                Read::Bad(bad) => {
+                    self.0.lock().unwrap().1 = Some(format!("{bad}: {:?}", String::from_utf8_lossy(&bytes)));
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// What of a request must be the same on both sides.
+fn meaning(heard: &Heard) -> (String, String, Option<String>, Vec<u8>) {
+    let (target, host) = match heard.target.parse::<Uri>() {
+        Ok(uri) if uri.authority().is_some() => {
+            let path = uri.path_and_query().map_or_else(|| "/".to_owned(), ToString::to_string);
+            (path, uri.authority().map(ToString::to_string))
+        }
+        _ => (heard.target.clone(), heard.host.clone()),
+    };
+    (heard.method.clone(), target, host, heard.body.clone())
+}
+
+/// Whether the upstream heard what was sent.
+fn is_same(sent: &Heard, heard: &Heard) -> bool {
+    let id = |heard: &Heard| heard.fields.iter().find(|(name, _)| name == "x-id").map(|(_, id)| id.clone());
+    let mut want = meaning(sent);
+    if want.2.as_ref().is_none_or(String::is_empty) {
+        // Without a host the endpoint's address stands in.
+        want.2.clone_from(&heard.host);
+    }
+    // Trailers that nobody announced are lost on the way.
+    let trailers = heard.trailers.iter().all(|trailer| sent.trailers.contains(trailer));
+    id(sent) == id(heard) && want == meaning(heard) && trailers
+}
+
+/// A forward with an upstream that listens closely, and what was sent lately.
+struct Trial {
+    forward: Forward,
+    seen: Seen,
+    /// What took long to arrive may belong to a case before the last.
+    sent: VecDeque<Vec<Heard>>,
+    through: usize,
+}
+
+impl Trial {
+    fn start() -> Self {
+        let path = std::env::temp_dir().join(format!("portcullis-{}-{}", std::process::id(), fastrand::u64(..)));
+        let listener = UnixListener::bind(&path).unwrap();
+        let forward = Forward::to(&format!("unix:{}", path.display())).unwrap();
+        let seen = Seen::default();
+        let all = seen.clone();
+        tokio::spawn(async move {
+            while let Ok((io, _)) = listener.accept().await {
+                tokio::spawn(all.clone().listen(io));
+            }
+        });
+        Self { forward, seen, sent: VecDeque::new(), through: 0 }
+    }
+
+    /// Sends `bytes` over a connection of their own, and compares.
+    async fn send(&mut self, bytes: &[u8]) {
+        self.sent.push_back(Reader::Lenient.all(bytes));
+        if self.sent.len() > 16 {
+            self.sent.pop_front();
+        }
+        let (mut client, server) = tokio::io::duplex(64 * 1024);
+        let peer = ([127, 0, 0, 1], 1).into();
+        let serving = tokio::spawn(serve(server, peer, self.forward.clone()));
+        client.write_all(bytes).await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut answers = Vec::new();
+        within(client.read_to_end(&mut answers)).await.unwrap();
+        drop(client);
+        within(serving).await.unwrap();
+        let (heard, bad) = std::mem::take(&mut *self.seen.0.lock().unwrap());
+        let about = || String::from_utf8_lossy(bytes).into_owned();
+        assert!(bad.is_none(), "{bad:?}\n{:?}", about());
+        for heard in heard {
+            let sent = self.sent.iter_mut().find_map(|sent| {
+                let at = sent.iter().position(|sent| is_same(sent, &heard))?;
+                Some(sent.remove(at))
+            });
+            let sent = sent.unwrap_or_else(|| panic!("{heard:?} was not sent, or is here twice\n{:?}", about()));
+            assert!(!sent.astray, "{sent:?} must be refused\n{:?}", about());
+            self.through += 1;
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_was_a_way_past_others_is_none_here() {
+    let mut trial = Trial::start();
+    let count = CORPUS.len();
+    for (at, bytes) in CORPUS.into_iter().enumerate() {
+        // Each request gets a number, the one inside as well; lengths that count it are made to fit.
+        let number = format!("\r\nx-id: {at}-outer\r\n");
+        let bytes = bytes.replacen("\r\n", &number, 1);
+        let inner = format!("GET /x HTTP/1.1\r\nx-id: {at:02}\r\n");
+        let grown = inner.len() - "GET /x HTTP/1.1\r\n".len();
+        let bytes = bytes.replace("GET /x HTTP/1.1\r\n", &inner);
+        let bytes = bytes.replace("length: 28", &format!("length: {}", 28 + grown));
+        trial.send(bytes.replace("1c\r\n", &format!("{:x}\r\n", 28 + grown)).as_bytes()).await;
+    }
+    assert_eq!(trial.through, 4, "of {count}");
 }
 
 #[tokio::test]
 async fn nothing_is_smuggled() {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<usize>().ok());
-    let cases = number("PORTCULLIS_FUZZ_CASES").unwrap_or(400);
+    let cases = number("PORTCULLIS_FUZZ_CASES").unwrap_or(4000);
     let mut random = fastrand::Rng::with_seed(number("PORTCULLIS_FUZZ_SEED").unwrap_or(7) as u64);
-    let upstream = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = upstream.local_addr().unwrap();
-    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
-    tokio::spawn(async move {
-        while let Ok((io, _)) = upstream.accept().await {
-            let tell = tell.clone();
-            tokio::spawn(async move { tell.send(strict(Raw { io, read: Vec::new() }).await) });
-        }
-    });
-    let mut through = 0;
-    for case in 0..cases {
-        let sent: Vec<_> = (0..random.usize(1..3)).map(|number| request(&mut random, case * 10 + number)).collect();
-        // Its own connections, which end with it.
-        let mut raw = client(&Forward::to(&address.to_string()).unwrap()).await;
-        raw.send(sent.concat()).await;
-        raw.io.shutdown().await.unwrap();
-        raw.end().await;
-        drop(raw);
-        while let Ok(result) = told.try_recv() {
-            let paths: Vec<String> = result.unwrap_or_else(|bad| panic!("about case {case}: {bad}\n{sent:#?}"));
-            through += paths.len();
-            for pair in paths.windows(2) {
-                assert!(pair[0] != pair[1] || pair[0] == "*", "twice: {paths:?}");
-            }
-        }
+    let (mut trial, mut next) = (Trial::start(), 0);
+    for _ in 0..cases {
+        let bytes = case(&mut random, &mut next);
+        trial.send(&bytes).await;
     }
-    assert!(through > cases / 20, "too few got through to prove anything: {through}");
+    println!("{cases} cases, {} requests reached the upstream", trial.through);
+    assert!(trial.through > cases / 5, "too few got through to prove anything: {}", trial.through);
 }

@@ -8,6 +8,7 @@ mod fields;
 mod fuzz;
 mod h2;
 mod messages;
+mod reading;
 #[cfg(feature = "tls")]
 mod tls;
 mod upgrades;
@@ -21,7 +22,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use portcullis_core::{Carried, PeerAddress};
 use portcullis_forward::Forward;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tower::Service;
 
@@ -160,7 +161,10 @@ async fn client(forward: &Forward) -> Raw {
 }
 
 /// Runs `forward` on one connection, HTTP/1.1 or HTTP/2 as it comes.
-async fn serve(io: TcpStream, peer: SocketAddr, forward: Forward) {
+async fn serve<I>(io: I, peer: SocketAddr, forward: Forward)
+where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let service = service_fn(move |mut request: http::Request<Incoming>| {
         PeerAddress(peer).attach(request.extensions_mut());
         let mut forward = forward.clone();
