@@ -264,3 +264,67 @@ async fn a_connection_that_breaks_on_reuse_repeats_what_may_be_repeated() {
         }
     }
 }
+
+/// With every place taken, with a listener that never speaks TLS: no connection in time either way.
+#[tokio::test]
+async fn no_connection_in_time_is_504_and_nothing_was_sent() {
+    let upstream = Upstream::bind().await;
+    let forward = upstream.forward().max_connections(1).connect_timeout(Duration::from_millis(30));
+    let busy = tokio::spawn({
+        let forward = forward.clone();
+        async move { call(&forward, get("/")).await }
+    });
+    let mut server = upstream.accept().await;
+    server.head().await;
+    assert_eq!(rejection(&call(&forward, get("/")).await), (504, "connect-timeout", false));
+    server.send(OK).await;
+    assert_eq!(busy.await.unwrap().status(), 200);
+}
+
+#[tokio::test]
+async fn an_attempt_has_a_time_for_the_head_and_the_whole_one_for_the_body() {
+    let upstream = Upstream::bind().await;
+    let answer = async |server: &mut Raw| {
+        server.head().await;
+        server.send("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello").await;
+    };
+    let silent = async || {
+        let mut server = upstream.accept().await;
+        server.head().await;
+        server
+    };
+    let attempt = upstream.forward().attempt_timeout(Duration::from_millis(50));
+    let (response, _server) = tokio::join!(call(&attempt, get("/")), silent());
+    assert_eq!(rejection(&response), (504, "deadline-exceeded", true));
+    let (response, mut server) = tokio::join!(call(&attempt, get("/")), async {
+        let mut server = upstream.accept().await;
+        answer(&mut server).await;
+        server
+    });
+    tokio::time::sleep(Duration::from_millis(60)).await;
+    server.send("there").await;
+    let body = within(response.into_body().collect()).await.unwrap().to_bytes();
+    assert_eq!(body, "hellothere", "the body has its own time");
+
+    let whole = upstream.forward().total_timeout(Duration::from_millis(50));
+    let (response, _server) = tokio::join!(call(&whole, get("/")), silent());
+    assert_eq!(rejection(&response), (504, "deadline-exceeded", true));
+    let (response, _server) = tokio::join!(call(&whole, get("/")), async {
+        let mut server = upstream.accept().await;
+        answer(&mut server).await;
+        server
+    });
+    assert!(within(response.into_body().collect()).await.is_err(), "the body counts");
+}
+
+#[tokio::test]
+async fn a_tunnel_where_nothing_moves_ends() {
+    let upstream = Upstream::bind().await;
+    let mut client = client(&upstream.forward().idle_timeout(Duration::from_millis(50))).await;
+    client.send("GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n").await;
+    let mut server = upstream.accept().await;
+    server.head().await;
+    server.send("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n").await;
+    client.head().await;
+    assert_eq!((client.end().await, server.end().await), (String::new(), String::new()));
+}

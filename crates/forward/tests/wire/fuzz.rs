@@ -298,5 +298,5 @@ async fn nothing_is_smuggled() {
         trial.send(&bytes).await;
     }
     println!("{cases} cases, {} requests reached the upstream", trial.through);
-    assert!(trial.through > cases / 5, "too few got through to prove anything: {}", trial.through);
+    assert!(trial.through > cases / 10, "too few got through to prove anything: {}", trial.through);
 }
