@@ -18,6 +18,7 @@
 
 mod answer;
 mod matches;
+mod observe;
 mod route;
 mod router;
 mod upstream;
@@ -46,6 +47,8 @@ use tower_service::Service;
 
 pub use self::answer::{Cors, Redirect};
 pub use self::matches::Is;
+use self::observe::Passed;
+pub use self::observe::{Observe, Observer};
 pub use self::route::Route;
 use self::route::{Action, Target};
 use self::router::{Asked, Missing, Router};
@@ -81,7 +84,7 @@ pub struct Builder {
 pub struct Error(String);
 
 /// The layers in the order a request travels.
-type Stack = Auth<RateLimit<Ways>, SharedAuthenticate>;
+type Stack = Auth<Passed<RateLimit<Passed<Ways>>>, SharedAuthenticate>;
 
 /// What comes out of the stack, whatever goes in: a refusal or the upstream's body, watched by the layers it passed.
 type StackBody = <<Stack as Service<Request<http_body_util::Empty<Bytes>>>>::Response as HasBody>::Body;
@@ -383,7 +386,10 @@ impl Builder {
         for (pattern, route) in &self.routes {
             route.check().map_err(|Error(what)| Error(format!("the route {pattern:?}: {what}")))?;
         }
-        let stack = auth.layer(rate_limit.layer(Ways::new(&self.upstream, &self.upstreams)));
+        let stack = {
+            let ways = Passed::new(Where::RateLimit, Ways::new(&self.upstream, &self.upstreams));
+            auth.layer(Passed::new(Where::Auth, rate_limit.layer(ways)))
+        };
         let mut discoveries = Vec::new();
         for service in self.routes.iter().flat_map(|(_, route)| route.services()) {
             let discovery = &self.upstreams.get(service.name()).unwrap_or(&self.upstream).discovery;

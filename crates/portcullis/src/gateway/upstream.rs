@@ -9,11 +9,13 @@ use bytes::Bytes;
 use http::Request;
 use portcullis_balance::{Balance, BalanceLayer, Pick, PowerOfTwo};
 use portcullis_circuit_break::{CircuitBreak, CircuitBreakLayer};
-use portcullis_core::{Carried, Destination};
+use portcullis_core::{Carried, Destination, Layer};
 use portcullis_discovery::{Discovery, DiscoveryLayer, Registry};
 use portcullis_forward::{BoxError, Forward};
-use tower_layer::Layer;
+use tower_layer::Layer as _;
 use tower_service::Service;
+
+use super::observe::{Passed, Sent};
 
 /// How requests reach a service: where its endpoints are found, how one is picked, when it is kept away from, and how it is
 /// talked to. Clones share all state: a gateway built anew with a clone goes on where the old one was.
@@ -26,7 +28,7 @@ pub struct Upstream {
 }
 
 /// The layers below the rate limit, in the order a request travels.
-pub(super) type Way = Discovery<Balance<CircuitBreak<Forward>, Arc<dyn Pick>>>;
+pub(super) type Way = Discovery<Passed<Balance<CircuitBreak<Sent<Forward>>, Arc<dyn Pick>>>>;
 
 /// Sends each request the way of the service it asks for.
 #[derive(Clone)]
@@ -78,8 +80,8 @@ impl Upstream {
     }
 
     fn way(&self) -> Way {
-        let send = self.circuit_break.layer(self.forward.clone());
-        self.discovery.layer(self.balance.layer(send))
+        let send = self.circuit_break.layer(Sent::new(self.forward.clone()));
+        self.discovery.layer(Passed::new(Layer::Discovery, self.balance.layer(send)))
     }
 }
 
