@@ -17,7 +17,6 @@ use portcullis::auth::{Algorithm, Jwt, KeySet};
 use portcullis::core::Instance;
 use portcullis::discovery::{EmbeddedRegistry, Registration, Registry, ServiceDefinition};
 use portcullis::gateway::{Builder, Gateway, Route};
-use portcullis_testing::backend::serve;
 use portcullis_testing::{Backend, token};
 use serde_json::json;
 use tower::{Layer, Service};
@@ -77,7 +76,15 @@ where
     R: http_body::Body<Data = Bytes> + Send + 'static,
     R::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
-    serve(SocketAddr::from(([127, 0, 0, 1], 0)), service).await.0
+    portcullis_testing::backend::serve(SocketAddr::from(([127, 0, 0, 1], 0)), service).await.0
+}
+
+/// Runs a gateway as a program would, until the runtime ends.
+pub(crate) fn serve(gateway: Gateway) -> SocketAddr {
+    let server = portcullis::serve::Server::bind(([127, 0, 0, 1], 0)).unwrap();
+    let address = server.local_addr().unwrap();
+    tokio::spawn(server.serve(gateway));
+    address
 }
 
 /// A client with a pool; over HTTP/2 if asked.
