@@ -1,4 +1,5 @@
 //! What an observer is told of a request.
+#![expect(clippy::unwrap_used, reason = "what helps the tests fails with them")]
 
 use std::sync::{Arc, Mutex};
 
