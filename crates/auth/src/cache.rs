@@ -7,6 +7,7 @@
 //! The table has a fixed number of places, four to a set. Readers take no lock and write at most one mark. A place is
 //! taken from a token that is over, else from one that was not asked for since the hand last passed.
 
+use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -33,7 +34,30 @@ pub(crate) struct TokenCache {
     hand: AtomicUsize,
     bytes: AtomicUsize,
     max_bytes: usize,
+    /// Several, so that threads do not share a line.
+    found: [Found; STRIPES],
 }
+
+/// How the memory of tokens that verified does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CacheStats {
+    /// Tokens that were remembered.
+    pub hits: u64,
+    /// Tokens that were not, and had to be verified.
+    pub misses: u64,
+    /// The memory taken up, in bytes.
+    pub bytes: usize,
+}
+
+#[derive(Default)]
+#[repr(align(128))]
+struct Found {
+    hits: AtomicU64,
+    misses: AtomicU64,
+}
+
+const STRIPES: usize = 8;
 
 /// The hash of a token and of the rules it was checked by.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -69,7 +93,7 @@ impl TokenCache {
         let hash = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &secret).ok()?);
         let places: Box<[Place]> = (0..WAYS << places).map(|_| Place::default()).collect();
         let bytes = AtomicUsize::new(places.len() * size_of::<Place>());
-        Some(Self { hash, places, hand: AtomicUsize::new(0), bytes, max_bytes })
+        Some(Self { hash, places, hand: AtomicUsize::new(0), bytes, max_bytes, found: Default::default() })
     }
 
     pub(crate) fn tag(&self, version: u64, token: &[u8]) -> Option<Tag> {
@@ -94,10 +118,22 @@ impl TokenCache {
                 if !place.used.load(Ordering::Relaxed) {
                     place.used.store(true, Ordering::Relaxed);
                 }
+                self.found[stripe()].hits.fetch_add(1, Ordering::Relaxed);
                 return Some((entry.identity.clone(), entry.certificate));
             }
         }
+        self.found[stripe()].misses.fetch_add(1, Ordering::Relaxed);
         None
+    }
+
+    pub(crate) fn stats(&self) -> CacheStats {
+        let sum =
+            |which: fn(&Found) -> &AtomicU64| self.found.iter().map(|one| which(one).load(Ordering::Relaxed)).sum();
+        CacheStats {
+            hits: sum(|found| &found.hits),
+            misses: sum(|found| &found.misses),
+            bytes: self.bytes.load(Ordering::Relaxed),
+        }
     }
 
     /// Keeps what a token proved until it expires.
@@ -183,6 +219,19 @@ impl Entry {
     }
 }
 
+/// Each thread has its own, as far as they go round.
+fn stripe() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local!(static HERE: Cell<usize> = const { Cell::new(usize::MAX) });
+    let here = HERE.try_with(|here| {
+        if here.get() == usize::MAX {
+            here.set(NEXT.fetch_add(1, Ordering::Relaxed) % STRIPES);
+        }
+        here.get()
+    });
+    here.unwrap_or(0) % STRIPES
+}
+
 /// About what an entry takes up, allocations included and rather too much.
 fn weigh(identity: &Identity) -> usize {
     fn value(of: &Value) -> usize {
@@ -242,6 +291,8 @@ mod tests {
         assert!(find(&cache, 1, Duration::from_secs(2000)).is_none());
         key.retire();
         assert!(find(&cache, 1, NOW).is_none());
+        let stats = cache.stats();
+        assert_eq!((stats.hits, stats.misses), (2, 3));
     }
 
     #[test]

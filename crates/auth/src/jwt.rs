@@ -15,7 +15,7 @@ use portcullis_core::{Carried, Clock, Identity, PeerTls, TrustedProxies, WallClo
 use subtle::ConstantTimeEq;
 
 use crate::authenticate::{Attempt, Authenticate, Denied, Head};
-use crate::cache::{Tag, TokenCache};
+use crate::cache::{CacheStats, Tag, TokenCache};
 use crate::claims::{Believed, MAX_LEEWAY, Rules};
 use crate::error::{Error, Kind};
 use crate::key_set::{KeySet, Lookup};
@@ -196,6 +196,12 @@ impl Jwt {
     #[must_use]
     pub fn cache_bytes(self, bytes: usize) -> Self {
         self.change(|inner| inner.cache = TokenCache::new(bytes).map(Arc::new))
+    }
+
+    /// How the memory of tokens that verified does; `None` without one.
+    #[must_use]
+    pub fn cache_stats(&self) -> Option<CacheStats> {
+        self.0.cache.as_ref().map(|cache| cache.stats())
     }
 
     /// How many tokens of one client address may fail to verify: so many at once, and one more after each `interval`; 100

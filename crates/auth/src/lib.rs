@@ -143,6 +143,7 @@ mod upstream;
 
 pub use algorithm::Algorithm;
 pub use authenticate::{And, Attempt, Authenticate, Both, Denied, Head, Or, Scheme, SharedAuthenticate, SharedFuture};
+pub use cache::CacheStats;
 pub use certificate::ClientCertificate;
 pub use claims::{DEFAULT_LEEWAY, MAX_LEEWAY};
 pub use error::Error;

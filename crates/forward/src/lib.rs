@@ -440,6 +440,12 @@ impl Forward {
     pub fn connections(&self, endpoint: &Endpoint) -> (usize, usize) {
         endpoint.existing_slot(&self.shared.slot).map_or((0, 0), pool::Pool::count)
     }
+
+    /// How many connections to `endpoint` are open, busy or idle, in all runtimes.
+    #[must_use]
+    pub fn open_connections(&self, endpoint: &Endpoint) -> usize {
+        endpoint.existing_slot(&self.shared.slot).map_or(0, pool::Pool::open)
+    }
 }
 
 impl<B> Service<Request<B>> for Forward

@@ -181,6 +181,11 @@ impl Pool {
         }
     }
 
+    /// How many connections are open, busy or idle, in all runtimes.
+    pub(crate) fn open(&self) -> usize {
+        self.limits.connections.saturating_sub(self.open.available_permits())
+    }
+
     /// How many connections are idle, and how many are HTTP/2, in all runtimes.
     pub(crate) fn count(&self) -> (usize, usize) {
         let (mut idle, mut h2) = (0, 0);

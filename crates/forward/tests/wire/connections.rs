@@ -80,6 +80,7 @@ async fn idle_connections_are_closed_in_time_and_no_more_are_kept_than_allowed()
         servers
     });
     assert_eq!(forward.connections(&endpoint), (1, 0));
+    assert_eq!(forward.open_connections(&endpoint), 1);
     for server in &mut servers {
         assert_eq!(server.end().await, "");
     }
