@@ -198,6 +198,12 @@ impl Jwt {
         self.change(|inner| inner.cache = TokenCache::new(bytes).map(Arc::new))
     }
 
+    /// The keys of its first issuer.
+    #[must_use]
+    pub fn keys(&self) -> &KeySet {
+        &self.0.first.keys
+    }
+
     /// How the memory of tokens that verified does; `None` without one.
     #[must_use]
     pub fn cache_stats(&self) -> Option<CacheStats> {

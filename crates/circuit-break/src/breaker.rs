@@ -125,6 +125,39 @@ pub(crate) struct Breaker {
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Word(u64);
 
+// === impl State ===
+
+impl State {
+    /// A word for logs and metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Closed => "closed",
+            Self::Open => "open",
+            Self::HalfOpen => "half-open",
+        }
+    }
+}
+
+// === impl Reason ===
+
+impl Reason {
+    /// A word for logs and metrics.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Failures => "failures",
+            Self::FailureRate => "failure-rate",
+            Self::SlowRate => "slow-rate",
+            Self::Outlier => "outlier",
+            Self::Probing => "probing",
+            Self::ProbeFailed => "probe-failed",
+            Self::Recovered => "recovered",
+            Self::ByHand => "by-hand",
+        }
+    }
+}
+
 // === impl Breaker ===
 
 impl Breaker {
