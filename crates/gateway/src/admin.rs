@@ -71,11 +71,14 @@ impl Admin {
                 None => text(StatusCode::OK, "ready\n"),
                 Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
             },
+            "/metrics" if !self.state.running().config.metrics.enabled => {
+                text(StatusCode::NOT_FOUND, "the file says metrics.enabled = false\n")
+            }
             "/metrics" => {
                 answer(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", metrics::text(&self.state))
             }
             "/config" => json(StatusCode::OK, &self.state.running().config.masked()),
-            "/endpoints" => json(StatusCode::OK, &view::services(&self.state.running())),
+            "/endpoints" => json(StatusCode::OK, &view::services(&self.state)),
             "/state" => json(StatusCode::OK, &view::state(&self.state)),
             _ => text(StatusCode::NOT_FOUND, "nothing here; see / /live /ready /metrics /config /endpoints /state\n"),
         }

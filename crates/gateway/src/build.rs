@@ -9,7 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use portcullis::auth::{self, Algorithm, AuthLayer, Authenticate, KeySet, SharedAuthenticate};
-use portcullis::balance::{self, BalanceLayer, LeastConnections, PeakEwma, Pick, PowerOfTwo, Random, RoundRobin};
+use portcullis::balance::{
+    self, BalanceLayer, Budget, LeastConnections, PeakEwma, Pick, PowerOfTwo, Random, RoundRobin,
+};
 use portcullis::circuit_break::{CircuitBreakLayer, OpenTime, Share, Window};
 use portcullis::discovery::DiscoveryLayer;
 use portcullis::forward::{self, ClientTls, Forward};
@@ -21,6 +23,7 @@ use portcullis_core::{Endpoints, GrpcCode, TrustedProxies};
 use self::policies::Believed;
 use self::registries::Registries;
 use crate::config::{self, BalancePolicy, Config, HealthKind, Provider};
+use crate::export::{self, Exporter};
 
 /// Everything one configuration stands for, as it runs.
 pub(crate) struct Running {
@@ -28,6 +31,9 @@ pub(crate) struct Running {
     pub(crate) gateway: Gateway,
     pub(crate) services: BTreeMap<String, Service>,
     pub(crate) limits: Limits,
+    pub(crate) exporter: Option<Arc<Exporter>>,
+    /// Those who take tokens, by name.
+    pub(crate) tokens: BTreeMap<String, auth::Jwt>,
     registries: Registries,
     rate_limit: RateLimitLayer,
     providers: BTreeMap<String, (Provider, SharedAuthenticate)>,
@@ -47,6 +53,8 @@ pub(crate) struct Service {
     pub(crate) name: String,
     pub(crate) discovery: DiscoveryLayer,
     balance: BalanceLayer<Arc<dyn Pick>>,
+    /// Of the balancer.
+    pub(crate) budget: Budget,
     pub(crate) circuit_break: CircuitBreakLayer,
     pub(crate) forward: Forward,
     pub(crate) health: Option<Checker>,
@@ -94,7 +102,8 @@ impl Running {
             }
             services.insert(name.clone(), built);
         }
-        let providers = providers(&config, before)?;
+        let mut tokens = BTreeMap::new();
+        let providers = providers(&config, before, &mut tokens)?;
         let (rate_limit, limits) = limiter(&config, &proxies, before, &mut commit)?;
         let mut builder = Gateway::builder(portcullis::discovery::FixedRegistry::new())
             .with_rate_limit(rate_limit.clone())
@@ -121,8 +130,10 @@ impl Running {
             builder = builder.route(&pattern, route);
         }
         let gateway = builder.build().map_err(|error| Error(error.to_string()))?;
+        let traced = before.map(|before| (&before.config.traces, &before.exporter));
+        let exporter = export::exporter(&config.traces, traced).map_err(Error)?;
         registries.commit(&mut commit);
-        Ok(Self { config, gateway, services, limits, registries, rate_limit, providers, commit })
+        Ok(Self { config, gateway, services, limits, exporter, tokens, registries, rate_limit, providers, commit })
     }
 
     /// Makes what is shared with the one before as this one has it.
@@ -150,9 +161,12 @@ impl Service {
     ) -> Result<Self, Error> {
         let (discovery, registered) = registries.discovery(name, service, old.map(|old| &old.discovery));
         let same = |part: fn(&config::Service, &config::Service) -> bool| old.filter(|old| part(&old.config, service));
-        let balance = match same(|a, b| a.balance == b.balance && a.retry == b.retry) {
-            Some(old) => old.balance.clone(),
-            None => balance_layer(&service.balance, &service.retry),
+        let (balance, budget) = match same(|a, b| a.balance == b.balance && a.retry == b.retry) {
+            Some(old) => (old.balance.clone(), old.budget.clone()),
+            None => {
+                let budget = Budget::default();
+                (balance_layer(&service.balance, &service.retry).budget(budget.clone()), budget)
+            }
         };
         let circuit_break = match same(|a, b| a.breaker == b.breaker) {
             Some(old) => old.circuit_break.clone(),
@@ -173,7 +187,7 @@ impl Service {
             (Some(health), _) => Some(checker(health).start(discovery.clone(), &registered, forward.clone())),
         };
         let (config, trusted) = (service.clone(), config.trusted_proxies.clone());
-        Ok(Self { config, trusted, name: registered, discovery, balance, circuit_break, forward, health })
+        Ok(Self { config, trusted, name: registered, discovery, balance, budget, circuit_break, forward, health })
     }
 
     fn upstream(&self) -> Upstream {
@@ -235,7 +249,11 @@ fn balance_layer(balance: &config::Balance, retry: &config::Retry) -> BalanceLay
         BalancePolicy::Random => Arc::new(Random::new()),
         BalancePolicy::PeakEwma => Arc::new(PeakEwma::new()),
     };
-    let layer = BalanceLayer::new(pick).policy(retry_policy(retry)).panic_threshold(balance.panic_threshold);
+    let layer = BalanceLayer::new(pick)
+        .policy(retry_policy(retry))
+        .panic_threshold(balance.panic_threshold)
+        // What was tried is noted by the observer.
+        .leaves_served(false);
     match balance.wait {
         Some(wait) => layer.wait(wait),
         None => layer,
@@ -391,13 +409,21 @@ fn limiter(
 fn providers(
     config: &Config,
     before: Option<&Running>,
+    tokens: &mut BTreeMap<String, auth::Jwt>,
 ) -> Result<BTreeMap<String, (Provider, SharedAuthenticate)>, Error> {
     let mut built = BTreeMap::new();
     for (name, provider) in &config.auth.providers {
         let kept = before.and_then(|before| before.providers.get(name)).filter(|(old, _)| *old == **provider);
-        let proof = match kept {
-            Some((_, proof)) => proof.clone(),
-            None => jwt(provider).map_err(|why| Error::of(format_args!("the provider {name:?}"), why))?.shared(),
+        let proof = match (kept, before.and_then(|before| before.tokens.get(name))) {
+            (Some((_, proof)), Some(jwt)) => {
+                tokens.insert(name.clone(), jwt.clone());
+                proof.clone()
+            }
+            _ => {
+                let jwt = jwt(provider).map_err(|why| Error::of(format_args!("the provider {name:?}"), why))?;
+                tokens.insert(name.clone(), jwt.clone());
+                jwt.shared()
+            }
         };
         built.insert(name.clone(), ((**provider).clone(), proof));
     }

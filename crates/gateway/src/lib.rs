@@ -42,6 +42,7 @@ mod admin;
 mod build;
 pub mod config;
 mod demo;
+mod export;
 mod log;
 mod observe;
 mod run;

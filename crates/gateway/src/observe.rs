@@ -1,23 +1,29 @@
 //! Around the gateway: hands each request to the configuration that is in force, counts it, and writes it down.
 
+mod access;
+mod record;
+
 use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use http::{Method, Request, Response, StatusCode};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use hyper::body::Incoming;
 use pin_project_lite::pin_project;
-use portcullis::balance::Served;
-use portcullis::gateway::{self, GatewayBody};
-use portcullis_core::{Body, Carried, Clock, Guard, Moment, PeerAddress, Rejection, Route};
+use portcullis::gateway::{self, GatewayBody, Observer};
+use portcullis_core::{Body, Carried, Clock, Guard, PeerAddress, PeerTls, Rejection, Route};
 use tower_service::Service;
 
+use self::record::Upload;
+pub(crate) use self::record::{Attempt, Record};
+use crate::export::Exporter;
 use crate::state::State;
-use crate::telemetry::{Answered, Labels};
-use crate::trace::Trace;
+use crate::telemetry::Labels;
+use crate::trace::{Sampling, Trace};
 
 /// The gateway as it is at the moment, observed.
 #[derive(Clone)]
@@ -30,7 +36,7 @@ pin_project! {
     /// An answer on its way.
     pub(crate) struct ResponseFuture {
         #[pin]
-        inner: gateway::ResponseFuture<Incoming>,
+        inner: gateway::ResponseFuture<Body<Incoming, Upload>>,
         watch: Option<Watch>,
     }
 }
@@ -38,25 +44,55 @@ pin_project! {
 /// One request, from its arrival to the end of its answer.
 pub(crate) struct Watch {
     state: Arc<State>,
-    clock: Clock,
-    started: Moment,
-    method: Method,
-    /// For the log; without the query, in which there may be tokens.
-    path: Option<String>,
-    peer: Option<PeerAddress>,
-    trace: Option<Trace>,
+    record: Arc<Record>,
+    exporter: Option<Arc<Exporter>>,
+    asked: Asked,
     head: Option<Head>,
     bytes: u64,
     whole: bool,
 }
 
+/// What was asked for, as far as anybody wants to know.
+pub(crate) struct Asked {
+    pub(crate) method: Method,
+    /// For log and spans; without the query, in which there may be tokens.
+    pub(crate) path: Option<String>,
+    pub(crate) peer: Option<SocketAddr>,
+    /// For spans.
+    #[cfg_attr(not(feature = "otlp"), expect(dead_code, reason = "only spans tell it"))]
+    pub(crate) more: Option<Box<More>>,
+}
+
+/// What only spans tell.
+#[cfg_attr(not(feature = "otlp"), expect(dead_code, reason = "only spans tell it"))]
+pub(crate) struct More {
+    pub(crate) version: Version,
+    pub(crate) encrypted: bool,
+    pub(crate) host: Option<String>,
+    pub(crate) agent: Option<String>,
+}
+
 /// What the head of the answer told.
-struct Head {
-    after: Duration,
-    status: StatusCode,
-    route: Option<Route>,
-    served: Option<Served>,
-    refused: Option<(&'static str, &'static str)>,
+pub(crate) struct Head {
+    /// After the start.
+    pub(crate) after: Duration,
+    pub(crate) status: StatusCode,
+    pub(crate) route: Option<Route>,
+    /// The layer that refused, and why.
+    pub(crate) refused: Option<(&'static str, &'static str)>,
+}
+
+/// A request that is over.
+pub(crate) struct Finished {
+    pub(crate) asked: Asked,
+    pub(crate) record: Arc<Record>,
+    pub(crate) attempts: Vec<Attempt>,
+    /// Nothing if the caller went away before.
+    pub(crate) head: Option<Head>,
+    pub(crate) took: Duration,
+    pub(crate) down: u64,
+    /// Whether the answer arrived whole.
+    pub(crate) whole: bool,
 }
 
 // === impl Observed ===
@@ -78,24 +114,46 @@ impl Service<Request<Incoming>> for Observed {
     }
 
     fn call(&mut self, mut request: Request<Incoming>) -> ResponseFuture {
-        let started = self.clock.now();
         let running = self.state.running();
-        let trace = running.config.traces.propagate.then(|| Trace::carry(request.headers_mut(), || fastrand::u64(..)));
-        let watch = Watch {
-            state: self.state.clone(),
-            clock: self.clock.clone(),
-            started,
-            method: request.method().clone(),
-            path: running.config.log.access.then(|| request.uri().path().to_owned()),
-            peer: PeerAddress::of(request.extensions()).copied(),
-            trace,
-            head: None,
-            bytes: 0,
-            whole: false,
-        };
+        let (traces, exporter) = (&running.config.traces, &running.exporter);
+        let trace = traces.propagate.then(|| {
+            let share = exporter.as_ref().map(|_| traces.sample.0);
+            Trace::carry(request.headers_mut(), Sampling { accept: traces.accept, share }, || fastrand::u64(..))
+        });
+        let is_exported = trace.is_some_and(|trace| trace.is_exported());
+        let asked = Asked::of(&request, running.config.log.access || is_exported, is_exported);
+        let record = Arc::new(Record::new(self.clock.clone(), trace));
         self.state.telemetry.active.fetch_add(1, Ordering::Relaxed);
-        let inner = running.gateway.clone().call(request);
-        ResponseFuture { inner, watch: Some(watch) }
+        request.extensions_mut().insert(Observer::new(record.clone()));
+        let request = request.map(|body| Body::guarded(body, Upload(record.clone())));
+        let exporter = exporter.as_ref().filter(|_| is_exported).cloned();
+        let watch = Watch { state: self.state.clone(), record, exporter, asked, head: None, bytes: 0, whole: false };
+        ResponseFuture { inner: running.gateway.clone().call(request), watch: Some(watch) }
+    }
+}
+
+// === impl Asked ===
+
+impl Asked {
+    fn of<B>(request: &Request<B>, path: bool, more: bool) -> Self {
+        let field = |name| request.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+        let all = || More {
+            version: request.version(),
+            encrypted: PeerTls::of(request.extensions()).is_some(),
+            host: request
+                .uri()
+                .authority()
+                .map(http::uri::Authority::as_str)
+                .or(field(header::HOST))
+                .map(str::to_owned),
+            agent: field(header::USER_AGENT).map(str::to_owned),
+        };
+        Self {
+            method: request.method().clone(),
+            path: path.then(|| request.uri().path().to_owned()),
+            peer: PeerAddress::of(request.extensions()).map(|PeerAddress(peer)| *peer),
+            more: more.then(|| Box::new(all())),
+        }
     }
 }
 
@@ -108,71 +166,26 @@ impl Future for ResponseFuture {
         let this = self.project();
         let Ok(response) = ready!(this.inner.poll(cx));
         let Some(mut watch) = this.watch.take() else { return Poll::Pending };
-        watch.head(&response);
+        watch.head = Some(Head::of(&response, watch.record.age()));
         Poll::Ready(Ok(response.map(|body| Body::guarded(body, watch))))
     }
 }
 
-// === impl Watch ===
+// === impl Head ===
 
-impl Watch {
-    fn head<B>(&mut self, response: &Response<B>) {
+impl Head {
+    fn of<B>(response: &Response<B>, after: Duration) -> Self {
         let extensions = response.extensions();
-        let after = self.clock.now().since(self.started);
-        let served = extensions.get::<Served>().cloned();
-        if let Some(served) = &served {
-            let answered = Answered::by(served.endpoint());
-            answered.requests.fetch_add(1, Ordering::Relaxed);
-            answered.errors.fetch_add(u64::from(response.status().is_server_error()), Ordering::Relaxed);
-            answered.nanos.fetch_add(u64::try_from(after.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-            for failed in served.failed() {
-                Answered::by(&failed.endpoint).retried.fetch_add(1, Ordering::Relaxed);
-            }
-        }
-        self.head = Some(Head {
+        Self {
             after,
             status: response.status(),
             route: extensions.get::<Route>().cloned(),
-            served,
             refused: extensions.get::<Rejection>().map(|rejection| (rejection.layer().as_str(), rejection.reason())),
-        });
-    }
-
-    fn log(&self, head: Option<&Head>, took: Duration) {
-        let Some(path) = &self.path else { return };
-        let succeeded = self.whole && head.is_some_and(|head| !head.status.is_server_error() && head.refused.is_none());
-        let share = self.state.running().config.log.sample.0;
-        if succeeded && share < 1.0 && fastrand::f64() >= share {
-            return;
         }
-        let served = head.and_then(|head| head.served.as_ref());
-        let refused = head.and_then(|head| head.refused);
-        let trace = self.trace.map(|trace| trace.to_string());
-        tracing::info!(
-            target: "access",
-            method = self.method.as_str(),
-            path,
-            route = head.and_then(|head| head.route.as_ref()).map(|route| &**route.name()),
-            status = head.map(|head| head.status.as_u16()),
-            service = served.map(|served| &**served.endpoint().service()),
-            endpoint = served.map(|served| &**served.endpoint().id()),
-            attempts = served.map(Served::attempts),
-            refused_by = refused.map(|(layer, _)| layer),
-            reason = refused.map(|(_, reason)| reason),
-            head_ms = head.map(|head| millis(head.after)),
-            total_ms = millis(took),
-            bytes = self.bytes,
-            complete = self.whole,
-            peer = self.peer.map(|PeerAddress(peer)| tracing::field::display(peer)),
-            trace = trace.as_deref(),
-        );
     }
 }
 
-/// Three digits of a millisecond.
-fn millis(time: Duration) -> f64 {
-    (time.as_secs_f64() * 1e6).round() / 1e3
-}
+// === impl Watch ===
 
 impl Guard for Watch {
     fn data(&mut self, bytes: usize) {
@@ -189,14 +202,45 @@ impl Drop for Watch {
     fn drop(&mut self) {
         let telemetry = &self.state.telemetry;
         telemetry.active.fetch_sub(1, Ordering::Relaxed);
-        let took = self.clock.now().since(self.started);
-        let head = self.head.take();
-        // Who went away before there was an answer is counted as nginx has it.
-        let status =
-            head.as_ref().map_or(StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST), |head| head.status);
-        let route = head.as_ref().and_then(|head| head.route.as_ref()).map(Route::name);
-        let refused = head.as_ref().and_then(|head| head.refused).unwrap_or_default();
-        telemetry.series(Labels::new(route, &self.method, status, refused)).record(took, self.bytes);
-        self.log(head.as_ref(), took);
+        let nothing = Asked { method: Method::GET, path: None, peer: None, more: None };
+        let finished = Finished {
+            asked: std::mem::replace(&mut self.asked, nothing),
+            attempts: self.record.attempts(),
+            record: self.record.clone(),
+            head: self.head.take(),
+            took: self.record.age(),
+            down: self.bytes,
+            whole: self.whole,
+        };
+        let up = finished.record.uploaded();
+        telemetry.series(finished.labels()).record(finished.took, up, finished.down);
+        if let Some(attempt) = finished.attempts.last() {
+            let moved = telemetry.moved(attempt.endpoint.service());
+            moved.up.fetch_add(up, Ordering::Relaxed);
+            moved.down.fetch_add(finished.down, Ordering::Relaxed);
+        }
+        access::log(&finished, &self.state.running().config.log);
+        if let Some(exporter) = &self.exporter {
+            exporter.export(finished);
+        }
+    }
+}
+
+// === impl Finished ===
+
+impl Finished {
+    pub(crate) fn route(&self) -> Option<&Arc<str>> {
+        self.head.as_ref().and_then(|head| head.route.as_ref()).map(Route::name)
+    }
+
+    /// Who went away before there was an answer is counted as nginx has it.
+    pub(crate) fn status(&self) -> StatusCode {
+        let gone = || StatusCode::from_u16(499).unwrap_or(StatusCode::BAD_REQUEST);
+        self.head.as_ref().map_or_else(gone, |head| head.status)
+    }
+
+    fn labels(&self) -> Labels {
+        let refused = self.head.as_ref().and_then(|head| head.refused).unwrap_or_default();
+        Labels::new(self.route(), &self.asked.method, self.status(), refused)
     }
 }

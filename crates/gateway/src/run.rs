@@ -111,6 +111,10 @@ async fn serve(config: Config, file: Option<PathBuf>, started: impl FnOnce(&[Soc
             state.stop();
         }
     }
+    let exporter = state.running().exporter.clone();
+    if let Some(exporter) = exporter {
+        exporter.flush().await;
+    }
     if let Some(admin) = admin {
         admin.abort();
     }

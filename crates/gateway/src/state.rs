@@ -92,6 +92,9 @@ impl State {
         next.commit();
         self.running.store(Arc::new(next));
         self.listen_to_breakers(Some(&before));
+        let running = self.running();
+        let is_one = |name: &str| running.services.iter().any(|(own, service)| own == name || service.name == name);
+        self.telemetry.keep_services(is_one);
         let mut said = String::from("the file is in force");
         if !later.is_empty() {
             said.push_str(&format!("; what it says of {} counts from the next start", later.join(", ")));
@@ -108,11 +111,17 @@ impl State {
             }
             let layer: &CircuitBreakLayer = &service.circuit_break;
             let mut changes = layer.handle().changes();
-            let (telemetry, name) = (self.telemetry.clone(), name.clone());
+            let (telemetry, name): (_, Arc<str>) = (self.telemetry.clone(), name.as_str().into());
             tokio::spawn(async move {
                 while let Some(change) = changes.next().await {
+                    telemetry.breaker_changed((name.clone(), change.to.as_str(), change.reason.as_str()));
                     let of = change.scope.as_endpoint().map_or_else(String::new, |endpoint| endpoint.id().to_string());
-                    let text = format!("{name} {of}: {:?} to {:?} ({:?})", change.from, change.to, change.reason);
+                    let text = format!(
+                        "{name} {of}: {} to {}, {}",
+                        change.from.as_str(),
+                        change.to.as_str(),
+                        change.reason.as_str()
+                    );
                     telemetry.event("breaker", text);
                 }
             });

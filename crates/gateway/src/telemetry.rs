@@ -1,6 +1,6 @@
 //! What happened: numbers for metrics and the page, and the last events.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -20,7 +20,10 @@ const MAX_EVENTS: usize = 200;
 #[derive(Default)]
 pub(crate) struct Telemetry {
     series: ArcSwap<HashMap<Labels, Arc<Series>>>,
+    /// By what registries call the services.
+    moved: ArcSwap<HashMap<Arc<str>, Arc<Moved>>>,
     writing: Mutex<()>,
+    breakers: Mutex<BTreeMap<BreakerChange, u64>>,
     pub(crate) active: AtomicI64,
     pub(crate) reloads: AtomicU64,
     pub(crate) failed_reloads: AtomicU64,
@@ -42,32 +45,59 @@ pub(crate) struct Labels {
 /// Requests that are alike.
 #[derive(Default)]
 pub(crate) struct Series {
-    buckets: [AtomicU64; BOUNDS.len() + 1],
-    nanos: AtomicU64,
-    bytes: AtomicU64,
+    took: Histogram,
+    up: AtomicU64,
+    down: AtomicU64,
+}
+
+/// A [`Histogram`] as it was at one time.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Times {
+    pub(crate) buckets: [u64; BOUNDS.len() + 1],
+    pub(crate) seconds: f64,
 }
 
 /// A [`Series`] as it was at one time.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reading {
-    pub(crate) buckets: [u64; BOUNDS.len() + 1],
-    pub(crate) seconds: f64,
-    pub(crate) bytes: u64,
+    pub(crate) times: Times,
+    /// Bytes of requests' bodies.
+    pub(crate) up: u64,
+    /// Bytes of answers' bodies.
+    pub(crate) down: u64,
 }
 
-/// Requests that one endpoint answered; kept with the endpoint.
+/// What became of attempts at one endpoint; kept with the endpoint.
 #[derive(Default)]
 pub(crate) struct Answered {
-    pub(crate) requests: AtomicU64,
+    /// All, by the time until the head of the response.
+    pub(crate) took: Histogram,
     /// Of those, answered with 5xx.
     pub(crate) errors: AtomicU64,
-    /// Time until the head of the response.
-    pub(crate) nanos: AtomicU64,
-    /// Attempts that failed here and were made elsewhere.
+    /// Of those, without an answer.
+    pub(crate) failed: AtomicU64,
+    /// Attempts after which another was made.
     pub(crate) retried: AtomicU64,
 }
 
+/// Bytes that went to and came from the endpoints of a service.
+#[derive(Default)]
+pub(crate) struct Moved {
+    pub(crate) up: AtomicU64,
+    pub(crate) down: AtomicU64,
+}
+
+/// How long things took.
+#[derive(Default)]
+pub(crate) struct Histogram {
+    buckets: [AtomicU64; BOUNDS.len() + 1],
+    nanos: AtomicU64,
+}
+
 static ANSWERED: LazyLock<SlotKey<Answered>> = LazyLock::new(SlotKey::new);
+
+/// The service whose breaker changed, to what, and why.
+pub(crate) type BreakerChange = (Arc<str>, &'static str, &'static str);
 
 /// Something an operator would want to have seen.
 #[derive(Clone, Debug)]
@@ -93,6 +123,37 @@ impl Telemetry {
         let found = series.entry(labels).or_default().clone();
         self.series.store(Arc::new(series));
         found
+    }
+
+    /// The bytes of a service, by what its registry calls it.
+    pub(crate) fn moved(&self, service: &Arc<str>) -> Arc<Moved> {
+        if let Some(moved) = self.moved.load().get(service) {
+            return moved.clone();
+        }
+        let _writing = lock(&self.writing);
+        let mut all = HashMap::clone(&self.moved.load());
+        let found = all.entry(service.clone()).or_default().clone();
+        self.moved.store(Arc::new(all));
+        found
+    }
+
+    /// Forgets the services that are none of these.
+    pub(crate) fn keep_services(&self, is_one: impl Fn(&str) -> bool) {
+        let _writing = lock(&self.writing);
+        let kept =
+            self.moved.load().iter().filter(|(name, _)| is_one(name)).map(|(a, b)| (a.clone(), b.clone())).collect();
+        self.moved.store(Arc::new(kept));
+        lock(&self.breakers).retain(|(service, ..), _| is_one(service));
+    }
+
+    /// Counts a change of a breaker.
+    pub(crate) fn breaker_changed(&self, change: BreakerChange) {
+        *lock(&self.breakers).entry(change).or_default() += 1;
+    }
+
+    /// How often breakers changed.
+    pub(crate) fn breaker_changes(&self) -> BTreeMap<BreakerChange, u64> {
+        lock(&self.breakers).clone()
     }
 
     /// All series, in order.
@@ -140,26 +201,51 @@ pub(crate) fn method_label(method: &Method) -> &'static str {
 // === impl Series ===
 
 impl Series {
-    pub(crate) fn record(&self, took: Duration, bytes: u64) {
-        let seconds = took.as_secs_f64();
-        let bucket = BOUNDS.iter().position(|&bound| seconds <= bound).unwrap_or(BOUNDS.len());
-        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
-        self.nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    pub(crate) fn record(&self, took: Duration, up: u64, down: u64) {
+        self.took.record(took);
+        self.up.fetch_add(up, Ordering::Relaxed);
+        self.down.fetch_add(down, Ordering::Relaxed);
     }
 
     fn read(&self) -> Reading {
         Reading {
-            buckets: std::array::from_fn(|index| self.buckets[index].load(Ordering::Relaxed)),
-            seconds: self.nanos.load(Ordering::Relaxed) as f64 / 1e9,
-            bytes: self.bytes.load(Ordering::Relaxed),
+            times: self.took.read(),
+            up: self.up.load(Ordering::Relaxed),
+            down: self.down.load(Ordering::Relaxed),
         }
     }
 }
 
-impl Reading {
+// === impl Histogram ===
+
+impl Histogram {
+    pub(crate) fn record(&self, took: Duration) {
+        let seconds = took.as_secs_f64();
+        let bucket = BOUNDS.iter().position(|&bound| seconds <= bound).unwrap_or(BOUNDS.len());
+        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        self.nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    pub(crate) fn read(&self) -> Times {
+        Times {
+            buckets: std::array::from_fn(|index| self.buckets[index].load(Ordering::Relaxed)),
+            seconds: self.nanos.load(Ordering::Relaxed) as f64 / 1e9,
+        }
+    }
+}
+
+// === impl Times ===
+
+impl Times {
     pub(crate) fn count(&self) -> u64 {
         self.buckets.iter().sum()
+    }
+
+    pub(crate) fn add(&mut self, other: &Self) {
+        for (sum, add) in self.buckets.iter_mut().zip(other.buckets) {
+            *sum += add;
+        }
+        self.seconds += other.seconds;
     }
 }
 
@@ -168,6 +254,21 @@ impl Reading {
 impl Answered {
     pub(crate) fn by(endpoint: &Endpoint) -> &Self {
         endpoint.slot(&ANSWERED, Self::default)
+    }
+
+    /// An attempt was answered with this status, or not at all.
+    pub(crate) fn record(&self, took: Duration, status: Option<StatusCode>) {
+        self.took.record(took);
+        match status {
+            None => _ = self.failed.fetch_add(1, Ordering::Relaxed),
+            Some(status) if status.is_server_error() => _ = self.errors.fetch_add(1, Ordering::Relaxed),
+            Some(_) => {}
+        }
+    }
+
+    /// Another attempt is made.
+    pub(crate) fn retry(&self) {
+        self.retried.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -185,15 +286,18 @@ mod tests {
         let odd = Method::from_bytes(b"BREW").unwrap();
         for number in 0..MAX_SERIES + 50 {
             let route: Arc<str> = number.to_string().into();
-            telemetry
-                .series(Labels::new(Some(&route), &odd, StatusCode::OK, ("", "")))
-                .record(Duration::from_millis(7), 3);
+            telemetry.series(Labels::new(Some(&route), &odd, StatusCode::OK, ("", ""))).record(
+                Duration::from_millis(7),
+                1,
+                3,
+            );
         }
         let readings = telemetry.readings();
         assert_eq!(readings.len(), MAX_SERIES + 1);
         assert!(readings.iter().all(|(labels, _)| labels.method == "_OTHER"));
         let overflow = readings.iter().find(|(labels, _)| &*labels.route == "_overflow").unwrap();
-        assert_eq!((overflow.1.count(), overflow.1.bytes, overflow.1.buckets[1]), (50, 150, 50));
+        let Reading { times, up, down } = &overflow.1;
+        assert_eq!((times.count(), *up, *down, times.buckets[1]), (50, 50, 150, 50));
     }
 
     #[test]

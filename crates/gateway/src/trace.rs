@@ -5,37 +5,68 @@ use std::fmt;
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 /// The trace a request belongs to, and our span in it.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Trace {
-    id: u128,
-    span: u64,
+    pub(crate) id: u128,
+    pub(crate) span: u64,
+    /// The caller's span.
+    pub(crate) parent: Option<u64>,
     flags: u8,
+    exported: bool,
+}
+
+/// Which traces are taken over, and which are exported.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sampling {
+    /// Whether callers' traces go on.
+    pub(crate) accept: bool,
+    /// The share of traces begun here that are exported; nothing is where nobody exports.
+    pub(crate) share: Option<f64>,
 }
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+const SAMPLED: u8 = 1;
 
 // === impl Trace ===
 
 impl Trace {
     /// A span in the caller's trace, or the first of a new one; left in `headers` for the upstream. `random` must not
     /// repeat.
-    pub(crate) fn carry(headers: &mut HeaderMap, mut random: impl FnMut() -> u64) -> Self {
-        let parent = single(headers).and_then(Self::parse);
+    pub(crate) fn carry(headers: &mut HeaderMap, sampling: Sampling, mut random: impl FnMut() -> u64) -> Self {
+        let parent = single(headers).filter(|_| sampling.accept).and_then(Self::parse);
         let mut fresh = || random().max(1);
-        let trace = match parent {
-            Some(parent) => Self { span: fresh(), ..parent },
+        let mut trace = match parent {
+            Some(parent) => Self { span: fresh(), parent: Some(parent.span), ..parent },
             None => {
                 // What belonged to a trace that cannot be read means nothing in another.
                 headers.remove(TRACESTATE);
-                Self { id: u128::from(fresh()) << 64 | u128::from(fresh()), span: fresh(), flags: 0 }
+                let id = u128::from(fresh()) << 64 | u128::from(fresh());
+                let sampled = sampling.share.is_some_and(|share| is_within(id, share));
+                Self { id, span: fresh(), parent: None, flags: if sampled { SAMPLED } else { 0 }, exported: false }
             }
         };
-        let Self { id, span, flags } = trace;
+        trace.exported = sampling.share.is_some() && trace.flags & SAMPLED != 0;
+        trace.write(headers);
+        trace
+    }
+
+    /// Whether its spans are exported from here.
+    pub(crate) const fn is_exported(&self) -> bool {
+        self.exported
+    }
+
+    /// A new span below this one.
+    pub(crate) fn child(self) -> Self {
+        Self { span: fastrand::u64(1..), parent: Some(self.span), ..self }
+    }
+
+    /// Leaves it in `headers`, as the parent of what comes next.
+    pub(crate) fn write(&self, headers: &mut HeaderMap) {
+        let Self { id, span, flags, .. } = self;
         if let Ok(value) = HeaderValue::try_from(format!("00-{id:032x}-{span:016x}-{flags:02x}")) {
             headers.insert(TRACEPARENT, value);
         }
-        trace
     }
 
     /// Versions after the first may say more; what they share is read.
@@ -47,9 +78,15 @@ impl Trace {
             return None;
         }
         let (id, span) = (hex(id, 32)?, u64::try_from(hex(span, 16)?).ok()?);
-        let flags = u8::try_from(hex(flags, 2)?).ok()?;
-        (id != 0 && span != 0).then_some(Self { id, span, flags: flags & 1 })
+        let flags = u8::try_from(hex(flags, 2)?).ok()? & SAMPLED;
+        (id != 0 && span != 0).then_some(Self { id, span, parent: None, flags, exported: false })
     }
+}
+
+/// Whether a trace belongs to the sampled share. By its id, so that gateways with the same share agree.
+fn is_within(id: u128, share: f64) -> bool {
+    let low = (id as u64) >> 1;
+    share >= 1.0 || (low as f64) < share * (1_u64 << 63) as f64
 }
 
 /// The one `traceparent`; several say nothing.
@@ -76,23 +113,30 @@ mod tests {
     use super::*;
 
     const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    const ALL: Sampling = Sampling { accept: true, share: Some(1.0) };
+    const QUIET: Sampling = Sampling { accept: true, share: None };
 
-    fn carried(parent: &str) -> (String, HeaderMap) {
+    fn carried(parent: &str, sampling: Sampling) -> (Trace, HeaderMap) {
         let mut headers = HeaderMap::new();
         headers.insert(TRACEPARENT, parent.parse().unwrap());
         headers.insert(TRACESTATE, HeaderValue::from_static("a=b"));
-        let trace = Trace::carry(&mut headers, || 0x11);
-        (trace.to_string(), headers)
+        let trace = Trace::carry(&mut headers, sampling, || 0x11);
+        (trace, headers)
     }
 
     #[test]
     fn the_callers_trace_goes_on_with_our_span() {
-        let (trace, headers) = carried(PARENT);
-        assert_eq!(trace, "4bf92f3577b34da6a3ce929d0e0e4736");
+        let (trace, headers) = carried(PARENT, QUIET);
+        let id = "4bf92f3577b34da6a3ce929d0e0e4736";
+        assert_eq!((trace.to_string().as_str(), trace.parent), (id, Some(0x00f0_67aa_0ba9_02b7)));
         assert_eq!(headers[TRACEPARENT], "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000011-01");
         assert_eq!(headers[TRACESTATE], "a=b");
-        assert_eq!(carried(&PARENT.replacen("00", "cc", 1)).0, trace, "a later version");
-        assert_eq!(carried(&format!("{}-more", PARENT.replacen("00", "cc", 1))).0, trace);
+        assert_eq!(carried(&PARENT.replacen("00", "cc", 1), QUIET).0, trace, "a later version");
+        assert_eq!(carried(&format!("{}-more", PARENT.replacen("00", "cc", 1)), QUIET).0, trace);
+        let (child, mut headers) = (trace.child(), HeaderMap::new());
+        child.write(&mut headers);
+        assert_eq!((child.id, child.parent), (trace.id, Some(trace.span)));
+        assert!(headers[TRACEPARENT].to_str().unwrap().starts_with(&format!("00-{id}-{:016x}-01", child.span)));
     }
 
     #[test]
@@ -107,14 +151,38 @@ mod tests {
             "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
             "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
         ] {
-            let (trace, headers) = carried(wrong);
-            assert_eq!(trace, "00000000000000110000000000000011", "{wrong}");
+            let (trace, headers) = carried(wrong, QUIET);
+            assert_eq!(trace.to_string(), "00000000000000110000000000000011", "{wrong}");
+            assert_eq!(trace.parent, None);
             assert!(!headers.contains_key(TRACESTATE));
         }
         let mut headers = HeaderMap::new();
         headers.append(TRACEPARENT, PARENT.parse().unwrap());
         headers.append(TRACEPARENT, PARENT.parse().unwrap());
-        assert_ne!(Trace::carry(&mut headers, || 1).to_string(), "4bf92f3577b34da6a3ce929d0e0e4736");
+        assert_ne!(Trace::carry(&mut headers, QUIET, || 1).to_string(), "4bf92f3577b34da6a3ce929d0e0e4736");
         assert_eq!(headers.get_all(TRACEPARENT).iter().count(), 1);
+        let strangers = Sampling { accept: false, share: None };
+        assert_eq!(carried(PARENT, strangers).0.parent, None, "strangers' traces end at the edge");
+    }
+
+    #[test]
+    fn a_callers_word_on_sampling_goes_before_ours() {
+        assert!(carried(PARENT, ALL).0.is_exported());
+        assert!(!carried(&PARENT.replace("-01", "-00"), ALL).0.is_exported(), "not sampled where it began");
+        assert!(!carried(PARENT, QUIET).0.is_exported(), "nobody exports");
+        let never = Sampling { share: Some(0.0), ..ALL };
+        assert!(carried(PARENT, never).0.is_exported());
+        let (begun, headers) = carried("", never);
+        assert!(!begun.is_exported() && headers[TRACEPARENT].to_str().unwrap().ends_with("-00"));
+        let (begun, headers) = carried("", ALL);
+        assert!(begun.is_exported() && headers[TRACEPARENT].to_str().unwrap().ends_with("-01"));
+    }
+
+    #[test]
+    fn about_the_share_is_sampled() {
+        let mut random = fastrand::Rng::with_seed(7);
+        let sampled = (0..10_000).filter(|_| is_within(random.u128(..), 0.1)).count();
+        assert!((900..1100).contains(&sampled), "{sampled}");
+        assert!(is_within(u128::MAX, 1.0) && !is_within(0, 0.0));
     }
 }

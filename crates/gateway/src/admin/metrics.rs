@@ -4,60 +4,62 @@
 //! would keep their series for ever.
 
 use std::fmt::{Display, Write as _};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use portcullis::circuit_break::State as Breaker;
+use portcullis::circuit_break::{Breaker, State as Admits};
+use portcullis_core::Endpoint;
 
+use super::view::{CONDITIONS, condition};
+use crate::build::{Running, Service};
 use crate::state::State;
-use crate::telemetry::{Answered, BOUNDS};
+use crate::telemetry::{Answered, BOUNDS, Times};
 
 /// A page of metrics.
 #[derive(Default)]
 struct Page(String);
 
-// === impl Page ===
+type Label<'a> = (&'a str, &'a dyn Display);
 
-impl Page {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
-        let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
-    }
-
-    fn sample(&mut self, name: &str, labels: &[(&str, &dyn Display)], value: impl Display) {
-        self.0.push_str(name);
-        for (index, (label, text)) in labels.iter().enumerate() {
-            let text = text.to_string().replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
-            let _ = write!(self.0, "{}{label}=\"{text}\"", if index == 0 { '{' } else { ',' });
-        }
-        let end = if labels.is_empty() { "" } else { "}" };
-        let _ = writeln!(self.0, "{end} {value}");
-    }
-
-    fn single(&mut self, name: &str, kind: &str, help: &str, value: impl Display) {
-        self.family(name, kind, help);
-        self.sample(name, &[], value);
-    }
+/// An endpoint, the service it belongs to, and its breaker.
+struct Each<'a> {
+    name: &'a str,
+    service: &'a Service,
+    endpoint: Endpoint,
+    breaker: Breaker,
 }
 
 pub(super) fn text(state: &State) -> String {
     let mut page = Page::default();
     let running = state.running();
+    process(state, &mut page);
     requests(state, &mut page);
+    limits(&running, &mut page);
+    proofs(&running, &mut page);
+    services(state, &running, &mut page);
+    if running.config.metrics.endpoints {
+        endpoints(&running, &mut page);
+    }
+    page.0
+}
+
+fn process(state: &State, page: &mut Page) {
+    page.family("portcullis_build_info", "gauge", "What runs.");
+    page.sample("portcullis_build_info", &[("version", &env!("CARGO_PKG_VERSION"))], 1);
     page.single("portcullis_ready", "gauge", "Whether it is ready.", u8::from(state.not_ready().is_none()));
     let up = state.clock.now().since(state.started).as_secs_f64();
     page.single("portcullis_uptime_seconds", "gauge", "Time since the start.", up);
-    page.family("portcullis_config_reloads_total", "counter", "Files put in force, and refused, after the first.");
-    let (good, bad) = (&state.telemetry.reloads, &state.telemetry.failed_reloads);
-    page.sample("portcullis_config_reloads_total", &[("result", &"ok")], good.load(Ordering::Relaxed));
-    page.sample("portcullis_config_reloads_total", &[("result", &"refused")], bad.load(Ordering::Relaxed));
-    let stats = running.limits.stats();
-    page.family("portcullis_rate_limit_decisions_total", "counter", "What limits said.");
-    page.sample("portcullis_rate_limit_decisions_total", &[("decision", &"admitted")], stats.admitted);
-    page.sample("portcullis_rate_limit_decisions_total", &[("decision", &"refused")], stats.refused);
-    page.single("portcullis_rate_limit_callers", "gauge", "Callers with a count of their own.", stats.live);
-    page.single("portcullis_rate_limit_places", "gauge", "Counts there is room for.", stats.places);
-    services(state, &mut page);
-    endpoints(state, &mut page);
-    page.0
+    let (good, bad) = (load(&state.telemetry.reloads), load(&state.telemetry.failed_reloads));
+    let help = "Files put in force, and refused, after the first.";
+    page.split("portcullis_config_reloads_total", "counter", help, "result", [("ok", good), ("refused", bad)]);
+    if let Some(exporter) = &state.running().exporter {
+        let counts = exporter.counts();
+        let each = [
+            ("exported", load(&counts.exported)),
+            ("failed", load(&counts.failed)),
+            ("dropped", load(&counts.dropped)),
+        ];
+        page.split("portcullis_spans_total", "counter", "Spans for the collector.", "result", each);
+    }
 }
 
 fn requests(state: &State, page: &mut Page) {
@@ -73,47 +75,105 @@ fn requests(state: &State, page: &mut Page) {
         } else {
             String::new()
         };
-        let base: [(&str, &dyn Display); 5] = [
+        let base: [Label<'_>; 5] = [
             ("http_request_method", &labels.method),
             ("http_response_status_code", &labels.status),
             ("http_route", &labels.route),
             ("error_type", &error),
             ("portcullis_layer", &layer),
         ];
-        let mut sum = 0;
-        for (index, count) in reading.buckets.iter().enumerate() {
-            sum += count;
-            let bound = BOUNDS.get(index).map_or_else(|| String::from("+Inf"), ToString::to_string);
-            let with_bound: Vec<(&str, &dyn Display)> =
-                base.into_iter().chain([("le", &bound as &dyn Display)]).collect();
-            page.sample(&format!("{name}_bucket"), &with_bound, sum);
-        }
-        page.sample(&format!("{name}_sum"), &base, reading.seconds);
-        page.sample(&format!("{name}_count"), &base, sum);
+        page.histogram(name, &base, &reading.times);
     }
-    let name = "http_server_response_body_bytes_total";
-    page.family(name, "counter", "Bytes of answers' bodies.");
-    let mut bytes = std::collections::BTreeMap::<_, u64>::new();
+    let mut routes = std::collections::BTreeMap::<_, (u64, u64)>::new();
     for (labels, reading) in &readings {
-        *bytes.entry(&labels.route).or_default() += reading.bytes;
+        let (up, down) = routes.entry(&labels.route).or_default();
+        (*up, *down) = (*up + reading.up, *down + reading.down);
     }
-    for (route, bytes) in bytes {
-        page.sample(name, &[("http_route", route)], bytes);
+    let name = "portcullis_route_bytes_total";
+    page.family(name, "counter", "Bytes of bodies, of requests (up) and of answers (down).");
+    for (route, (up, down)) in routes {
+        page.sample(name, &[("http_route", route), ("direction", &"up")], up);
+        page.sample(name, &[("http_route", route), ("direction", &"down")], down);
     }
     let active = state.telemetry.active.load(Ordering::Relaxed);
     page.single("http_server_active_requests", "gauge", "Requests under way.", active);
 }
 
-fn services(state: &State, page: &mut Page) {
-    let running = state.running();
+fn limits(running: &Running, page: &mut Page) {
+    let stats = running.limits.stats();
+    let each = [
+        ("admitted", stats.admitted),
+        ("refused", stats.refused),
+        ("delayed", stats.delayed),
+        ("shadowed", stats.shadowed),
+        ("overflowed", stats.overflowed),
+    ];
+    let help = "What limits said: one for each limit of a request.";
+    page.split("portcullis_rate_limit_decisions_total", "counter", help, "decision", each);
+    page.single("portcullis_rate_limit_callers", "gauge", "Callers with a count of their own.", stats.live);
+    page.single("portcullis_rate_limit_places", "gauge", "Counts there is room for.", stats.places);
+    page.single("portcullis_rate_limit_in_flight", "gauge", "Places of concurrency limits taken.", stats.in_flight);
+}
+
+fn proofs(running: &Running, page: &mut Page) {
+    let fresh: Vec<_> = running.tokens.iter().filter_map(|(name, jwt)| Some((name, jwt.keys().freshness()?))).collect();
+    if !fresh.is_empty() {
+        let name = "portcullis_key_set_age_seconds";
+        page.family(name, "gauge", "How long ago a provider's keys were read; absent before the first time.");
+        for (provider, freshness) in &fresh {
+            if let Some(age) = freshness.age {
+                page.sample(name, &[("provider", provider)], age.as_secs_f64());
+            }
+        }
+        let name = "portcullis_key_set_fetches_total";
+        page.family(name, "counter", "How often a provider's keys were asked for.");
+        for (provider, freshness) in &fresh {
+            let good = freshness.fetches.saturating_sub(freshness.failures);
+            page.sample(name, &[("provider", provider), ("result", &"ok")], good);
+            page.sample(name, &[("provider", provider), ("result", &"failed")], freshness.failures);
+        }
+    }
+    let caches: Vec<_> = running.tokens.iter().filter_map(|(name, jwt)| Some((name, jwt.cache_stats()?))).collect();
+    if !caches.is_empty() {
+        let name = "portcullis_token_cache_lookups_total";
+        page.family(name, "counter", "Tokens that were remembered (hit), and that had to be verified (miss).");
+        for (provider, stats) in &caches {
+            page.sample(name, &[("provider", provider), ("result", &"hit")], stats.hits);
+            page.sample(name, &[("provider", provider), ("result", &"miss")], stats.misses);
+        }
+        page.family("portcullis_token_cache_bytes", "gauge", "Memory of remembered tokens.");
+        for (provider, stats) in &caches {
+            page.sample("portcullis_token_cache_bytes", &[("provider", provider)], stats.bytes);
+        }
+    }
+}
+
+fn services(state: &State, running: &Running, page: &mut Page) {
     let all: Vec<_> = running.services.iter().map(|(name, service)| (name, service, service.status())).collect();
-    page.family("portcullis_service_endpoints", "gauge", "Endpoints by whether their gate admits everybody.");
-    for (name, _, status) in &all {
-        let endpoints = status.as_ref().and_then(|status| status.endpoints.as_ref());
-        let total = endpoints.map_or(0, |endpoints| endpoints.len());
-        let admits = endpoints.map_or(0, |endpoints| endpoints.iter().filter(|one| one.gate().admits()).count());
-        page.sample("portcullis_service_endpoints", &[("service", name), ("state", &"admitting")], admits);
-        page.sample("portcullis_service_endpoints", &[("service", name), ("state", &"refusing")], total - admits);
+    page.family("portcullis_service_endpoints", "gauge", "Endpoints by what they do with requests.");
+    for (name, service, status) in &all {
+        let endpoints = status.iter().filter_map(|status| status.endpoints.as_ref()).flat_map(|all| all.iter());
+        let are: Vec<_> = endpoints.map(|endpoint| condition(endpoint, service)).collect();
+        for one in CONDITIONS {
+            let count = are.iter().filter(|is| **is == one).count();
+            page.sample("portcullis_service_endpoints", &[("service", name), ("state", &one)], count);
+        }
+    }
+    page.family("portcullis_service_bytes_total", "counter", "Bytes of bodies to (up) and from (down) endpoints.");
+    for (name, service, _) in &all {
+        let moved = state.telemetry.moved(&service.name.as_str().into());
+        let name: Label<'_> = ("service", name);
+        page.sample("portcullis_service_bytes_total", &[name, ("direction", &"up")], load(&moved.up));
+        page.sample("portcullis_service_bytes_total", &[name, ("direction", &"down")], load(&moved.down));
+    }
+    page.family("portcullis_retry_budget", "gauge", "How many requests could be repeated now.");
+    for (name, service, _) in &all {
+        page.sample("portcullis_retry_budget", &[("service", name)], service.budget.left(state.clock.now()));
+    }
+    page.family("portcullis_breaker_changes_total", "counter", "How often breakers changed, to what and why.");
+    for ((service, to, reason), count) in state.telemetry.breaker_changes() {
+        let labels: [Label<'_>; 3] = [("service", &service), ("to", &to), ("reason", &reason)];
+        page.sample("portcullis_breaker_changes_total", &labels, count);
     }
     page.family("portcullis_registry_answers_total", "counter", "Answers of a service's registry.");
     for (name, _, status) in &all {
@@ -121,64 +181,128 @@ fn services(state: &State, page: &mut Page) {
         page.sample("portcullis_registry_answers_total", &[("service", name), ("result", &"ok")], answers);
         page.sample("portcullis_registry_answers_total", &[("service", name), ("result", &"failed")], failures);
     }
-    page.family("portcullis_registry_stale_seconds", "gauge", "For how long a service's registry has not answered.");
-    for (name, _, status) in &all {
+    let name = "portcullis_registry_age_seconds";
+    page.family(name, "gauge", "Age of what is known of a service: since when its registry fails, 0 while it answers.");
+    for (service, _, status) in &all {
         let failing = status.as_ref().and_then(|status| status.failing.as_ref());
-        let stale = failing.map_or(0.0, |(time, _)| time.as_secs_f64());
-        page.sample("portcullis_registry_stale_seconds", &[("service", name)], stale);
+        page.sample(name, &[("service", service)], failing.map_or(0.0, |(time, _)| time.as_secs_f64()));
     }
 }
 
-fn endpoints(state: &State, page: &mut Page) {
-    let running = state.running();
+fn endpoints(running: &Running, page: &mut Page) {
     let mut all = Vec::new();
     for (name, service) in &running.services {
         for endpoint in service.endpoints().iter().flat_map(|endpoints| endpoints.iter()) {
             let breaker = service.circuit_break.handle().endpoint(endpoint);
-            all.push((name, service, endpoint.clone(), breaker));
+            all.push(Each { name, service, endpoint: endpoint.clone(), breaker });
         }
     }
-    let mut each = |name: &str, kind: &str, help: &str, value: &dyn Fn(usize) -> f64| {
-        page.family(name, kind, help);
-        for (index, (service, _, endpoint, _)) in all.iter().enumerate() {
-            page.sample(name, &[("service", service), ("endpoint", endpoint.id())], value(index));
+    page.each(&all, "portcullis_endpoint_in_flight", "gauge", "Requests an endpoint is busy with.", |one| {
+        one.endpoint.in_flight().into()
+    });
+    page.each(&all, "portcullis_endpoint_picks_total", "counter", "Times an endpoint was picked.", |one| {
+        one.endpoint.requests()
+    });
+    let name = "portcullis_attempt_duration_seconds";
+    page.family(name, "histogram", "Time until an endpoint's answer began, or was given up, for each attempt.");
+    for one in &all {
+        page.histogram(name, &one.labels(), &Answered::by(&one.endpoint).took.read());
+    }
+    page.each(&all, "portcullis_endpoint_errors_total", "counter", "Answers of 5xx by an endpoint.", |one| {
+        load(&Answered::by(&one.endpoint).errors)
+    });
+    page.each(&all, "portcullis_endpoint_failures_total", "counter", "Attempts without an answer.", |one| {
+        load(&Answered::by(&one.endpoint).failed)
+    });
+    page.each(&all, "portcullis_endpoint_retried_total", "counter", "Attempts after which another was made.", |one| {
+        load(&Answered::by(&one.endpoint).retried)
+    });
+    page.each(&all, "portcullis_breaker_state", "gauge", "0 closed, 1 half-open, 2 open.", |one| {
+        match one.breaker.state() {
+            Admits::Closed => 0,
+            Admits::Open => 2,
+            _ => 1,
         }
-    };
-    each("portcullis_endpoint_in_flight", "gauge", "Requests an endpoint is busy with.", &|i| {
-        all[i].2.in_flight().into()
     });
-    each("portcullis_endpoint_picks_total", "counter", "Requests begun at an endpoint.", &|i| {
-        all[i].2.requests() as f64
+    page.each(&all, "portcullis_breaker_failures_total", "counter", "Failures a breaker counted.", |one| {
+        one.breaker.counts().failed.into()
     });
-    let answered = |i: usize| Answered::by(&all[i].2);
-    each("portcullis_endpoint_requests_total", "counter", "Answers by an endpoint.", &|i| {
-        answered(i).requests.load(Ordering::Relaxed) as f64
+    page.each(&all, "portcullis_breaker_refused_total", "counter", "Requests a breaker refused.", |one| {
+        one.breaker.counts().refused.into()
     });
-    each("portcullis_endpoint_errors_total", "counter", "Answers of 5xx by an endpoint.", &|i| {
-        answered(i).errors.load(Ordering::Relaxed) as f64
+    let name = "portcullis_pool_connections";
+    page.family(name, "gauge", "Connections to an endpoint: all that are open, idle ones, HTTP/2 ones.");
+    for one in &all {
+        let (idle, http2) = one.service.forward.connections(&one.endpoint);
+        let open = one.service.forward.open_connections(&one.endpoint);
+        for (state, count) in [("open", open), ("idle", idle), ("http2", http2)] {
+            let [service, endpoint] = one.labels();
+            page.sample(name, &[service, endpoint, ("state", &state)], count);
+        }
+    }
+    page.each(&all, "portcullis_health_well", "gauge", "What checks say; 1 also where there are none.", |one| {
+        let health = one.service.health.as_ref().and_then(|checker| checker.health(&one.endpoint));
+        u64::from(health.is_none_or(|health| health.is_well))
     });
-    each(
-        "portcullis_endpoint_retried_total",
-        "counter",
-        "Attempts at an endpoint that were made again elsewhere.",
-        &|i| answered(i).retried.load(Ordering::Relaxed) as f64,
-    );
-    each("portcullis_breaker_state", "gauge", "0 closed, 1 half-open, 2 open.", &|i| match all[i].3.state() {
-        Breaker::Closed => 0.0,
-        Breaker::Open => 2.0,
-        _ => 1.0,
-    });
-    each("portcullis_breaker_failures_total", "counter", "Failures a breaker counted.", &|i| {
-        all[i].3.counts().failed.into()
-    });
-    each("portcullis_breaker_refused_total", "counter", "Requests a breaker refused.", &|i| {
-        all[i].3.counts().refused.into()
-    });
-    each("portcullis_pool_idle_connections", "gauge", "Idle HTTP/1.1 connections.", &|i| {
-        all[i].1.forward.connections(&all[i].2).0 as f64
-    });
-    each("portcullis_health_well", "gauge", "What checks say; 1 also where there are none.", &|i| {
-        let health = all[i].1.health.as_ref().and_then(|checker| checker.health(&all[i].2));
-        f64::from(u8::from(health.is_none_or(|health| health.is_well)))
-    });
+}
+
+fn load(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+// === impl Each ===
+
+impl Each<'_> {
+    fn labels(&self) -> [Label<'_>; 2] {
+        [("service", &self.name), ("endpoint", self.endpoint.id())]
+    }
+}
+
+// === impl Page ===
+
+impl Page {
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        let _ = write!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}\n");
+    }
+
+    fn sample(&mut self, name: &str, labels: &[Label<'_>], value: impl Display) {
+        self.0.push_str(name);
+        for (index, (label, text)) in labels.iter().enumerate() {
+            let text = text.to_string().replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            let _ = write!(self.0, "{}{label}=\"{text}\"", if index == 0 { '{' } else { ',' });
+        }
+        let end = if labels.is_empty() { "" } else { "}" };
+        let _ = writeln!(self.0, "{end} {value}");
+    }
+
+    fn single(&mut self, name: &str, kind: &str, help: &str, value: impl Display) {
+        self.family(name, kind, help);
+        self.sample(name, &[], value);
+    }
+
+    fn split<const N: usize>(&mut self, name: &str, kind: &str, help: &str, by: &str, values: [(&str, u64); N]) {
+        self.family(name, kind, help);
+        for (word, value) in values {
+            self.sample(name, &[(by, &word)], value);
+        }
+    }
+
+    fn each(&mut self, all: &[Each<'_>], name: &str, kind: &str, help: &str, value: impl Fn(&Each<'_>) -> u64) {
+        self.family(name, kind, help);
+        for one in all {
+            self.sample(name, &one.labels(), value(one));
+        }
+    }
+
+    fn histogram(&mut self, name: &str, labels: &[Label<'_>], times: &Times) {
+        let mut sum = 0;
+        for (index, count) in times.buckets.iter().enumerate() {
+            sum += count;
+            let bound = BOUNDS.get(index).map_or_else(|| String::from("+Inf"), ToString::to_string);
+            let with_bound: Vec<Label<'_>> = labels.iter().copied().chain([("le", &bound as &dyn Display)]).collect();
+            self.sample(&format!("{name}_bucket"), &with_bound, sum);
+        }
+        self.sample(&format!("{name}_sum"), labels, times.seconds);
+        self.sample(&format!("{name}_count"), labels, sum);
+    }
 }

@@ -1,16 +1,15 @@
 //! What there is to see, as JSON: for the page, and for whoever asks.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use portcullis::circuit_break::{Mode, State as Breaker};
 use portcullis_core::Endpoint;
 use serde_json::{Value as Json, json};
 
-use crate::build::{Running, Service};
+use crate::build::Service;
 use crate::config::Route;
 use crate::state::State;
-use crate::telemetry::{Answered, BOUNDS, Reading};
+use crate::telemetry::{Answered, BOUNDS, Times};
 
 /// Everything the page shows.
 pub(super) fn state(state: &State) -> Json {
@@ -18,20 +17,17 @@ pub(super) fn state(state: &State) -> Json {
     let telemetry = &state.telemetry;
     let readings = telemetry.readings();
     let route = |name: &str| {
-        let mut sum = Reading::default();
-        let (mut errors, mut refused) = (0, 0);
+        let mut sum = Times::default();
+        let (mut errors, mut refused, mut up, mut down) = (0, 0, 0, 0);
         for (labels, reading) in readings.iter().filter(|(labels, _)| &*labels.route == name) {
-            for (sum, add) in sum.buckets.iter_mut().zip(reading.buckets) {
-                *sum += add;
-            }
-            sum.seconds += reading.seconds;
-            sum.bytes += reading.bytes;
-            errors += if labels.status >= 500 { reading.count() } else { 0 };
-            refused += if labels.refused.0.is_empty() { 0 } else { reading.count() };
+            sum.add(&reading.times);
+            (up, down) = (up + reading.up, down + reading.down);
+            errors += if labels.status >= 500 { reading.times.count() } else { 0 };
+            refused += if labels.refused.0.is_empty() { 0 } else { reading.times.count() };
         }
         json!({
-            "requests": sum.count(), "errors": errors, "refused": refused, "seconds": sum.seconds, "bytes": sum.bytes,
-            "buckets": sum.buckets,
+            "requests": sum.count(), "errors": errors, "refused": refused, "seconds": sum.seconds, "buckets": sum.buckets,
+            "bytes_up": up, "bytes_down": down,
         })
     };
     let mut routes: Vec<Json> = Vec::new();
@@ -59,7 +55,7 @@ pub(super) fn state(state: &State) -> Json {
         .iter()
         .filter(|(labels, _)| !labels.refused.0.is_empty())
         .map(|(labels, reading)| {
-            json!({ "route": *labels.route, "layer": labels.refused.0, "reason": labels.refused.1, "count": reading.count() })
+            json!({ "route": *labels.route, "layer": labels.refused.0, "reason": labels.refused.1, "count": reading.times.count() })
         })
         .collect();
     let stats = running.limits.stats();
@@ -82,7 +78,7 @@ pub(super) fn state(state: &State) -> Json {
         "bounds": BOUNDS,
         "routes": routes,
         "unmatched": unmatched,
-        "services": services(&running),
+        "services": services(state),
         "refusals": refusals,
         "limits": {
             "admitted": stats.admitted, "refused": stats.refused, "callers": stats.live, "places": stats.places,
@@ -102,17 +98,32 @@ pub(super) fn route_name(route: &Route) -> String {
 }
 
 /// All services with their endpoints.
-pub(super) fn services(running: &Running) -> Json {
-    Json::Object(running.services.iter().map(|(name, one)| (name.clone(), service(one))).collect())
+pub(super) fn services(state: &State) -> Json {
+    Json::Object(state.running().services.iter().map(|(name, one)| (name.clone(), service(name, one, state))).collect())
 }
 
-fn service(service: &Service) -> Json {
+fn service(name: &str, service: &Service, state: &State) -> Json {
+    let moved = state.telemetry.moved(&service.name.as_str().into());
+    let mut changes = [0, 0, 0];
+    for ((of, to, reason), count) in state.telemetry.breaker_changes() {
+        if *of == *name {
+            let opened = u64::from(to == "open") * count;
+            changes[0] += count;
+            changes[1] += opened;
+            changes[2] += if reason == "outlier" { opened } else { 0 };
+        }
+    }
+    let [changed, opened, ejected] = changes;
     let status = service.status();
     let failing = status.as_ref().and_then(|status| status.failing.as_ref());
     let endpoints = status.as_ref().and_then(|status| status.endpoints.as_ref());
     json!({
         "known": endpoints.is_some(),
         "endpoints": endpoints.map(|all| all.iter().map(|one| endpoint(one, service)).collect::<Vec<_>>()).unwrap_or_default(),
+        "bytes_up": moved.up.load(Ordering::Relaxed),
+        "bytes_down": moved.down.load(Ordering::Relaxed),
+        "retry_budget": service.budget.left(state.clock.now()),
+        "breakers": { "changed": changed, "opened": opened, "ejected": ejected },
         "registry": status.as_ref().map(|status| json!({
             "answers": status.answers,
             "failures": status.failures,
@@ -122,8 +133,27 @@ fn service(service: &Service) -> Json {
     })
 }
 
+/// What an endpoint does with requests, the gravest first; every endpoint is in one of these.
+pub(super) const CONDITIONS: [&str; 6] = ["held", "sick", "open", "half-open", "refusing", "admitting"];
+
+pub(super) fn condition(endpoint: &Endpoint, service: &Service) -> &'static str {
+    let breaker = service.circuit_break.handle().endpoint(endpoint);
+    let health = service.health.as_ref().and_then(|checker| checker.health(endpoint));
+    match (breaker.mode(), breaker.state()) {
+        (Mode::ForcedOpen, _) => "held",
+        _ if health.is_some_and(|health| !health.is_well) => "sick",
+        (Mode::ForcedClosed, _) => "admitting",
+        (_, Breaker::Open) => "open",
+        (_, Breaker::HalfOpen) => "half-open",
+        _ if endpoint.gate().admits() => "admitting",
+        _ => "refusing",
+    }
+}
+
 fn endpoint(endpoint: &Endpoint, service: &Service) -> Json {
     let answered = Answered::by(endpoint);
+    let took = answered.took.read();
+    let (idle, http2) = service.forward.connections(endpoint);
     let breaker = service.circuit_break.handle().endpoint(endpoint);
     let counts = breaker.counts();
     let health = service.health.as_ref().and_then(|checker| checker.health(endpoint));
@@ -137,12 +167,15 @@ fn endpoint(endpoint: &Endpoint, service: &Service) -> Json {
         "admits": endpoint.gate().admits(),
         "in_flight": endpoint.in_flight(),
         "picks": endpoint.requests(),
-        "requests": answered.requests.load(Ordering::Relaxed),
-        "errors": answered.errors.load(Ordering::Relaxed),
+        "condition": condition(endpoint, service),
+        "requests": took.count(),
+        "errors": answered.errors.load(Ordering::Relaxed) + answered.failed.load(Ordering::Relaxed),
         "retried": answered.retried.load(Ordering::Relaxed),
-        "seconds": Duration::from_nanos(answered.nanos.load(Ordering::Relaxed)).as_secs_f64(),
+        "seconds": took.seconds,
+        "buckets": took.buckets,
+        "connections": { "open": service.forward.open_connections(endpoint), "idle": idle, "http2": http2 },
         "breaker": {
-            "state": match breaker.state() { Breaker::Closed => "closed", Breaker::Open => "open", _ => "half-open" },
+            "state": breaker.state().as_str(),
             "forced": match breaker.mode() { Mode::ForcedOpen => Some("open"), Mode::ForcedClosed => Some("closed"), _ => None },
             "opens_in_seconds": breaker.open_for().map(|time| time.as_secs_f64()),
             "failures_in_a_row": breaker.failures_in_a_row(),

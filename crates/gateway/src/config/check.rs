@@ -6,7 +6,7 @@ use std::ops::Range;
 use portcullis_core::TrustedProxies as Trusted;
 
 use super::mistake::{Notes, help};
-use super::model::{Auth, BackendTable, Breaker, Config, Cors, Limit, LimitKey, ListenerTls, Provider};
+use super::model::{Auth, BackendTable, Breaker, Config, Cors, Limit, LimitKey, ListenerTls, Otlp, Provider};
 use super::model::{Redirect, Registry, RegistryKind, Route, Service, TrustedProxies, UpstreamTls};
 use super::read::{At, Map};
 
@@ -51,6 +51,9 @@ impl Config {
             known(name, &self.limits, "limit", notes);
         }
         self.trusted_proxies.check(notes);
+        if let Some(otlp) = &self.traces.otlp {
+            otlp.check(&otlp.span, notes);
+        }
         if crate::log::filter(&self.log.level).is_none() {
             let help = "such as \"info\" or \"warn,portcullis_forward=debug\"";
             notes.push(&self.log.level.span, format!("{:?} says no level", *self.log.level), help);
@@ -84,6 +87,23 @@ impl ListenerTls {
                 "client certificates are required, and no authority is named",
                 "set client_ca",
             );
+        }
+    }
+}
+
+impl Otlp {
+    fn check(&self, span: &Range<usize>, notes: &mut Notes<'_>) {
+        if !cfg!(feature = "otlp") {
+            notes.push(span, "this program was built without the feature otlp", "build it with --features otlp");
+        }
+        let uri = self.endpoint.parse::<http::Uri>().ok();
+        let scheme = uri.as_ref().filter(|uri| uri.host().is_some()).and_then(http::Uri::scheme_str);
+        if !matches!(scheme, Some("http" | "https")) {
+            let what = format!("{:?} is no URL of a collector", *self.endpoint);
+            notes.push(&self.endpoint.span, what, "such as \"http://127.0.0.1:4318\"");
+        }
+        for name in self.headers.keys().filter(|name| name.parse::<http::HeaderName>().is_err()) {
+            notes.push(span, format!("{name:?} is no header"), "letters, digits and dashes");
         }
     }
 }

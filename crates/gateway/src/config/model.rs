@@ -31,6 +31,8 @@ section! {
         trusted_proxies: TrustedProxies,
         /// What is written to standard error.
         log: Log,
+        /// What is counted.
+        metrics: Metrics,
         /// Whose traces requests belong to.
         traces: Traces,
         /// The operator's side.
@@ -731,6 +733,44 @@ section! {
     pub struct Traces {
         /// Takes over a caller's `traceparent`, or begins a trace, and passes it on.
         propagate: bool = true,
+        /// Whether callers' traces go on here. Where strangers call, false begins a new one for each request.
+        accept: bool = true,
+        /// The share of traces begun here that is exported. Of a caller's trace the caller has decided.
+        sample: Share = Share(1.0),
+        /// Exports a span for each request and each attempt.
+        otlp: Option<At<Otlp>>,
+    }
+}
+
+section! {
+    /// An OpenTelemetry collector. The program must be built with the feature `otlp`.
+    pub struct Otlp {
+        /// Where it listens for OTLP over HTTP, such as "http://127.0.0.1:4318"; spans go to /v1/traces below that.
+        endpoint: At<String>,
+        /// What it is told besides, such as a key.
+        headers: Map<Secret>,
+        /// Authorities of a collector that speaks TLS, as PEM, instead of the system's.
+        ca: Option<Blob>,
+        /// What this gateway is called there.
+        service_name: String = String::from("portcullis"),
+        /// What else is said of it, such as deployment.environment.name.
+        resource: Map<String>,
+        /// How long spans wait for others.
+        interval: Duration = Duration::from_secs(5),
+        /// How long it may take to take them.
+        timeout: Duration = Duration::from_secs(10),
+        /// How many requests may wait; of others nothing is exported.
+        queue: NonZeroUsize = NonZeroUsize::new(4096).unwrap_or(NonZeroUsize::MIN),
+    }
+}
+
+section! {
+    /// What is counted at /metrics of the operator's side.
+    pub struct Metrics {
+        /// Whether there is such a page.
+        enabled: bool = true,
+        /// Counts each endpoint, not only each service.
+        endpoints: bool = true,
     }
 }
 
