@@ -2,7 +2,6 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -13,7 +12,7 @@ use tokio::net::UnixStream;
 use tokio::time::sleep;
 
 use crate::failure::{Failure, Kind};
-use crate::stream::{Io, Relay, Stream};
+use crate::stream::Stream;
 
 /// How long one address of a name has for itself before the next is tried beside it
 /// ([RFC 8305](https://www.rfc-editor.org/rfc/rfc8305)).
@@ -23,7 +22,6 @@ const MOST_ADDRESSES: usize = 16;
 /// A new connection, and whether the two ends agreed on HTTP/2.
 pub(crate) struct Dialed {
     pub(crate) stream: Stream,
-    pub(crate) relay: Arc<Relay>,
     pub(crate) h2: bool,
 }
 
@@ -33,29 +31,28 @@ pub(crate) async fn dial(
     h2: Option<bool>,
     #[cfg(feature = "tls")] tls: Option<&crate::tls::ClientTls>,
 ) -> Result<Dialed, Failure> {
-    let relay = Arc::new(Relay::default());
     let failed = |error: io::Error| Failure::unsent(Kind::Connect).because(&error);
-    let (io, h2) = match instance.scheme {
+    let (stream, h2) = match instance.scheme {
         #[cfg(feature = "tls")]
         Scheme::Https => {
             let plain = plain(&instance.address).await.map_err(failed)?;
             let missing = || Failure::unsent(Kind::Tls).because(&"no TLS is set up for upstreams");
             let stream = tls.ok_or_else(missing)?.connect(&instance.address, plain, h2).await?;
             let agreed = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-            (Io::Tls(Box::new(stream)), agreed)
+            (Stream::Tls(Box::new(stream)), agreed)
         }
         #[cfg(not(feature = "tls"))]
         Scheme::Https => return Err(Failure::unsent(Kind::Tls).because(&"built without TLS")),
         _ => {
-            let io = match &instance.address {
+            let stream = match &instance.address {
                 #[cfg(unix)]
-                Address::Unix(path) => Io::Unix(UnixStream::connect(path).await.map_err(failed)?),
-                address => Io::Tcp(tcp(address).await.map_err(failed)?),
+                Address::Unix(path) => Stream::Unix(UnixStream::connect(path).await.map_err(failed)?),
+                address => Stream::Tcp(tcp(address).await.map_err(failed)?),
             };
-            (io, h2.unwrap_or(false))
+            (stream, h2.unwrap_or(false))
         }
     };
-    Ok(Dialed { stream: Stream::new(io, relay.clone()), relay, h2 })
+    Ok(Dialed { stream, h2 })
 }
 
 #[cfg(feature = "tls")]

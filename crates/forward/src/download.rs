@@ -3,7 +3,7 @@
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,13 +15,14 @@ use tokio::time::Instant;
 
 use crate::BoxError;
 use crate::alarm::{Alarm, after, earlier};
+use crate::h1::H1;
+use crate::h2::StreamPlace;
 use crate::headers::clean_trailers;
-use crate::pool::{H1, Shard, StreamPlace};
+use crate::pool::Shard;
 
 /// The upstream's body, streamed as it arrives. A body that was cut short ends in an error, so that nobody takes it for
 /// whole.
 pub struct ResponseBody {
-    incoming: Incoming,
     source: Source,
     limits: Option<Box<Limits>>,
     /// Held until the body ends.
@@ -30,11 +31,11 @@ pub struct ResponseBody {
 }
 
 enum Source {
-    /// It has arrived, or somebody else drives the connection.
-    Apart,
+    /// It has arrived; what is left of it.
+    Whole(Bytes),
     /// This body drives the connection.
     H1(Box<H1>, Arc<Shard>, Endpoint),
-    H2(#[expect(dead_code, reason = "held until the body ends")] StreamPlace),
+    H2(Incoming, #[expect(dead_code, reason = "held until the body ends")] StreamPlace),
 }
 
 /// What may end the body early.
@@ -59,20 +60,20 @@ enum Cut {
 // === impl ResponseBody ===
 
 impl ResponseBody {
-    /// A body that has arrived, or whose connection is driven elsewhere.
-    pub(crate) fn apart(incoming: Incoming, limits: Option<Box<Limits>>, permit: Option<Permit>) -> Self {
-        Self { incoming, source: Source::Apart, limits, permit, over: false }
+    /// A body that has arrived.
+    pub(crate) fn whole(bytes: Bytes) -> Self {
+        let over = bytes.is_empty();
+        Self { source: Source::Whole(bytes), limits: None, permit: None, over }
     }
 
     pub(crate) fn h1(
-        incoming: Incoming,
         h1: Box<H1>,
         shard: Arc<Shard>,
         endpoint: Endpoint,
         limits: Option<Box<Limits>>,
         permit: Option<Permit>,
     ) -> Self {
-        Self { incoming, source: Source::H1(h1, shard, endpoint), limits, permit, over: false }
+        Self { source: Source::H1(h1, shard, endpoint), limits, permit, over: false }
     }
 
     pub(crate) fn h2(
@@ -81,27 +82,33 @@ impl ResponseBody {
         limits: Option<Box<Limits>>,
         permit: Option<Permit>,
     ) -> Self {
-        let over = incoming.is_end_stream();
-        let (source, permit) = if over { (Source::Apart, None) } else { (Source::H2(place), permit) };
-        Self { incoming, source, limits, permit, over }
+        if incoming.is_end_stream() {
+            return Self::whole(Bytes::new());
+        }
+        Self { source: Source::H2(incoming, place), limits, permit, over: false }
     }
 
-    fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let Source::H1(h1, ..) = &mut self.source else { return Pin::new(&mut self.incoming).poll_frame(cx) };
-        // What arrived with the last read comes first. Only driving the connection brings more, so nobody need wake us.
-        let mut quiet = Context::from_waker(Waker::noop());
-        if let Poll::Ready(frame) = Pin::new(&mut self.incoming).poll_frame(&mut quiet) {
-            return Poll::Ready(frame);
+    fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        Poll::Ready(match &mut self.source {
+            Source::Whole(bytes) => Some(Ok(Frame::data(std::mem::take(bytes)))),
+            Source::H1(h1, ..) => ready!(h1.poll_frame(cx)).map(|frame| frame.map_err(Into::into)),
+            Source::H2(incoming, _) => ready!(Pin::new(incoming).poll_frame(cx)).map(|frame| frame.map_err(Into::into)),
+        })
+    }
+
+    fn source_is_over(&self) -> bool {
+        match &self.source {
+            Source::Whole(bytes) => bytes.is_empty(),
+            Source::H1(h1, ..) => h1.is_over(),
+            Source::H2(incoming, _) => incoming.is_end_stream(),
         }
-        h1.drive_for(cx);
-        Pin::new(&mut self.incoming).poll_frame(&mut quiet)
     }
 
     /// Gives everything back that was held for the body.
     fn finish(&mut self, whole: bool) {
         self.over = true;
         self.permit = None;
-        match std::mem::replace(&mut self.source, Source::Apart) {
+        match std::mem::replace(&mut self.source, Source::Whole(Bytes::new())) {
             Source::H1(h1, shard, endpoint) if whole => shard.put(h1, &endpoint),
             _ => {}
         }
@@ -130,11 +137,6 @@ impl Limits {
     ) -> Option<Box<Self>> {
         let watched = idle < Duration::MAX || deadline.is_some() || left.is_some();
         watched.then(|| Box::new(Self { alarm: Alarm::default(), idle, still: None, deadline, left, is_grpc }))
-    }
-
-    /// Whether there is a limit on the size.
-    pub(crate) fn is_bounded(&self) -> bool {
-        self.left.is_some()
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Cut> {
@@ -169,7 +171,7 @@ impl Body for ResponseBody {
         if this.over {
             return Poll::Ready(None);
         }
-        match this.poll_incoming(cx) {
+        match this.poll_source(cx) {
             Poll::Ready(Some(Ok(mut frame))) => {
                 if let Some(trailers) = frame.trailers_mut() {
                     clean_trailers(trailers);
@@ -181,7 +183,7 @@ impl Body for ResponseBody {
                     {
                         return this.cut(Cut::TooLarge);
                     }
-                    if this.incoming.is_end_stream() {
+                    if this.source_is_over() {
                         this.finish(true);
                     }
                 }
@@ -189,7 +191,7 @@ impl Body for ResponseBody {
             }
             Poll::Ready(Some(Err(error))) => {
                 this.finish(false);
-                Poll::Ready(Some(Err(error.into())))
+                Poll::Ready(Some(Err(error)))
             }
             Poll::Ready(None) => {
                 this.finish(true);
@@ -207,11 +209,15 @@ impl Body for ResponseBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.over || self.incoming.is_end_stream()
+        self.over || self.source_is_over()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.incoming.size_hint()
+        match &self.source {
+            Source::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Source::H1(h1, ..) => h1.size_hint(),
+            Source::H2(incoming, _) => incoming.size_hint(),
+        }
     }
 }
 

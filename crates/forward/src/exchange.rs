@@ -3,12 +3,13 @@
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::header::{CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING, UPGRADE};
+use bytes::Bytes;
+use http::header::{HOST, UPGRADE};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
-use hyper::body::{Body as _, Incoming};
+use hyper::body::Body as _;
 use hyper::client::conn::{TrySendError, http2};
 use hyper::upgrade::OnUpgrade;
 use portcullis_core::{Endpoint, Permit, Scheme};
@@ -17,8 +18,10 @@ use tokio::time::Instant;
 use crate::alarm::{Alarm, after, earlier};
 use crate::download::{Limits, ResponseBody};
 use crate::failure::{Failure, Kind};
-use crate::headers::has_other_codings;
-use crate::pool::{H1, Lease, Shard, StreamPlace, Want};
+use crate::h1::{Answered, Asked, Broken, H1, Length};
+use crate::h2::StreamPlace;
+use crate::lease::{Lease, Want};
+use crate::pool::Shard;
 use crate::tunnel;
 use crate::upload::{Flow, Outgoing, Progress};
 
@@ -101,14 +104,9 @@ impl Exchange {
             };
             let Some(body_now) = body.take() else { break };
             let tried = match lease {
-                Lease::H1(h1) => {
-                    let spare = can_repeat && h1.reused;
-                    let request = self.request(body_now, false, spare);
-                    self.try_h1(h1, request).await
-                }
+                Lease::H1(h1) => self.try_h1(h1, body_now).await,
                 Lease::H2(sender, place, reused) => {
-                    let spare = can_repeat && reused;
-                    let request = self.request(body_now, true, spare);
+                    let request = self.request(body_now, can_repeat && reused);
                     self.try_h2(sender, place, reused, request).await
                 }
             };
@@ -143,102 +141,98 @@ impl Exchange {
         Err(Failure::sent(Kind::Reset))
     }
 
-    fn request(&mut self, body: Outgoing, h2: bool, keep: bool) -> Request<Outgoing> {
+    /// For HTTP/2. The fields are kept if it may have to be made again.
+    fn request(&mut self, body: Outgoing, keep: bool) -> Request<Outgoing> {
         let mut headers = if keep { self.headers.clone() } else { std::mem::take(&mut self.headers) };
+        headers.remove(HOST);
         let mut request = Request::new(body);
         *request.method_mut() = self.method.clone();
-        if h2 {
-            headers.remove(HOST);
-            *request.version_mut() = Version::HTTP_2;
-            *request.uri_mut() = self.target.absolute(&self.endpoint);
-        } else {
-            if !headers.contains_key(HOST) {
-                headers.insert(HOST, self.target.authority.clone());
-            }
-            let unknown_length = !request.body().is_end_stream() && request.body().size_hint().exact().is_none();
-            if unknown_length {
-                // hyper would take a GET of unknown length for one without a body.
-                headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
-            }
-            if let Some((_, protocol)) = &self.upgrade {
-                headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-                headers.insert(UPGRADE, protocol.clone());
-            }
-            *request.uri_mut() = self.target.path.clone();
-        }
+        *request.version_mut() = Version::HTTP_2;
+        *request.uri_mut() = self.target.absolute(&self.endpoint);
         *request.headers_mut() = headers;
         request
     }
 
-    async fn try_h1(&mut self, mut h1: Box<H1>, request: Request<Outgoing>) -> Tried {
-        let (read, written) = (h1.relay.read(), h1.relay.written());
-        let mut sending = pin!(h1.sender.try_send_request(request));
+    async fn try_h1(&mut self, mut h1: Box<H1>, body: Outgoing) -> Tried {
+        let asked = Asked {
+            method: &self.method,
+            target: self.target.path.path_and_query().map_or("/", |path| path.as_str()),
+            host: &self.target.authority,
+            headers: &self.headers,
+            upgrade: self.upgrade.as_ref().map(|(_, protocol)| protocol),
+            length: match body.size_hint().exact() {
+                _ if body.is_end_stream() => Length::None,
+                Some(length) => Length::Exact(length),
+                None => Length::Chunked,
+            },
+        };
+        h1.start(&asked, body);
         let polled = poll_fn(|cx| {
-            // The answer comes by nothing but driving the connection here, so it need not wake anybody.
-            h1.drive_for(cx);
-            if let Poll::Ready(answer) = sending.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            if let Poll::Ready(answer) = h1.poll_answer(cx, &self.method, &mut self.headers) {
                 return Poll::Ready(Ok(answer));
-            }
-            if h1.is_finished() {
-                return Poll::Ready(Err(Kind::Reset));
             }
             self.poll_limits(&mut h1.alarm, cx).map(Err)
         })
         .await;
-        // Nothing was taken by the transport: nothing can have arrived.
-        let unsent = h1.relay.written() == written;
-        let unanswered = h1.relay.read() == read;
+        let sent = h1.has_sent();
+        let failed = |kind, cause, again| Tried::Failed(Failure { kind, sent, cause }, again);
         match polled {
-            Ok(Ok(response)) => self.answered_h1(response, h1),
-            Ok(Err(error)) => failed(error, self.flow.as_deref(), unsent, unanswered && h1.reused),
-            Err(kind) => {
-                let kind = self.whose_fault(kind);
-                let again = if kind == Kind::Reset && unsent { Again::Always } else { Again::Never };
-                Tried::Failed(Failure { kind, sent: !unsent, cause: None }, again)
+            Ok(Ok(answered)) => self.answered_h1(answered, h1),
+            Ok(Err(Broken::Malformed(malformed))) => {
+                let failure = Failure::sent(Kind::Malformed).because(&malformed);
+                Tried::Failed(failure, Again::Never)
             }
+            Ok(Err(Broken::Closed(error))) => {
+                let again = match h1.has_heard() {
+                    _ if !sent => Again::Always,
+                    false if h1.reused => Again::IfIdempotent,
+                    _ => Again::Never,
+                };
+                failed(Kind::Reset, error.map(|error| error.to_string().into()), again)
+            }
+            Ok(Err(Broken::Body)) => failed(self.whose_fault(Kind::Reset), None, Again::Never),
+            Ok(Err(Broken::Length)) => failed(Kind::Unsendable, None, Again::Never),
+            Err(kind) => failed(self.whose_fault(kind), None, Again::Never),
         }
     }
 
-    fn answered_h1(&mut self, mut response: Response<Incoming>, h1: Box<H1>) -> Tried {
-        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+    fn answered_h1(&mut self, answered: Answered, mut h1: Box<H1>) -> Tried {
+        let Answered { status, version, headers, reason, .. } = answered;
+        let mut response = Response::new(());
+        *response.status_mut() = status;
+        *response.version_mut() = version;
+        *response.headers_mut() = headers;
+        if let Some(reason) = reason {
+            response.extensions_mut().insert(reason);
+        }
+        if status == StatusCode::SWITCHING_PROTOCOLS {
             return self.switched(response, h1);
         }
-        if has_other_codings(response.headers()) {
-            return Tried::Failed(Failure::sent(Kind::Malformed), Again::Never);
-        }
-        if response.headers().contains_key(TRANSFER_ENCODING) {
-            // It was framed by the one, whatever the other said.
-            response.headers_mut().remove(CONTENT_LENGTH);
-        }
-        if self.is_too_large(&response) {
+        if self.is_too_large(h1.size_hint().lower()) {
             return Tried::Failed(Failure::sent(Kind::ResponseTooLarge), Again::Never);
         }
-        let uploading = self.flow.as_ref().is_some_and(|flow| flow.progress() == Progress::Open);
-        let limits = self.limits();
-        let permit = self.permit.take();
-        if uploading {
+        if h1.is_sending()
+            && let (Some(flow), Some(upload)) = (&self.flow, h1.split())
+        {
             // The answer came early; the rest of the request goes on beside it, whether the answer is read or not.
-            let (parts, incoming) = response.into_parts();
-            h1.relay.detach();
-            tokio::spawn((*h1).abandon());
-            return Tried::Answered(Response::from_parts(parts, ResponseBody::apart(incoming, limits, permit)));
+            tokio::spawn(upload.run(flow.clone(), self.times.idle));
         }
-        let shard = &self.shard;
-        let response = response.map(|incoming| {
-            if h1.sender.is_ready() || incoming.is_end_stream() {
-                // All of it has arrived.
-                shard.put(h1, &self.endpoint);
-                let left = limits.filter(|limits| limits.is_bounded());
-                ResponseBody::apart(incoming, left, None)
-            } else {
-                ResponseBody::h1(incoming, h1, shard.clone(), self.endpoint.clone(), limits, permit)
+        let body = match h1.whole_body() {
+            Some(bytes) => {
+                self.shard.put(h1, &self.endpoint);
+                self.permit = None;
+                ResponseBody::whole(bytes)
             }
-        });
-        Tried::Answered(response)
+            None => {
+                let (limits, permit) = (self.limits(), self.permit.take());
+                ResponseBody::h1(h1, self.shard.clone(), self.endpoint.clone(), limits, permit)
+            }
+        };
+        Tried::Answered(response.map(|()| body))
     }
 
-    fn switched(&mut self, mut response: Response<Incoming>, h1: Box<H1>) -> Tried {
-        let Some((caller, protocol)) = self.upgrade.take() else {
+    fn switched(&mut self, mut response: Response<()>, h1: Box<H1>) -> Tried {
+        let (Some((caller, protocol)), Some((upstream, early, place))) = (self.upgrade.take(), h1.into_parts()) else {
             return Tried::Failed(Failure::sent(Kind::Switched), Again::Never);
         };
         let agreed = response.headers().get(UPGRADE).is_some_and(|answer| {
@@ -248,16 +242,14 @@ impl Exchange {
         if !agreed {
             return Tried::Failed(Failure::sent(Kind::Switched), Again::Never);
         }
-        let upstream = hyper::upgrade::on(&mut response);
         let (idle, permit) = (self.times.idle, self.permit.take());
         // Not a task per request: one for a connection that is no longer a request.
         tokio::spawn(async move {
-            let _permit = permit;
-            let (_, ()) = tokio::join!(tunnel::run(caller, upstream, idle), h1.run());
+            let _held = (place, permit);
+            tunnel::run(caller, upstream, &early, idle).await;
         });
-        let mut response = response.map(|incoming| ResponseBody::apart(incoming, None, None));
         response.extensions_mut().insert(Switched(protocol));
-        Tried::Answered(response)
+        Tried::Answered(response.map(|()| ResponseBody::whole(Bytes::new())))
     }
 
     async fn try_h2(
@@ -281,13 +273,13 @@ impl Exchange {
         .await;
         match polled {
             Ok(Ok(response)) => {
-                if self.is_too_large(&response) {
+                if self.is_too_large(response.body().size_hint().lower()) {
                     return Tried::Failed(Failure::sent(Kind::ResponseTooLarge), Again::Never);
                 }
                 let (limits, permit) = (self.limits(), self.permit.take());
                 Tried::Answered(response.map(|incoming| ResponseBody::h2(incoming, place, limits, permit)))
             }
-            Ok(Err(error)) => failed(error, self.flow.as_deref(), false, reused),
+            Ok(Err(error)) => failed(error, self.flow.as_deref(), reused),
             Err(kind) => Tried::Failed(Failure::sent(self.whose_fault(kind)), Again::Never),
         }
     }
@@ -317,8 +309,7 @@ impl Exchange {
         }
     }
 
-    fn is_too_large(&self, response: &Response<Incoming>) -> bool {
-        let announced = response.body().size_hint().lower();
+    fn is_too_large(&self, announced: u64) -> bool {
         self.response_limit.is_some_and(|limit| announced > limit)
     }
 
@@ -339,22 +330,16 @@ fn broken(flow: &Flow) -> Option<Kind> {
     }
 }
 
-fn failed(mut error: TrySendError<Request<Outgoing>>, flow: Option<&Flow>, unsent: bool, stale: bool) -> Tried {
+fn failed(mut error: TrySendError<Request<Outgoing>>, flow: Option<&Flow>, stale: bool) -> Tried {
     if let Some(request) = error.take_message() {
         return Tried::Returned(request, Failure::unsent(Kind::Reset).because(error.error()));
     }
     let error = error.into_error();
     if let Some(kind) = flow.and_then(broken) {
-        return Tried::Failed(Failure { kind, sent: !unsent, cause: None }, Again::Never);
+        return Tried::Failed(Failure::sent(kind), Again::Never);
     }
-    let unprocessed = unsent || is_unprocessed(&error);
-    let kind = if error.is_parse() {
-        Kind::Malformed
-    } else if error.is_user() {
-        Kind::Unsendable
-    } else {
-        Kind::Reset
-    };
+    let unprocessed = is_unprocessed(&error);
+    let kind = if error.is_user() { Kind::Unsendable } else { Kind::Reset };
     let again = match kind {
         Kind::Reset if unprocessed => Again::Always,
         Kind::Reset if stale => Again::IfIdempotent,

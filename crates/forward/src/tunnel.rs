@@ -39,36 +39,27 @@ impl Opening {
         let (stream, place) = shard.open(&endpoint, deadline).await?;
         tokio::spawn(async move {
             let _held = (place, permit);
-            match caller.await {
-                Ok(caller) => carry(TokioIo::new(caller), stream, times.idle).await,
-                Err(error) => debug!(%error, "a tunnel was not completed"),
-            }
+            run(caller, stream, &[], times.idle).await;
         });
         Ok(Response::new(Body::default()))
     }
 }
 
-/// Carries bytes both ways until both ends have closed, one half at a time, or nothing moved for `idle`.
-pub(crate) async fn run(caller: OnUpgrade, upstream: OnUpgrade, idle: Duration) {
-    let (caller, upstream) = match tokio::try_join!(caller, upstream) {
-        Ok(both) => both,
-        Err(error) => {
-            debug!(%error, "an upgrade was not completed");
-            return;
-        }
-    };
-    carry(TokioIo::new(caller), TokioIo::new(upstream), idle).await;
-}
-
-async fn carry<U>(caller: TokioIo<Upgraded>, upstream: U, idle: Duration)
+/// Carries bytes both ways until both ends have closed, one half at a time, or nothing moved for `idle`. What the
+/// upstream said before is in `early`.
+pub(crate) async fn run<U>(caller: OnUpgrade, upstream: U, early: &[u8], idle: Duration)
 where
     U: AsyncRead + AsyncWrite + Unpin,
 {
+    let caller = match caller.await {
+        Ok(caller) => caller,
+        Err(error) => return debug!(%error, "a connection was not let go of"),
+    };
     let mut tunnel = Tunnel {
-        a: caller,
+        a: TokioIo::new(caller),
         b: upstream,
-        up: Half::new(),
-        down: Half::new(),
+        up: Half::new(&[]),
+        down: Half::new(early),
         alarm: Alarm::default(),
         moved: Instant::now(),
         idle,
@@ -124,11 +115,14 @@ impl<U: AsyncRead + AsyncWrite + Unpin> Tunnel<U> {
 }
 
 impl Half {
-    fn new() -> Self {
+    /// Begins with what is to be written before anything is read.
+    fn new(early: &[u8]) -> Self {
+        let mut buffer = early.to_vec();
+        buffer.resize(early.len().max(BUFFER), 0);
         Self {
-            buffer: vec![0; BUFFER].into_boxed_slice(),
+            buffer: buffer.into_boxed_slice(),
             start: 0,
-            end: 0,
+            end: early.len(),
             state: State::Open,
             needs_flush: false,
             moves: 0,

@@ -85,6 +85,7 @@ async fn the_target_and_the_host_agree() {
         ("GET /a?b=c HTTP/1.1\r\nhost: h.test:81\r\n\r\n", "GET /a?b=c HTTP/1.1", "h.test:81"),
         ("GET http://x.test/a?b HTTP/1.1\r\nhost: h.test\r\n\r\n", "GET /a?b HTTP/1.1", "x.test"),
         ("GET http://x.test HTTP/1.1\r\nhost: x.test\r\n\r\n", "GET / HTTP/1.1", "x.test"),
+        ("GET http://x.test?a HTTP/1.1\r\nhost: x.test\r\n\r\n", "GET /?a HTTP/1.1", "x.test"),
         ("OPTIONS * HTTP/1.1\r\nhost: h.test\r\n\r\n", "OPTIONS * HTTP/1.1", "h.test"),
         ("GET /%20%c3%A9;x=%3f?%zz=%2f HTTP/1.1\r\nhost: h\r\n\r\n", "GET /%20%c3%A9;x=%3f?%zz=%2f HTTP/1.1", "h"),
         ("GET / HTTP/1.1\r\nhost: [::1]:80\r\n\r\n", "GET / HTTP/1.1", "[::1]:80"),

@@ -5,6 +5,8 @@
 //! Without `--alg` the stack is discovery, balance (round robin) and forward; with it, all six layers: tokens are verified
 //! (issuer `bench`, audience `gateway`), each subject has a limit that is never reached, the least busy of two is
 //! picked, and each endpoint has a breaker. `--bare` is forward alone, to the first upstream.
+//!
+//! With the feature `mimalloc` memory comes from there instead of from the system's allocator.
 
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "a bench that cannot go on fails")]
 
@@ -22,6 +24,10 @@ use portcullis::forward::Forward;
 use portcullis::rate_limit::{Rate, RateLimitLayer};
 use portcullis::serve::Server;
 use tower::ServiceBuilder;
+
+#[cfg(feature = "mimalloc")]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() {

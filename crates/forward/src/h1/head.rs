@@ -1,0 +1,226 @@
+//! Heads: a request's written, a response's read.
+
+use std::mem::MaybeUninit;
+
+use bytes::BytesMut;
+use http::header::{CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
+use hyper::ext::ReasonPhrase;
+
+use super::decode::Decoder;
+use super::{FIELDS, Malformed};
+
+/// What is said before a request's body.
+pub(crate) struct Asked<'a> {
+    pub(crate) method: &'a Method,
+    /// In origin form, which may lack the path, or `*`.
+    pub(crate) target: &'a str,
+    pub(crate) host: &'a HeaderValue,
+    /// Without `Host` and whatever belongs to the connection; a `Content-Length` is right.
+    pub(crate) headers: &'a HeaderMap,
+    pub(crate) upgrade: Option<&'a HeaderValue>,
+    pub(crate) length: Length,
+}
+
+/// How the end of a request's body is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Length {
+    /// There is no body.
+    None,
+    Exact(u64),
+    Chunked,
+}
+
+/// What a response says before its body.
+#[derive(Debug)]
+pub(crate) struct Answered {
+    pub(crate) status: StatusCode,
+    pub(crate) version: Version,
+    pub(crate) headers: HeaderMap,
+    /// If it is not the usual one.
+    pub(crate) reason: Option<ReasonPhrase>,
+    pub(crate) body: Decoder,
+    /// Whether another request may follow once the body is over.
+    pub(crate) keep_alive: bool,
+}
+
+/// Where a field stands in the head.
+#[derive(Clone, Copy, Default)]
+struct Span {
+    name: (usize, usize),
+    value: (usize, usize),
+}
+
+// === impl Asked ===
+
+impl Asked<'_> {
+    pub(crate) fn write(&self, out: &mut Vec<u8>) {
+        out.reserve(64 + self.target.len() + 48 * self.headers.len());
+        // Of a target like `http://a?q` this is all there is of the path.
+        let root = if self.target.starts_with('?') { " /" } else { " " };
+        for part in [self.method.as_str(), root, self.target, " HTTP/1.1\r\nhost: "] {
+            out.extend_from_slice(part.as_bytes());
+        }
+        out.extend_from_slice(self.host.as_bytes());
+        out.extend_from_slice(b"\r\n");
+        for (name, value) in self.headers {
+            if *name != HOST {
+                write_field(out, name, value);
+            }
+        }
+        match self.length {
+            Length::Exact(length) if !self.headers.contains_key(CONTENT_LENGTH) => {
+                write_field(out, &CONTENT_LENGTH, &HeaderValue::from(length));
+            }
+            Length::Chunked => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
+            Length::Exact(_) | Length::None => {}
+        }
+        if let Some(protocol) = self.upgrade {
+            out.extend_from_slice(b"connection: upgrade\r\n");
+            write_field(out, &http::header::UPGRADE, protocol);
+        }
+        out.extend_from_slice(b"\r\n");
+    }
+}
+
+pub(super) fn write_field(out: &mut Vec<u8>, name: &HeaderName, value: &HeaderValue) {
+    out.extend_from_slice(name.as_str().as_bytes());
+    out.extend_from_slice(b": ");
+    out.extend_from_slice(value.as_bytes());
+    out.extend_from_slice(b"\r\n");
+}
+
+// === impl Answered ===
+
+impl Answered {
+    /// Takes a head out of `input` once all of it is there, passing over informational ones but for 101. The memory of
+    /// `headers`, the request's, then serves the answer.
+    pub(crate) fn read(
+        input: &mut BytesMut,
+        asked: &Method,
+        headers: &mut HeaderMap,
+    ) -> Result<Option<Self>, Malformed> {
+        loop {
+            let mut spans = [Span::default(); FIELDS];
+            let mut fields = [const { MaybeUninit::uninit() }; FIELDS];
+            let mut response = httparse::Response::new(&mut []);
+            let parsed =
+                httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut response, input, &mut fields);
+            let length = match parsed {
+                Ok(httparse::Status::Complete(length)) => length,
+                Ok(httparse::Status::Partial) => return Ok(None),
+                Err(_) => return Err(Malformed("a head that is none")),
+            };
+            let status = response.code.and_then(|code| StatusCode::from_u16(code).ok());
+            let Some(status) = status else { return Err(Malformed("a status that is none")) };
+            let version = if response.version == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 };
+            let reason = response.reason.filter(|reason| Some(*reason) != status.canonical_reason());
+            let reason = reason.and_then(|reason| ReasonPhrase::try_from(reason.as_bytes()).ok());
+            let count = response.headers.len();
+            let base = input.as_ptr().addr();
+            let span = |part: &[u8]| (part.as_ptr().addr() - base, part.as_ptr().addr() - base + part.len());
+            for (at, field) in spans.iter_mut().zip(response.headers.iter()) {
+                *at = Span { name: span(field.name.as_bytes()), value: span(field.value) };
+            }
+            let head = input.split_to(length).freeze();
+            if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
+                continue;
+            }
+            let mut headers = std::mem::take(headers);
+            headers.clear();
+            headers.reserve(count);
+            for Span { name, value } in &spans[..count] {
+                let name = HeaderName::from_bytes(&head[name.0..name.1]);
+                let value = HeaderValue::from_maybe_shared(head.slice(value.0..value.1));
+                let (Ok(name), Ok(value)) = (name, value) else { return Err(Malformed("a field that is none")) };
+                headers.append(name, value);
+            }
+            let (body, keep_alive) = framing(asked, status, version, &mut headers)?;
+            return Ok(Some(Self { status, version, headers, reason, body, keep_alive }));
+        }
+    }
+}
+
+/// How the body ends, and whether the connection is of use after that.
+fn framing(
+    asked: &Method,
+    status: StatusCode,
+    version: Version,
+    headers: &mut HeaderMap,
+) -> Result<(Decoder, bool), Malformed> {
+    let is_10 = version == Version::HTTP_10;
+    let coded = headers.contains_key(TRANSFER_ENCODING);
+    let length = length(headers)?;
+    let mut keep_alive = keeps_alive(headers, is_10);
+    let body = if status == StatusCode::SWITCHING_PROTOCOLS {
+        keep_alive = false;
+        Decoder::OVER
+    } else if *asked == Method::HEAD || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED {
+        Decoder::OVER
+    } else if coded {
+        if is_10 {
+            return Err(Malformed("chunks in HTTP/1.0"));
+        }
+        Decoder::CHUNKED
+    } else {
+        length.map_or(Decoder::Close, Decoder::Length)
+    };
+    if coded {
+        if !is_chunked(headers) {
+            return Err(Malformed("a body coded by other than chunks"));
+        }
+        // It is framed by the one, whatever the other says; who says both is not trusted with another request.
+        keep_alive &= headers.remove(CONTENT_LENGTH).is_none();
+    }
+    Ok((body, keep_alive && body != Decoder::Close))
+}
+
+/// The body's length, if the fields agree on one; then it is said once.
+fn length(headers: &mut HeaderMap) -> Result<Option<u64>, Malformed> {
+    let mut lines = headers.get_all(CONTENT_LENGTH).iter();
+    let Some(first) = lines.next() else { return Ok(None) };
+    if let (Some(length), None) = (digits(first.as_bytes()), lines.next()) {
+        return Ok(Some(length));
+    }
+    let mut said = None;
+    for line in headers.get_all(CONTENT_LENGTH) {
+        for number in line.as_bytes().split(|byte| *byte == b',') {
+            let length = digits(number.trim_ascii());
+            if length.is_none() || said.is_some_and(|said| Some(said) != length) {
+                return Err(Malformed("lengths that are none, or differ"));
+            }
+            said = length;
+        }
+    }
+    if let Some(said) = said {
+        headers.insert(CONTENT_LENGTH, HeaderValue::from(said));
+    }
+    Ok(said)
+}
+
+fn digits(text: &[u8]) -> Option<u64> {
+    let is_number = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
+    // All but the largest two are meant for those who count otherwise.
+    let number = is_number.then(|| str::from_utf8(text).ok()?.parse().ok()).flatten();
+    number.filter(|number| *number < u64::MAX - 1)
+}
+
+/// Said once, and nothing else with it.
+fn is_chunked(headers: &HeaderMap) -> bool {
+    let mut lines = headers.get_all(TRANSFER_ENCODING).iter();
+    let chunked = lines.next().is_some_and(|line| line.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"));
+    chunked && lines.next().is_none()
+}
+
+/// Any `close` counts, whatever other lines say.
+fn keeps_alive(headers: &HeaderMap, is_10: bool) -> bool {
+    let (mut close, mut keep) = (false, false);
+    for line in headers.get_all(CONNECTION) {
+        for option in line.as_bytes().split(|byte| *byte == b',') {
+            let option = option.trim_ascii();
+            close |= option.eq_ignore_ascii_case(b"close");
+            keep |= option.eq_ignore_ascii_case(b"keep-alive");
+        }
+    }
+    !close && (keep || !is_10)
+}

@@ -1,0 +1,352 @@
+//! One HTTP/1.1 connection to an endpoint, driven by whoever holds it.
+//!
+//! There is no task, and no channel to one: the request's future writes the request and reads the head of the answer, and
+//! the response's body reads the rest. So the socket's readiness wakes the very task that waits for it, and between
+//! caller and socket nothing is handed over.
+
+mod decode;
+mod head;
+mod send;
+
+use std::fmt;
+use std::io;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, Method};
+use http_body::{Frame, SizeHint};
+use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf, ReadHalf, WriteHalf};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
+
+use crate::alarm::{Alarm, after};
+use crate::stream::Stream;
+use crate::upload::{Flow, Outgoing};
+
+pub(crate) use head::{Answered, Asked, Length};
+pub(crate) use send::SendError;
+
+use decode::Decoder;
+use send::Sending;
+
+/// The most fields of a head.
+const FIELDS: usize = 100;
+
+pub(crate) struct H1 {
+    io: Io,
+    input: Input,
+    sending: Sending,
+    /// Whether the transport takes no more of the request.
+    deaf: bool,
+    decoder: Decoder,
+    keep_alive: bool,
+    max_head: usize,
+    pub(crate) reused: bool,
+    pub(crate) alarm: Alarm,
+    retire: Option<Instant>,
+    idle_since: Instant,
+    place: Arc<OwnedSemaphorePermit>,
+}
+
+enum Io {
+    Whole(Stream),
+    /// The rest of the request is being written by somebody else.
+    Reading(ReadHalf<Stream>),
+    Gone,
+}
+
+/// What has arrived.
+struct Input {
+    buffer: BytesMut,
+    /// How much to make room for.
+    room: usize,
+    /// Since the request began.
+    heard: bool,
+}
+
+/// The rest of a request whose answer came early.
+pub(crate) struct Upload {
+    io: WriteHalf<Stream>,
+    sending: Sending,
+    alarm: Alarm,
+    _place: Arc<OwnedSemaphorePermit>,
+}
+
+/// What arrived is not HTTP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Malformed(&'static str);
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub(crate) enum Broken {
+    /// It ended, or broke, before the head was there.
+    Closed(Option<io::Error>),
+    Malformed(Malformed),
+    /// What the caller sends cannot be sent to its end.
+    Body,
+    /// What the caller sends is not as long as it said.
+    Length,
+}
+
+/// Why a body ended early.
+#[derive(Debug)]
+pub(crate) enum Cut {
+    Closed,
+    Io(io::Error),
+    Malformed(Malformed),
+}
+
+/// Room for a head, and a small body with it.
+const ROOM: usize = 4096;
+const MOST_ROOM: usize = 64 * 1024;
+
+// === impl H1 ===
+
+impl H1 {
+    pub(crate) fn new(
+        stream: Stream,
+        max_head: usize,
+        retire: Option<Instant>,
+        now: Instant,
+        place: OwnedSemaphorePermit,
+    ) -> Self {
+        Self {
+            io: Io::Whole(stream),
+            input: Input { buffer: BytesMut::new(), room: ROOM, heard: false },
+            sending: Sending::default(),
+            deaf: false,
+            decoder: Decoder::OVER,
+            keep_alive: true,
+            max_head,
+            reused: false,
+            alarm: Alarm::default(),
+            retire,
+            idle_since: now,
+            place: Arc::new(place),
+        }
+    }
+
+    /// Begins a request.
+    pub(crate) fn start(&mut self, head: &Asked<'_>, body: Outgoing) {
+        self.input.heard = false;
+        self.sending.start(head, body);
+    }
+
+    /// Sends, and waits for the head of the answer, which may come before all has been sent.
+    pub(crate) fn poll_answer(
+        &mut self,
+        cx: &mut Context<'_>,
+        asked: &Method,
+        headers: &mut HeaderMap,
+    ) -> Poll<Result<Answered, Broken>> {
+        let Io::Whole(io) = &mut self.io else { return Poll::Ready(Err(Broken::Closed(None))) };
+        let mut refused = None;
+        if !self.sending.is_done() {
+            match self.sending.poll(io, cx) {
+                Poll::Ready(Ok(())) | Poll::Pending => {}
+                // It may have been answered before it was refused.
+                Poll::Ready(Err(SendError::Io(error))) => {
+                    self.sending.give_up();
+                    (self.deaf, refused) = (true, Some(error));
+                }
+                Poll::Ready(Err(SendError::Body)) => return Poll::Ready(Err(Broken::Body)),
+                Poll::Ready(Err(SendError::Length)) => return Poll::Ready(Err(Broken::Length)),
+            }
+        }
+        loop {
+            if !self.input.buffer.is_empty() {
+                match Answered::read(&mut self.input.buffer, asked, headers).map_err(Broken::Malformed)? {
+                    Some(answered) => {
+                        self.decoder = answered.body;
+                        self.keep_alive = answered.keep_alive;
+                        return Poll::Ready(Ok(answered));
+                    }
+                    None if self.input.buffer.len() > self.max_head => {
+                        return Poll::Ready(Err(Broken::Malformed(Malformed("the head is too large"))));
+                    }
+                    None => {}
+                }
+            }
+            match ready!(self.input.poll_fill(io, cx)) {
+                Ok(0) => return Poll::Ready(Err(Broken::Closed(refused))),
+                Ok(_) => {}
+                Err(error) => return Poll::Ready(Err(Broken::Closed(Some(error)))),
+            }
+        }
+    }
+
+    /// The next frame of the body.
+    pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Cut>>> {
+        loop {
+            if let Some(frame) = self.decoder.next(&mut self.input.buffer).map_err(Cut::Malformed)? {
+                return Poll::Ready(Some(Ok(frame)));
+            }
+            if self.decoder.is_over() {
+                return Poll::Ready(None);
+            }
+            self.input.expect(self.decoder.expected());
+            let filled = match &mut self.io {
+                Io::Whole(io) => self.input.poll_fill(io, cx),
+                Io::Reading(io) => self.input.poll_fill(io, cx),
+                Io::Gone => return Poll::Ready(Some(Err(Cut::Closed))),
+            };
+            match ready!(filled) {
+                Ok(0) if self.decoder.end() => return Poll::Ready(None),
+                Ok(0) => return Poll::Ready(Some(Err(Cut::Closed))),
+                Ok(_) => {}
+                Err(error) => return Poll::Ready(Some(Err(Cut::Io(error)))),
+            }
+        }
+    }
+
+    /// The whole body, if its length is known and all of it is there.
+    pub(crate) fn whole_body(&mut self) -> Option<Bytes> {
+        match self.decoder {
+            Decoder::Length(length) if length <= self.input.buffer.len() as u64 => {
+                let frame = self.decoder.next(&mut self.input.buffer).ok().flatten();
+                Some(frame.and_then(|frame| frame.into_data().ok()).unwrap_or_default())
+            }
+            _ => None,
+        }
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.decoder.is_over()
+    }
+
+    pub(crate) fn size_hint(&self) -> SizeHint {
+        self.decoder.size_hint()
+    }
+
+    /// Whether the transport took any of the request.
+    pub(crate) fn has_sent(&self) -> bool {
+        self.sending.written > 0
+    }
+
+    /// Whether anything arrived since the request began.
+    pub(crate) fn has_heard(&self) -> bool {
+        self.input.heard
+    }
+
+    /// Whether part of the request is still to be sent.
+    pub(crate) fn is_sending(&self) -> bool {
+        !self.sending.is_done()
+    }
+
+    /// Gives the rest of the request to whoever sends it beside the answer.
+    pub(crate) fn split(&mut self) -> Option<Upload> {
+        let Io::Whole(stream) = std::mem::replace(&mut self.io, Io::Gone) else { return None };
+        let (reading, io) = tokio::io::split(stream);
+        self.io = Io::Reading(reading);
+        self.keep_alive = false;
+        let sending = std::mem::take(&mut self.sending);
+        Some(Upload { io, sending, alarm: Alarm::default(), _place: self.place.clone() })
+    }
+
+    /// The transport and what has arrived of it, for another protocol, and the place among those that are open.
+    pub(crate) fn into_parts(self) -> Option<(Stream, BytesMut, Arc<OwnedSemaphorePermit>)> {
+        let Io::Whole(stream) = self.io else { return None };
+        Some((stream, self.input.buffer, self.place))
+    }
+
+    /// Whether it can take another request; then it is left as if nobody had used it.
+    pub(crate) fn rests(&mut self, now: Instant) -> bool {
+        let clean = self.keep_alive && !self.deaf && self.decoder.is_over() && self.sending.is_done();
+        if !clean || !self.is_quiet() {
+            return false;
+        }
+        if self.input.buffer.capacity() > ROOM {
+            self.input.buffer = BytesMut::new();
+        }
+        self.sending.rest();
+        self.reused = true;
+        self.idle_since = now;
+        true
+    }
+
+    /// Whether it is as it was left. What arrives unasked is the end, or answers nothing. This wakes nobody any more.
+    pub(crate) fn is_quiet(&mut self) -> bool {
+        let Io::Whole(io) = &mut self.io else { return false };
+        let mut nobody = Context::from_waker(Waker::noop());
+        let mut byte = [0];
+        self.input.buffer.is_empty() && Pin::new(io).poll_read(&mut nobody, &mut ReadBuf::new(&mut byte)).is_pending()
+    }
+
+    pub(crate) fn is_over_age(&self, now: Instant, idle_timeout: Duration) -> bool {
+        self.retire.is_some_and(|retire| now >= retire) || now.saturating_duration_since(self.idle_since) > idle_timeout
+    }
+}
+
+// === impl Upload ===
+
+impl Upload {
+    /// Sends it to its end, unless it stands still for `idle`.
+    pub(crate) async fn run(mut self, flow: Arc<Flow>, idle: Duration) {
+        std::future::poll_fn(|cx| {
+            if self.sending.poll(&mut self.io, cx).is_ready() {
+                return Poll::Ready(());
+            }
+            match after(flow.moved(), idle) {
+                Some(end) => self.alarm.poll(cx, end),
+                None => Poll::Pending,
+            }
+        })
+        .await;
+    }
+}
+
+// === impl Input ===
+
+impl Input {
+    /// Makes room for this much at once, within reason.
+    fn expect(&mut self, bytes: u64) {
+        let most = usize::try_from(bytes).map_or(MOST_ROOM, |bytes| bytes.min(MOST_ROOM));
+        self.room = self.room.max(most);
+    }
+
+    /// Reads what there is; 0 is the end.
+    fn poll_fill<R: AsyncRead + Unpin>(&mut self, io: &mut R, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if self.buffer.capacity() - self.buffer.len() < self.room / 4 {
+            self.buffer.reserve(self.room);
+        }
+        let free = self.buffer.capacity() - self.buffer.len();
+        let count = ready!(pin!(io.read_buf(&mut self.buffer)).poll(cx))?;
+        self.heard |= count > 0;
+        // As much as usually comes at once.
+        self.room = if count == free { self.room * 2 } else { self.room.min((count * 4).next_power_of_two()) };
+        self.room = self.room.clamp(ROOM, MOST_ROOM);
+        Poll::Ready(Ok(count))
+    }
+}
+
+// === impl Malformed ===
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+// === impl Cut ===
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("the upstream closed the connection before the end of the body"),
+            Self::Io(_) => f.write_str("the connection to the upstream broke"),
+            Self::Malformed(malformed) => write!(f, "the upstream's body is malformed: {malformed}"),
+        }
+    }
+}
+
+impl std::error::Error for Cut {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Io(error) => Some(error),
+            Self::Closed | Self::Malformed(_) => None,
+        }
+    }
+}

@@ -1,0 +1,252 @@
+//! How a request comes by a connection: one that is free, a new one, or a place among those who wait.
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use hyper::client::conn::http2;
+use portcullis_core::{Endpoint, Instance, Protocol, Scheme};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, timeout_at};
+use tracing::debug;
+
+use crate::alarm::after;
+use crate::connect::{Dialed, dial};
+use crate::failure::{Failure, Kind};
+use crate::h1::H1;
+use crate::h2::{H2, StreamPlace};
+use crate::pool::Shard;
+use crate::stream::Stream;
+use crate::upload::Outgoing;
+
+/// The right to send one request.
+pub(crate) enum Lease {
+    H1(Box<H1>),
+    /// Whether it was used before is said last.
+    H2(http2::SendRequest<Outgoing>, StreamPlace, bool),
+}
+
+/// Which protocol a request is to be sent by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Want {
+    H1,
+    H2,
+    /// Whatever TLS agrees on.
+    Agreed,
+}
+
+enum Turn<'a> {
+    /// Make one for yourself.
+    Alone,
+    /// Make one that others wait for.
+    ForAll(Dialing<'a>),
+    /// Another request is at it.
+    Wait,
+}
+
+/// Somebody makes an HTTP/2 connection; whether it came to be or not, those who wait must know.
+struct Dialing<'a>(&'a Arc<Shard>);
+
+/// One of those who wait.
+struct Waiting<'a>(&'a AtomicUsize);
+
+// === impl Want ===
+
+impl Want {
+    pub(crate) fn of(instance: &Instance, is_grpc: bool) -> Self {
+        match (instance.protocol, instance.scheme) {
+            (Protocol::Http1, _) => Self::H1,
+            (Protocol::Http2, _) => Self::H2,
+            (_, Scheme::Https) => Self::Agreed,
+            _ if is_grpc => Self::H2,
+            _ => Self::H1,
+        }
+    }
+}
+
+// === impl Shard ===
+
+impl Shard {
+    /// A connection, free or new, before `deadline`. A `fresh` one was not used before.
+    pub(crate) async fn lease(
+        self: &Arc<Self>,
+        endpoint: &Endpoint,
+        want: Want,
+        fresh: bool,
+        deadline: Option<Instant>,
+    ) -> Result<Lease, Failure> {
+        let lease = self.wait(endpoint, want, fresh);
+        match deadline {
+            Some(deadline) => {
+                timeout_at(deadline, lease).await.unwrap_or_else(|_| Err(Failure::unsent(Kind::ConnectTimeout)))
+            }
+            None => lease.await,
+        }
+    }
+
+    async fn wait(self: &Arc<Self>, endpoint: &Endpoint, want: Want, mut fresh: bool) -> Result<Lease, Failure> {
+        let mut waiting = None;
+        let mut failures = None;
+        loop {
+            let (mut returned, mut room) = (pin!(self.returned.notified()), pin!(self.room.notified()));
+            if want != Want::H2 {
+                returned.as_mut().enable();
+            }
+            if want != Want::H1 {
+                room.as_mut().enable();
+            }
+            if !fresh && let Some(lease) = self.take(want, Instant::now()) {
+                return Ok(lease);
+            }
+            let mut dialing = match self.turn(want, &mut failures)? {
+                Turn::Alone => None,
+                Turn::ForAll(dialing) => Some(dialing),
+                Turn::Wait => {
+                    fresh = false;
+                    self.queue(&mut waiting)?;
+                    tokio::select! {
+                        () = returned, if want != Want::H2 => {}
+                        () = room => {}
+                    }
+                    continue;
+                }
+            };
+            let Some(place) = self.place() else {
+                drop(dialing.take());
+                self.queue(&mut waiting)?;
+                fresh = false;
+                tokio::select! {
+                    biased;
+                    () = returned, if want != Want::H2 => {}
+                    () = room, if want != Want::H1 => {}
+                    // It is given back at once and taken again above, so that one place serves one of us.
+                    _ = self.open.acquire() => {}
+                }
+                continue;
+            };
+            let made = self.connect(endpoint, want, place).await;
+            if dialing.is_some() {
+                let mut kept = self.kept();
+                match &made {
+                    Ok(lease) if want == Want::Agreed => kept.agreed_h2 = Some(matches!(lease, Lease::H2(..))),
+                    Ok(_) => {}
+                    Err(failure) => {
+                        kept.failures += 1;
+                        kept.failure = Some(failure.clone());
+                    }
+                }
+            }
+            return made;
+        }
+    }
+
+    /// Who makes the next connection. One with room for many is made by one request while the others wait for it, and
+    /// fails for all of them.
+    fn turn<'a>(self: &'a Arc<Self>, want: Want, failures: &mut Option<u64>) -> Result<Turn<'a>, Failure> {
+        let mut kept = self.kept();
+        if want == Want::H1 || want == Want::Agreed && kept.agreed_h2 == Some(false) {
+            return Ok(Turn::Alone);
+        }
+        if failures.is_some_and(|seen| seen != kept.failures)
+            && let Some(failure) = &kept.failure
+        {
+            return Err(failure.clone());
+        }
+        *failures = Some(kept.failures);
+        if kept.h2.iter().any(|h2| !h2.is_settled()) {
+            return Ok(Turn::Wait);
+        }
+        Ok(if std::mem::replace(&mut kept.dialing, true) { Turn::Wait } else { Turn::ForAll(Dialing(self)) })
+    }
+
+    /// Counts the caller among those who wait, if there is room.
+    fn queue<'a>(&'a self, waiting: &mut Option<Waiting<'a>>) -> Result<(), Failure> {
+        if waiting.is_none() {
+            let before = self.waiting.fetch_add(1, Ordering::AcqRel);
+            let entry = Waiting(&self.waiting);
+            if before >= self.limits.waiting {
+                return Err(Failure::unsent(Kind::Exhausted));
+            }
+            *waiting = Some(entry);
+        }
+        Ok(())
+    }
+
+    /// A connection for a tunnel, which is nobody else's and is counted as long as its place is held.
+    pub(crate) async fn open(
+        &self,
+        endpoint: &Endpoint,
+        deadline: Option<Instant>,
+    ) -> Result<(Stream, OwnedSemaphorePermit), Failure> {
+        let opened = async {
+            let place = match self.place() {
+                Some(place) => place,
+                None => {
+                    let mut waiting = None;
+                    self.queue(&mut waiting)?;
+                    self.open.clone().acquire_owned().await.map_err(|_| Failure::unsent(Kind::Exhausted))?
+                }
+            };
+            Ok((self.dial(endpoint, Some(false)).await?.stream, place))
+        };
+        match deadline {
+            Some(deadline) => {
+                timeout_at(deadline, opened).await.unwrap_or_else(|_| Err(Failure::unsent(Kind::ConnectTimeout)))
+            }
+            None => opened.await,
+        }
+    }
+
+    async fn dial(&self, endpoint: &Endpoint, h2: Option<bool>) -> Result<Dialed, Failure> {
+        let instance = endpoint.instance();
+        #[cfg(feature = "tls")]
+        let dialed = dial(&instance, h2, self.limits.tls.as_ref()).await?;
+        #[cfg(not(feature = "tls"))]
+        let dialed = dial(&instance, h2).await?;
+        debug!(endpoint = %endpoint.id(), h2 = dialed.h2, "connected");
+        Ok(dialed)
+    }
+
+    async fn connect(
+        self: &Arc<Self>,
+        endpoint: &Endpoint,
+        want: Want,
+        place: OwnedSemaphorePermit,
+    ) -> Result<Lease, Failure> {
+        let h2 = match want {
+            Want::H1 => Some(false),
+            Want::H2 => Some(true),
+            Want::Agreed => None,
+        };
+        let dialed = self.dial(endpoint, h2).await?;
+        let now = Instant::now();
+        // Not all at once: what was opened together would otherwise be reopened together.
+        let jitter = 1.0 + (fastrand::f64() - 0.5) * 0.2;
+        let retire = after(now, self.limits.max_age).map(|_| now + self.limits.max_age.mul_f64(jitter));
+        if !dialed.h2 {
+            return Ok(Lease::H1(Box::new(H1::new(dialed.stream, self.limits.max_head, retire, now, place))));
+        }
+        let (h2, stream) = H2::handshake(dialed.stream, &self.limits, self, retire, now, place).await?;
+        let lease = Lease::H2(h2.sender.clone(), stream, false);
+        self.kept().h2.push(h2);
+        self.look_after();
+        Ok(lease)
+    }
+}
+
+// === impl Dialing ===
+
+impl Drop for Dialing<'_> {
+    fn drop(&mut self) {
+        self.0.kept().dialing = false;
+        self.0.room.notify_waiters();
+    }
+}
+
+// === impl Waiting ===
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
