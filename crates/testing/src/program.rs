@@ -22,8 +22,8 @@ pub struct Program {
 /// With the reason, when neither works: a test that needs the program must fail, not pass.
 pub fn find(name: &str, package: &str, suite: Option<&str>) -> Program {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-    if let Some(path) = on_path(name) {
-        return Program { path, libraries: None };
+    if let Some(program) = installed(name) {
+        return program;
     }
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let root = target_folder().join("agents").join(package);
@@ -33,7 +33,8 @@ pub fn find(name: &str, package: &str, suite: Option<&str>) -> Program {
             panic!("`{name}` is neither on PATH nor to be had from this system's package sources: {reason}")
         });
     }
-    let path = ["usr/bin", "usr/sbin", "bin"]
+    // Where a package has a script in usr/bin that starts it by its absolute path, the program itself goes first.
+    let path = ["usr/lib/chromium", "usr/bin", "usr/sbin", "bin"]
         .iter()
         .map(|bin| root.join(bin).join(name))
         .find(|path| path.exists())
@@ -42,6 +43,12 @@ pub fn find(name: &str, package: &str, suite: Option<&str>) -> Program {
         });
     let libraries = std::env::join_paths(library_folders(&root)).unwrap_or_default();
     Program { path, libraries: Some(libraries) }
+}
+
+/// The program of that name on PATH.
+#[must_use]
+pub fn installed(name: &str) -> Option<Program> {
+    on_path(name).map(|path| Program { path, libraries: None })
 }
 
 impl Program {
@@ -186,14 +193,17 @@ fn stanza_source(text: &str, codename: &str) -> Option<(String, String)> {
     })
 }
 
+/// All folders with libraries, those of packages that keep some to themselves included.
 fn library_folders(root: &Path) -> Vec<PathBuf> {
     let mut folders = Vec::new();
-    for lib in ["usr/lib", "lib"] {
-        let lib = root.join(lib);
-        folders.extend(
-            fs::read_dir(&lib).into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| path.is_dir()),
-        );
-        folders.push(lib);
+    let mut found = vec![root.join("usr/lib"), root.join("lib")];
+    while let Some(folder) = found.pop() {
+        let inside: Vec<PathBuf> =
+            fs::read_dir(&folder).into_iter().flatten().flatten().map(|one| one.path()).collect();
+        if inside.iter().any(|path| path.to_string_lossy().contains(".so")) {
+            folders.push(folder);
+        }
+        found.extend(inside.into_iter().filter(|path| path.is_dir() && !path.is_symlink()));
     }
     folders
 }
