@@ -418,10 +418,10 @@ impl Forward {
         self.limit(|limits| limits.keep_alive = Some((interval, timeout)))
     }
 
-    /// The largest head of a response, in bytes. Default 64 KiB; not less than 8 KiB.
+    /// The largest head of a response, in bytes. Default 64 KiB; not less than 8 KiB nor more than 16 MiB.
     #[must_use]
     pub fn max_head(self, bytes: usize) -> Self {
-        self.limit(|limits| limits.max_head = bytes.max(8192))
+        self.limit(|limits| limits.max_head = bytes.clamp(8 << 10, 16 << 20))
     }
 
     /// How connections to endpoints with [`Scheme::Https`](portcullis_core::Scheme) are made. Without this, requests to

@@ -1,7 +1,7 @@
 //! Runs a service on listeners: HTTP/1.1, and HTTP/2 in the clear (with prior knowledge) and over TLS, with limits and a
 //! drain that ends.
 //!
-//! **Writes** [`PeerAddress`], and [`PeerTls`] when the connection is encrypted · **Refuses** 400 and 431, by hyper ·
+//! **Writes** [`PeerAddress`], and [`PeerTls`] when the connection is encrypted · **Refuses** 400, 408 and 431 ·
 //! **Cost** one task per connection
 //!
 //! ```
@@ -40,6 +40,7 @@
 //! |---|---|
 //! | [`max_connections`](Server::max_connections) | 16384; more wait to be accepted |
 //! | [`header_timeout`](Server::header_timeout) | 30 s, also how long an HTTP/1.1 connection may be idle |
+//! | [`keep_alive`](Server::keep_alive) | 60 s, then 20 s for the answer |
 //! | [`handshake_timeout`](Server::handshake_timeout) | 10 s |
 //! | [`write_timeout`](Server::write_timeout) | 60 s |
 //! | [`max_head`](Server::max_head) | 64 KiB |
@@ -47,41 +48,39 @@
 //!
 //! # What it does not do
 //!
-//! hyper closes a connection whose head is late without an answer where RFC 9110 would allow 408. A `CONNECT` reaches
-//! the service like any other request. There is no HTTP/3 and no PROXY protocol.
+//! A `CONNECT` reaches the service like any other request. An HTTP/2 connection without requests stays open as long as
+//! its other end answers pings. There is no HTTP/3 and no PROXY protocol.
 //!
 //! The request body's type is hyper's `Incoming`: a decision to show it, rather than to wrap every frame once more.
 
+mod connection;
+mod phase;
 mod tls;
 mod transport;
+mod worker;
 
-use std::future::{Future, poll_fn};
+use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::num::NonZeroUsize;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response};
 use hyper::body::Incoming;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
-use pin_project_lite::pin_project;
-use portcullis_core::{Carried, PeerAddress, PeerTls};
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
 use tower_service::Service;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 pub use tls::{ClientCertificates, ServerTls};
 
-use transport::{Io, Line, Transport};
+use phase::{Phase, Tell};
+use worker::Worker;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 type Signal = Pin<Box<dyn Future<Output = ()> + Send>>;
@@ -102,6 +101,7 @@ struct Limits {
     header: Duration,
     handshake: Duration,
     write: Duration,
+    keep_alive: Duration,
     max_head: usize,
     max_streams: u32,
 }
@@ -110,54 +110,8 @@ struct Limits {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Error(&'static str);
 
-/// How far the end has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
-enum Phase {
-    Running,
-    Draining,
-    Over,
-}
-
-/// Says how far the end has come.
-struct Tell {
-    watch: watch::Sender<Phase>,
-    now: Arc<AtomicU8>,
-}
-
-/// Hears it. The number says the same as the channel, for those who look often.
-#[derive(Clone)]
-struct Watch {
-    watch: watch::Receiver<Phase>,
-    now: Arc<AtomicU8>,
-}
-
-/// One listener's share of the server: all it takes to serve connections in some runtime.
-struct Worker<S> {
-    service: S,
-    limits: Limits,
-    phase: Watch,
-    /// Open as long as a connection is.
-    open: mpsc::Sender<()>,
-}
-
 /// Ends its task when it is dropped.
 struct Abort(tokio::task::JoinHandle<io::Result<()>>);
-
-/// Adds what is known of the connection to each of its requests.
-#[derive(Clone)]
-struct WithPeer<S> {
-    service: S,
-    peer: PeerAddress,
-    tls: Option<PeerTls>,
-}
-
-pin_project! {
-    #[project = Project]
-    enum Answer<S, F, B> {
-        Waiting { service: S, request: Option<Request<B>> },
-        Called { #[pin] future: F },
-    }
-}
 
 // === impl Server ===
 
@@ -203,6 +157,7 @@ impl Server {
             header: Duration::from_secs(30),
             handshake: Duration::from_secs(10),
             write: Duration::from_secs(60),
+            keep_alive: Duration::from_secs(60),
             max_head: 64 * 1024,
             max_streams: 256,
         };
@@ -236,7 +191,8 @@ impl Server {
         self
     }
 
-    /// How long an HTTP/1.1 connection may take to send a request's head, from when it could have begun. Default 30 s.
+    /// How long a connection may take to say what it speaks, and an HTTP/1.1 connection to send a request's head, from
+    /// when it could have begun; a head that has begun by then is answered with 408. Default 30 s.
     pub fn header_timeout(mut self, timeout: Duration) -> Self {
         self.limits.header = timeout;
         self
@@ -251,6 +207,13 @@ impl Server {
     /// How long a client may take none of what we have for it, before its connection is closed. Default 60 s.
     pub fn write_timeout(mut self, timeout: Duration) -> Self {
         self.limits.write = timeout;
+        self
+    }
+
+    /// After how long an HTTP/2 client that says nothing is pinged; one that does not answer within 20 s is let go.
+    /// Default 60 s.
+    pub fn keep_alive(mut self, interval: Duration) -> Self {
+        self.limits.keep_alive = interval;
         self
     }
 
@@ -352,252 +315,6 @@ fn listen(address: SocketAddr, shared: bool) -> io::Result<StdListener> {
     socket.bind(&address.into())?;
     socket.listen(1024)?;
     Ok(socket.into())
-}
-
-/// See [`connection`].
-const FIRST_WORD: Duration = Duration::from_millis(500);
-
-// === impl Worker ===
-
-impl<S, B> Worker<S>
-where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
-    S::Error: Into<BoxError>,
-    S::Future: Send,
-    B: http_body::Body<Data = Bytes> + Send + 'static,
-    B::Error: Into<BoxError>,
-{
-    fn own_runtime(self, listener: StdListener) -> io::Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let _open = self.open.clone();
-        runtime.block_on(async move {
-            // The runtime must outlive its connections, which each hold a sender.
-            let (open, mut ended) = mpsc::channel(1);
-            let accepted = Self { open, ..self }.accept(TcpListener::from_std(listener)?).await;
-            _ = ended.recv().await;
-            accepted
-        })
-    }
-
-    async fn accept(self, listener: TcpListener) -> io::Result<()> {
-        let places = self.limits.connections.clone();
-        let mut draining = pin!(self.phase.clone().reaches(Phase::Draining));
-        loop {
-            let accepted = tokio::select! {
-                accepted = next(&listener, &places) => accepted,
-                () = &mut draining => {
-                    // What was connected before the drain began is served.
-                    while let Ok(Ok((stream, peer, place))) = timeout_at(Instant::now(), next(&listener, &places)).await {
-                        self.spawn(stream, peer, place);
-                    }
-                    return Ok(());
-                }
-            };
-            match accepted {
-                Ok((stream, peer, place)) => self.spawn(stream, peer, place),
-                Err(error) => {
-                    // Too many open files, most likely: trying again at once would only burn a core.
-                    warn!(%error, "cannot accept");
-                    sleep(Duration::from_millis(100)).await;
-                }
-            }
-        }
-    }
-
-    fn spawn(&self, stream: TcpStream, peer: SocketAddr, place: OwnedSemaphorePermit) {
-        let (limits, service) = (self.limits.clone(), self.service.clone());
-        let (phase, open) = (self.phase.clone(), self.open.clone());
-        tokio::spawn(async move {
-            let _held = (place, open);
-            connection(stream, peer, limits, service, phase).await;
-        });
-    }
-}
-
-/// The next connection, once there is a place for it.
-async fn next(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
-    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
-    loop {
-        match listener.accept().await {
-            Ok((stream, peer)) => return Ok((stream, peer, place)),
-            // The client has gone already.
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
-                ) => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// One connection, from the handshake until nobody holds it any more.
-async fn connection<S, B>(stream: TcpStream, peer: SocketAddr, limits: Limits, service: S, phase: Watch)
-where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
-    S::Error: Into<BoxError>,
-    S::Future: Send,
-    B: http_body::Body<Data = Bytes> + Send + 'static,
-    B::Error: Into<BoxError>,
-{
-    if let Err(error) = stream.set_nodelay(true) {
-        debug!(%error, "the connection is gone");
-        return;
-    }
-    let (io, tls) = match &limits.tls {
-        None => (Io::Plain(stream), None),
-        Some(tls) => {
-            let accepted = tokio::select! {
-                accepted = timeout(limits.handshake, tls.accept(stream)) => accepted,
-                () = phase.clone().reaches(Phase::Over) => return,
-            };
-            match accepted {
-                Ok(Ok(stream)) => {
-                    let peer = tls::peer(&stream);
-                    (Io::Tls(Box::new(stream)), Some(peer))
-                }
-                Ok(Err(error)) => return debug!(%error, "no TLS came about"),
-                Err(_) => return debug!("the TLS handshake took too long"),
-            }
-        }
-    };
-    let line = Arc::new(Line::default());
-    let transport = TokioIo::new(Transport::new(io, line.clone(), limits.write));
-    let service = WithPeer { service, peer: PeerAddress(peer), tls };
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(limits.header)
-        .max_buf_size(limits.max_head)
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(limits.max_streams)
-        .max_header_list_size(u32::try_from(limits.max_head).unwrap_or(u32::MAX));
-    let mut draining = pin!(phase.clone().reaches(Phase::Draining));
-    let mut over = pin!(phase.clone().reaches(Phase::Over));
-    // While it runs, the phase is asked for once, which leaves our waker there; after that, a look at the number does.
-    let (mut asked, mut ending, mut told) = (false, false, false);
-    // How long a connection that was just made may take to say what it is for: told to end before, it would be closed
-    // with its first request unread.
-    let mut patience = pin!(sleep(FIRST_WORD));
-    // Boxed, since it must be gone before its end is waited for: done as it is, it still holds the connection.
-    let mut served = Box::pin(builder.serve_connection_with_upgrades(transport, service));
-    let ended = poll_fn(|cx| {
-        let drains = phase.now() >= Phase::Draining as u8;
-        if drains || !asked {
-            asked = true;
-            if over.as_mut().poll(cx).is_ready() {
-                return Poll::Ready(false);
-            }
-            if !ending && (draining.as_mut().poll(cx).is_ready() || drains) {
-                ending = true;
-                patience.as_mut().reset(Instant::now() + FIRST_WORD);
-            }
-        }
-        let mut polled = served.as_mut().poll(cx);
-        if ending && !told && polled.is_pending() && (line.has_heard() || patience.as_mut().poll(cx).is_ready()) {
-            told = true;
-            served.as_mut().graceful_shutdown();
-            polled = served.as_mut().poll(cx);
-        }
-        polled.map(|result| {
-            if let Err(error) = result {
-                debug!(error, "a connection ended");
-            }
-            true
-        })
-    })
-    .await;
-    drop(served);
-    if ended {
-        // If it was upgraded, somebody else holds it now.
-        poll_fn(|cx| match line.poll_gone(cx) {
-            Poll::Pending => over.as_mut().poll(cx),
-            ready @ Poll::Ready(()) => ready,
-        })
-        .await;
-        line.cut();
-    }
-}
-
-// === impl Tell ===
-
-impl Tell {
-    fn new() -> (Self, Watch) {
-        let (watch, watched) = watch::channel(Phase::Running);
-        let now = Arc::new(AtomicU8::new(Phase::Running as u8));
-        (Self { watch, now: now.clone() }, Watch { watch: watched, now })
-    }
-
-    fn enter(&self, phase: Phase) {
-        self.now.store(phase as u8, Ordering::Release);
-        _ = self.watch.send(phase);
-    }
-}
-
-/// Who waited for the end of the server has gone.
-impl Drop for Tell {
-    fn drop(&mut self) {
-        self.enter(Phase::Over);
-    }
-}
-
-// === impl Watch ===
-
-impl Watch {
-    fn now(&self) -> u8 {
-        self.now.load(Ordering::Acquire)
-    }
-
-    async fn reaches(mut self, phase: Phase) {
-        _ = self.watch.wait_for(|now| *now >= phase).await;
-    }
-}
-
-// === impl WithPeer ===
-
-impl<S, B> hyper::service::Service<Request<Incoming>> for WithPeer<S>
-where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone,
-{
-    type Response = Response<B>;
-    type Error = S::Error;
-    type Future = Answer<S, S::Future, Incoming>;
-
-    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
-        self.peer.attach(request.extensions_mut());
-        if let Some(tls) = &self.tls {
-            tls.clone().attach(request.extensions_mut());
-        }
-        Answer::Waiting { service: self.service.clone(), request: Some(request) }
-    }
-}
-
-impl<S, B> Future for Answer<S, S::Future, B>
-where
-    S: Service<Request<B>>,
-{
-    type Output = Result<S::Response, S::Error>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        loop {
-            let future = match self.as_mut().project() {
-                Project::Called { future } => return future.poll(cx),
-                Project::Waiting { service, request } => {
-                    ready!(service.poll_ready(cx))?;
-                    match request.take() {
-                        Some(request) => service.call(request),
-                        None => return Poll::Pending,
-                    }
-                }
-            };
-            self.set(Self::Called { future });
-        }
-    }
 }
 
 // === impl Error ===

@@ -246,12 +246,52 @@ async fn heads_are_limited_in_size_and_time() {
         large.write_all(format!("GET / HTTP/1.1\r\nhost: a\r\n{fields}\r\n").as_bytes()).await.unwrap();
         assert!(until(&mut large, "\r\n").await.starts_with("HTTP/1.1 431 "));
     }
-    // hyper closes without an answer.
+    // One that has begun is answered; one that has not, only closed, also before the first word and after an answer.
     let mut slow = running.connect().await;
     slow.write_all(b"GET / HTTP/1.1\r\nhos").await.unwrap();
-    assert_eq!(rest(&mut slow).await, "");
+    assert_eq!(rest(&mut slow).await, LATE);
+    let mut silent = running.connect().await;
+    assert_eq!(rest(&mut silent).await, "");
+    let mut half = running.connect().await;
+    half.write_all(b"PRI * HT").await.unwrap();
+    assert_eq!(rest(&mut half).await, "");
+    let mut idle = running.connect().await;
+    send(&mut idle, "/").await;
+    until(&mut idle, "false").await;
+    assert_eq!(rest(&mut idle).await, "");
+    let mut second = running.connect().await;
+    send(&mut second, "/").await;
+    until(&mut second, "false").await;
+    second.write_all(b"G").await.unwrap();
+    assert_eq!(rest(&mut second).await, LATE);
     running.drain();
     running.ended().await;
+}
+
+const LATE: &str = "HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+
+/// What a client has not read yet is not followed by an answer to something else.
+#[tokio::test]
+async fn an_answer_that_is_being_read_is_not_interrupted_by_a_late_head() {
+    let server = local().header_timeout(Duration::from_millis(50));
+    let address = server.local_addr().unwrap();
+    let large = vec![b'x'; 16 << 20];
+    let length = large.len();
+    let service = tower::service_fn(move |_: Request<Incoming>| {
+        let body = Full::new(Bytes::from(large.clone()));
+        async move { Ok::<_, Infallible>(Response::new(body)) }
+    });
+    let _served = tokio::spawn(server.serve(service));
+    let mut io = TcpStream::connect(address).await.unwrap();
+    // The second head begins and never ends.
+    io.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\nGET / HT").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let got = rest(&mut io).await;
+    let (head, body) = got.split_once("\r\n\r\n").unwrap();
+    assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head}");
+    assert!(body.bytes().take(length).all(|byte| byte == b'x'));
+    assert!(matches!(&body[body.len().min(length)..], "" | LATE), "{}", &body[length..]);
+    assert!(body.len() >= length, "it was cut short");
 }
 
 #[tokio::test]
@@ -368,6 +408,23 @@ async fn continuations_without_end_are_let_go() {
         sent += 1;
     }
     assert!(sent < 100_000, "{sent} frames were taken");
+}
+
+#[tokio::test]
+async fn empty_frames_without_end_are_let_go_or_cost_nothing() {
+    let running = Running::start(local(), PATIENCE);
+    let mut io = running.connect().await;
+    io.write_all(PREFACE).await.unwrap();
+    // POST http://a/slow, and then DATA without data.
+    let head = [&[0x83, 0x86, 0x41, 1, b'a', 0x44, 5][..], b"/slow"].concat();
+    let mut flood = vec![0, 0, u8::try_from(head.len()).unwrap(), 1, 4, 0, 0, 0, 1];
+    flood.extend(&head);
+    flood.extend([0, 0, 0, 0, 0, 0, 0, 0, 1].repeat(200_000));
+    _ = io.write_all(&flood).await;
+    let mut other = running.connect().await;
+    send(&mut other, "/").await;
+    until(&mut other, "false").await;
+    drop(io);
 }
 
 #[tokio::test]

@@ -47,9 +47,12 @@ pub(crate) struct Answered {
 /// Where a field stands in the head.
 #[derive(Clone, Copy, Default)]
 struct Span {
-    name: (usize, usize),
-    value: (usize, usize),
+    name: (u32, u32),
+    value: (u32, u32),
 }
+
+/// As many fields as most heads have.
+const FEW: usize = 24;
 
 // === impl Asked ===
 
@@ -101,7 +104,6 @@ impl Answered {
         headers: &mut HeaderMap,
     ) -> Result<Option<Self>, Malformed> {
         loop {
-            let mut spans = [Span::default(); FIELDS];
             let mut fields = [const { MaybeUninit::uninit() }; FIELDS];
             let mut response = httparse::Response::new(&mut []);
             let parsed =
@@ -117,10 +119,16 @@ impl Answered {
             let reason = response.reason.filter(|reason| Some(*reason) != status.canonical_reason());
             let reason = reason.and_then(|reason| ReasonPhrase::try_from(reason.as_bytes()).ok());
             let count = response.headers.len();
-            let base = input.as_ptr().addr();
-            let span = |part: &[u8]| (part.as_ptr().addr() - base, part.as_ptr().addr() - base + part.len());
-            for (at, field) in spans.iter_mut().zip(response.headers.iter()) {
-                *at = Span { name: span(field.name.as_bytes()), value: span(field.value) };
+            let (mut few, mut many) = ([Span::default(); FEW], Vec::new());
+            let spans = match few.get_mut(..count) {
+                Some(few) => few,
+                None => {
+                    many.resize(count, Span::default());
+                    &mut many[..]
+                }
+            };
+            for (span, field) in spans.iter_mut().zip(response.headers.iter()) {
+                *span = Span::of(input, field);
             }
             let head = input.split_to(length).freeze();
             if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
@@ -129,15 +137,28 @@ impl Answered {
             let mut headers = std::mem::take(headers);
             headers.clear();
             headers.reserve(count);
-            for Span { name, value } in &spans[..count] {
-                let name = HeaderName::from_bytes(&head[name.0..name.1]);
-                let value = HeaderValue::from_maybe_shared(head.slice(value.0..value.1));
+            for span in spans {
+                let name = HeaderName::from_bytes(&head[span.name.0 as usize..span.name.1 as usize]);
+                let value = head.slice(span.value.0 as usize..span.value.1 as usize);
+                let value = HeaderValue::from_maybe_shared(value);
                 let (Ok(name), Ok(value)) = (name, value) else { return Err(Malformed("a field that is none")) };
                 headers.append(name, value);
             }
             let (body, keep_alive) = framing(asked, status, version, &mut headers)?;
             return Ok(Some(Self { status, version, headers, reason, body, keep_alive }));
         }
+    }
+}
+
+// === impl Span ===
+
+impl Span {
+    fn of(head: &[u8], field: &httparse::Header<'_>) -> Self {
+        let base = head.as_ptr().addr();
+        // Heads are limited to far less than this holds.
+        let at = |address: usize| u32::try_from(address - base).unwrap_or_default();
+        let range = |part: &[u8]| (at(part.as_ptr().addr()), at(part.as_ptr().addr() + part.len()));
+        Self { name: range(field.name.as_bytes()), value: range(field.value) }
     }
 }
 

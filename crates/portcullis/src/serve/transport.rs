@@ -1,15 +1,17 @@
 //! A client's connection, which can be ended from outside whoever holds it, and which does not wait for readers who do
-//! not read.
+//! not read, nor for heads that do not come.
 
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::task::AtomicWaker;
+use hyper::rt::Timer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -17,6 +19,8 @@ use tokio_rustls::server::TlsStream;
 
 pub(super) struct Transport {
     io: Io,
+    /// What was read before it was known what the client speaks.
+    early: Bytes,
     line: Arc<Line>,
     stalled: Stall,
 }
@@ -31,10 +35,23 @@ pub(super) enum Io {
 pub(super) struct Line {
     cut: AtomicBool,
     gone: AtomicBool,
-    heard: AtomicBool,
+    /// Whether a head has begun to arrive since one was waited for.
+    begun: AtomicBool,
+    /// Whether it did not arrive in time.
+    late: AtomicBool,
+    /// For heads. It is set once in a while, not for each of them.
+    alarm: Mutex<Option<Pin<Box<Sleep>>>>,
     reader: AtomicWaker,
     writer: AtomicWaker,
     owner: AtomicWaker,
+}
+
+/// Tells hyper when a head is late, and the transport that it was.
+pub(super) struct HeadTimer(pub(super) Arc<Line>);
+
+struct HeadSleep {
+    line: Arc<Line>,
+    deadline: Instant,
 }
 
 /// How long the other end has not taken what we have for it.
@@ -44,11 +61,10 @@ struct Stall {
     running: bool,
 }
 
-impl Transport {
-    pub(super) fn new(io: Io, line: Arc<Line>, patience: Duration) -> Self {
-        Self { io, line, stalled: Stall { patience, since: None, running: false } }
-    }
-}
+/// What a client gets whose head began and did not end in time. hyper would close without a word.
+const LATE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+/// What is copied together, since one piece is cheaper to send than several.
+const SMALL: usize = 1024;
 
 // === impl Line ===
 
@@ -66,20 +82,44 @@ impl Line {
         if self.gone.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    /// Whether the other end has said anything yet.
-    pub(super) fn has_heard(&self) -> bool {
-        self.heard.load(Ordering::Relaxed)
-    }
-
     fn check(&self) -> io::Result<()> {
         if self.cut.load(Ordering::Acquire) { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
 }
 
-impl Drop for Transport {
-    fn drop(&mut self) {
-        self.line.gone.store(true, Ordering::Release);
-        self.line.owner.wake();
+// === impl HeadTimer ===
+
+impl Timer for HeadTimer {
+    fn sleep(&self, duration: Duration) -> Pin<Box<dyn hyper::rt::Sleep>> {
+        self.sleep_until(self.now() + duration)
+    }
+
+    fn sleep_until(&self, deadline: std::time::Instant) -> Pin<Box<dyn hyper::rt::Sleep>> {
+        self.0.begun.store(false, Ordering::Relaxed);
+        Box::pin(HeadSleep { line: self.0.clone(), deadline: deadline.into() })
+    }
+
+    fn now(&self) -> std::time::Instant {
+        Instant::now().into_std()
+    }
+}
+
+impl hyper::rt::Sleep for HeadSleep {}
+
+impl Future for HeadSleep {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut alarm = self.line.alarm.lock().unwrap_or_else(PoisonError::into_inner);
+        let alarm = alarm.get_or_insert_with(|| Box::pin(sleep_until(self.deadline)));
+        while alarm.as_mut().poll(cx).is_ready() {
+            if Instant::now() >= self.deadline {
+                self.line.late.store(true, Ordering::Relaxed);
+                return Poll::Ready(());
+            }
+            alarm.as_mut().reset(self.deadline);
+        }
+        Poll::Pending
     }
 }
 
@@ -110,23 +150,103 @@ impl Stall {
 
 // === impl Transport ===
 
+impl Transport {
+    pub(super) fn new(io: Io, early: Bytes, line: Arc<Line>, patience: Duration) -> Self {
+        Self { io, early, line, stalled: Stall { patience, since: None, running: false } }
+    }
+
+    /// What became of a write, unless the connection was cut or the other end has not taken anything for too long.
+    fn wrote<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if written.is_pending() {
+            self.line.writer.register(cx.waker());
+        }
+        self.line.check()?;
+        self.stalled.watch(cx, written)
+    }
+
+    /// Whether the client waits for an answer to a head that did not come, and has all that was said before.
+    fn owes_an_answer(&self) -> bool {
+        let line = &self.line;
+        let begun = line.late.load(Ordering::Relaxed) && line.begun.load(Ordering::Relaxed);
+        begun && !self.stalled.running && line.check().is_ok()
+    }
+}
+
+impl Drop for Transport {
+    fn drop(&mut self) {
+        if self.owes_an_answer() {
+            // What does not go out at once does not go out.
+            let mut nobody = Context::from_waker(Waker::noop());
+            if Pin::new(&mut self.io).poll_write(&mut nobody, LATE).is_ready() {
+                _ = Pin::new(&mut self.io).poll_shutdown(&mut nobody);
+            }
+        }
+        self.line.gone.store(true, Ordering::Release);
+        self.line.owner.wake();
+    }
+}
+
+// === impl Io ===
+
 macro_rules! each {
     ($io:expr, $name:ident, $($arg:expr),*) => {
-        match $io {
+        match $io.get_mut() {
             Io::Plain(io) => Pin::new(io).$name($($arg),*),
             Io::Tls(io) => Pin::new(io).$name($($arg),*),
         }
     };
 }
 
+impl AsyncRead for Io {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        each!(self, poll_read, cx, buf)
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        each!(self, poll_write, cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        each!(self, poll_write_vectored, cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, poll_flush, cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        each!(self, poll_shutdown, cx)
+    }
+}
+
 impl AsyncRead for Transport {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let read = each!(&mut this.io, poll_read, cx, buf);
+        let before = buf.filled().len();
+        let read = if this.early.is_empty() {
+            Pin::new(&mut this.io).poll_read(cx, buf)
+        } else {
+            let count = this.early.len().min(buf.remaining());
+            buf.put_slice(&this.early.split_to(count));
+            if this.early.is_empty() {
+                this.early = Bytes::new();
+            }
+            Poll::Ready(Ok(()))
+        };
         if read.is_pending() {
             this.line.reader.register(cx.waker());
-        } else if !this.line.has_heard() {
-            this.line.heard.store(true, Ordering::Relaxed);
+        } else if buf.filled().len() > before {
+            this.line.begun.store(true, Ordering::Relaxed);
         }
         this.line.check()?;
         read
@@ -136,12 +256,8 @@ impl AsyncRead for Transport {
 impl AsyncWrite for Transport {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = each!(&mut this.io, poll_write, cx, bytes);
-        if written.is_pending() {
-            this.line.writer.register(cx.waker());
-        }
-        this.line.check()?;
-        this.stalled.watch(cx, written)
+        let written = Pin::new(&mut this.io).poll_write(cx, bytes);
+        this.wrote(cx, written)
     }
 
     fn poll_write_vectored(
@@ -150,33 +266,39 @@ impl AsyncWrite for Transport {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = each!(&mut this.io, poll_write_vectored, cx, slices);
-        if written.is_pending() {
-            this.line.writer.register(cx.waker());
-        }
-        this.line.check()?;
-        this.stalled.watch(cx, written)
+        let mut small = [0; SMALL];
+        let written = match together(slices, &mut small) {
+            Some(bytes) => Pin::new(&mut this.io).poll_write(cx, bytes),
+            None => Pin::new(&mut this.io).poll_write_vectored(cx, slices),
+        };
+        this.wrote(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
-        match &self.io {
-            Io::Plain(io) => io.is_write_vectored(),
-            Io::Tls(io) => io.is_write_vectored(),
-        }
+        true
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let flushed = each!(&mut this.io, poll_flush, cx);
+        let flushed = Pin::new(&mut this.io).poll_flush(cx);
         if flushed.is_ready() {
             return flushed;
         }
-        this.line.writer.register(cx.waker());
-        this.line.check()?;
-        this.stalled.watch(cx, flushed)
+        this.wrote(cx, flushed)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        each!(&mut self.get_mut().io, poll_shutdown, cx)
+        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
     }
+}
+
+/// All slices as one, if they are small.
+fn together<'a>(slices: &[io::IoSlice<'_>], small: &'a mut [u8; SMALL]) -> Option<&'a [u8]> {
+    let mut length = 0;
+    for slice in slices {
+        let end = length + slice.len();
+        small.get_mut(length..end)?.copy_from_slice(slice);
+        length = end;
+    }
+    small.get(..length)
 }

@@ -1,0 +1,253 @@
+//! One connection of a server.
+
+use std::future::{Future, poll_fn};
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::{Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use pin_project_lite::pin_project;
+use portcullis_core::{Carried, PeerAddress, PeerTls};
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+use tower_service::Service;
+use tracing::debug;
+
+use super::phase::{Phase, Watch};
+use super::transport::{HeadTimer, Io, Line, Transport};
+use super::{BoxError, Limits, tls};
+
+/// What serves a connection.
+trait Serve: Future<Output = hyper::Result<()>> {
+    /// Ends it once what it is at is over.
+    fn end(self: Pin<&mut Self>);
+}
+
+/// Adds what is known of the connection to each of its requests.
+#[derive(Clone)]
+struct WithPeer<S> {
+    service: S,
+    peer: PeerAddress,
+    tls: Option<PeerTls>,
+}
+
+pin_project! {
+    #[project = Project]
+    enum Answer<S, F, B> {
+        Waiting { service: S, request: Option<Request<B>> },
+        Called { #[pin] future: F },
+        Failed { error: Option<BoxError> },
+    }
+}
+
+/// How long a connection that was just made may take, once the drain has begun, to say what it is for: ended at once, it
+/// would be closed with its first request unread.
+const FIRST_WORD: Duration = Duration::from_millis(500);
+/// What an HTTP/2 connection begins with.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// One connection, from the handshake until nobody holds it any more.
+pub(super) async fn connection<S, B>(stream: TcpStream, peer: SocketAddr, limits: Limits, service: S, phase: Watch)
+where
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S::Error: Into<BoxError>,
+    S::Future: Send,
+    B: http_body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    if let Err(error) = stream.set_nodelay(true) {
+        return debug!(%error, "the connection is gone");
+    }
+    let (io, tls, early) = tokio::select! {
+        begun = begin(stream, &limits, &phase) => match begun {
+            Ok(begun) => begun,
+            Err(error) => return debug!(%error, "a connection came to nothing"),
+        },
+        () = phase.clone().reaches(Phase::Over) => return,
+    };
+    let line = Arc::new(Line::default());
+    let is_h2 = early.starts_with(PREFACE);
+    let transport = TokioIo::new(Transport::new(io, early.freeze(), line.clone(), limits.write));
+    let service = WithPeer { service, peer: PeerAddress(peer), tls };
+    let ended = if is_h2 {
+        let mut builder = http2::Builder::new(TokioExecutor::new());
+        builder
+            .timer(TokioTimer::new())
+            .keep_alive_interval(bounded(limits.keep_alive))
+            .max_concurrent_streams(limits.max_streams)
+            .max_header_list_size(u32::try_from(limits.max_head).unwrap_or(u32::MAX));
+        drive(builder.serve_connection(transport, service), &phase).await
+    } else {
+        let mut builder = http1::Builder::new();
+        builder
+            .timer(HeadTimer(line.clone()))
+            .header_read_timeout(bounded(limits.header))
+            .max_buf_size(limits.max_head);
+        drive(builder.serve_connection(transport, service).with_upgrades(), &phase).await
+    };
+    if ended {
+        // If it was upgraded, somebody else holds it now.
+        tokio::select! {
+            () = poll_fn(|cx| line.poll_gone(cx)) => {}
+            () = phase.reaches(Phase::Over) => {}
+        }
+        line.cut();
+    }
+}
+
+/// `None` for so long that it is never.
+fn bounded(timeout: Duration) -> Option<Duration> {
+    (timeout < Duration::from_secs(365 * 24 * 3600)).then_some(timeout)
+}
+
+/// The handshake, if there is one, and the first that the client says, which tells what it speaks.
+async fn begin(stream: TcpStream, limits: &Limits, phase: &Watch) -> io::Result<(Io, Option<PeerTls>, BytesMut)> {
+    let (mut io, tls) = match &limits.tls {
+        None => (Io::Plain(stream), None),
+        Some(tls) => {
+            let stream = timeout(limits.handshake, tls.accept(stream)).await??;
+            let peer = tls::peer(&stream);
+            (Io::Tls(Box::new(stream)), Some(peer))
+        }
+    };
+    let mut early = BytesMut::with_capacity(1024);
+    let heard = async {
+        while early.len() < PREFACE.len() && PREFACE.starts_with(&early) {
+            if io.read_buf(&mut early).await? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        Ok::<_, io::Error>(())
+    };
+    let too_late = async {
+        phase.clone().reaches(Phase::Draining).await;
+        sleep(FIRST_WORD).await;
+    };
+    tokio::select! {
+        biased;
+        heard = timeout(limits.header, heard) => heard??,
+        () = too_late => return Err(io::ErrorKind::TimedOut.into()),
+    }
+    Ok((io, tls, early))
+}
+
+/// Serves until it is over, and ends it when the server drains; false if it was cut off.
+async fn drive(served: impl Serve, phase: &Watch) -> bool {
+    let mut served = pin!(served);
+    let mut draining = pin!(phase.clone().reaches(Phase::Draining));
+    let mut over = pin!(phase.clone().reaches(Phase::Over));
+    // While the server runs, the phase is asked for once, which leaves our waker there; after that, a look at the number
+    // does.
+    let (mut asked, mut told) = (false, false);
+    poll_fn(|cx| {
+        let mut polled = served.as_mut().poll(cx);
+        let drains = phase.now() >= Phase::Draining as u8;
+        if polled.is_pending() && (drains || !asked) {
+            asked = true;
+            if over.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(false);
+            }
+            if !told && (draining.as_mut().poll(cx).is_ready() || drains) {
+                told = true;
+                served.as_mut().end();
+                polled = served.as_mut().poll(cx);
+            }
+        }
+        polled.map(|result| {
+            if let Err(error) = result {
+                debug!(%error, "a connection ended");
+            }
+            true
+        })
+    })
+    .await
+}
+
+// === impl Serve ===
+
+impl<S, B> Serve for http1::UpgradeableConnection<TokioIo<Transport>, WithPeer<S>>
+where
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone,
+    S::Error: Into<BoxError>,
+    B: http_body::Body<Data = Bytes> + 'static,
+    B::Error: Into<BoxError>,
+{
+    fn end(self: Pin<&mut Self>) {
+        self.graceful_shutdown();
+    }
+}
+
+impl<S, B> Serve for http2::Connection<TokioIo<Transport>, WithPeer<S>, TokioExecutor>
+where
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S::Error: Into<BoxError>,
+    S::Future: Send + 'static,
+    B: http_body::Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    fn end(self: Pin<&mut Self>) {
+        self.graceful_shutdown();
+    }
+}
+
+// === impl WithPeer ===
+
+impl<S, B> hyper::service::Service<Request<Incoming>> for WithPeer<S>
+where
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone,
+    S::Error: Into<BoxError>,
+{
+    type Response = Response<B>;
+    type Error = BoxError;
+    type Future = Answer<S, S::Future, Incoming>;
+
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        self.peer.attach(request.extensions_mut());
+        if let Some(tls) = &self.tls {
+            tls.clone().attach(request.extensions_mut());
+        }
+        let mut service = self.service.clone();
+        // Nearly always it is ready, and the request need not be put aside.
+        match service.poll_ready(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(())) => Answer::Called { future: service.call(request) },
+            Poll::Ready(Err(error)) => Answer::Failed { error: Some(error.into()) },
+            Poll::Pending => Answer::Waiting { service, request: Some(request) },
+        }
+    }
+}
+
+impl<S, B> Future for Answer<S, S::Future, B>
+where
+    S: Service<Request<B>>,
+    S::Error: Into<BoxError>,
+{
+    type Output = Result<S::Response, BoxError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        loop {
+            let future = match self.as_mut().project() {
+                Project::Called { future } => return future.poll(cx).map_err(Into::into),
+                Project::Waiting { service, request } => {
+                    ready!(service.poll_ready(cx)).map_err(Into::into)?;
+                    match request.take() {
+                        Some(request) => service.call(request),
+                        None => return Poll::Pending,
+                    }
+                }
+                Project::Failed { error } => match error.take() {
+                    Some(error) => return Poll::Ready(Err(error)),
+                    None => return Poll::Pending,
+                },
+            };
+            self.set(Self::Called { future });
+        }
+    }
+}
