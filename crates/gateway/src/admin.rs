@@ -20,7 +20,18 @@ use tower_service::Service;
 
 use crate::state::State;
 
-const PAGE: &str = include_str!("page.html");
+/// The page: its parts by path, what each is, and what is in it. Nothing of it comes from elsewhere.
+const PAGE: [(&str, &str, &str); 4] = [
+    ("/", "text/html; charset=utf-8", include_str!("admin/page/index.html")),
+    ("/page.css", "text/css; charset=utf-8", include_str!("admin/page/page.css")),
+    ("/page.js", "text/javascript; charset=utf-8", include_str!("admin/page/page.js")),
+    ("/chart.js", "text/javascript; charset=utf-8", include_str!("admin/page/chart.js")),
+];
+/// What the page may do: show what is here, and ask here.
+const POLICY: HeaderValue = HeaderValue::from_static(
+    "default-src 'none'; style-src 'self'; script-src 'self'; img-src data:; connect-src 'self'; frame-ancestors 'none'; \
+     base-uri 'none'; form-action 'none'",
+);
 /// The largest order.
 const LARGEST: usize = 16 * 1024;
 
@@ -59,13 +70,12 @@ impl Admin {
     }
 
     fn show(&self, path: &str) -> Answer {
+        if let Some((_, kind, body)) = PAGE.iter().find(|(at, ..)| *at == path) {
+            let mut page = answer(StatusCode::OK, kind, *body);
+            page.headers_mut().insert(header::CONTENT_SECURITY_POLICY, POLICY);
+            return page;
+        }
         match path {
-            "/" => {
-                let mut page = answer(StatusCode::OK, "text/html; charset=utf-8", PAGE);
-                let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'";
-                page.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
-                page
-            }
             "/live" => text(StatusCode::OK, "live\n"),
             "/ready" => match self.state.not_ready() {
                 None => text(StatusCode::OK, "ready\n"),
@@ -104,7 +114,11 @@ impl Admin {
         // A page from elsewhere can send a form here, but cannot hide where it comes from.
         let host = request.headers().get(header::HOST).map_or(&b""[..], HeaderValue::as_bytes);
         let origin = request.headers().get(header::ORIGIN).map(HeaderValue::as_bytes);
-        if origin.is_some_and(|origin| origin.strip_prefix(b"http://") != Some(host)) {
+        let of = |origin: &[u8]| {
+            let rest = origin.strip_prefix(b"http://").or(origin.strip_prefix(b"https://"));
+            rest.is_some_and(|rest| rest == host)
+        };
+        if origin.is_some_and(|origin| !of(origin)) {
             return Err(text(StatusCode::FORBIDDEN, "not for pages from elsewhere\n"));
         }
         Ok(())

@@ -9,8 +9,14 @@ use arc_swap::ArcSwap;
 use http::{Method, StatusCode};
 use portcullis_core::{Endpoint, SlotKey, WallClock};
 
-/// Where `http.server.request.duration` changes bucket, in seconds, as OpenTelemetry has it.
-pub(crate) const BOUNDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0];
+/// Where histograms change bucket, in seconds: finely first, for the page, and from [`FINE`] on as OpenTelemetry has it for
+/// `http.server.request.duration`.
+pub(crate) const BOUNDS: [f64; 19] = [
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
+    10.0,
+];
+/// So many bounds lie below those of OpenTelemetry.
+pub(crate) const FINE: usize = 5;
 /// So many series at most; whatever else comes is counted in one.
 const MAX_SERIES: usize = 2_000;
 /// So many events are kept.
@@ -297,7 +303,7 @@ mod tests {
         assert!(readings.iter().all(|(labels, _)| labels.method == "_OTHER"));
         let overflow = readings.iter().find(|(labels, _)| &*labels.route == "_overflow").unwrap();
         let Reading { times, up, down } = &overflow.1;
-        assert_eq!((times.count(), *up, *down, times.buckets[1]), (50, 50, 150, 50));
+        assert_eq!((times.count(), *up, *down, times.buckets[FINE + 1]), (50, 50, 150, 50));
     }
 
     #[test]

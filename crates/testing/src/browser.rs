@@ -81,6 +81,10 @@ impl Browser {
     ///
     /// When it refuses.
     pub async fn call(&mut self, method: &str, parameters: Json) -> Json {
+        self.ask(method, parameters).await.unwrap_or_else(|error| panic!("{method}: {error}"))
+    }
+
+    async fn ask(&mut self, method: &str, parameters: Json) -> Result<Json, Json> {
         self.next += 1;
         let id = self.next;
         let mut message = json!({ "id": id, "method": method, "params": parameters });
@@ -99,13 +103,13 @@ impl Browser {
             }
         });
         let mut answer = answer.await.unwrap_or_else(|_| panic!("the browser does not answer {method}"));
-        assert!(answer["error"].is_null(), "{method}: {}", answer["error"]);
-        answer["result"].take()
+        if answer["error"].is_null() { Ok(answer["result"].take()) } else { Err(answer["error"].take()) }
     }
 
-    /// Opens a page.
+    /// Opens a page, and waits until it is loaded.
     pub async fn open(&mut self, url: &str) {
         self.call("Page.navigate", json!({ "url": url })).await;
+        self.until(&format!("document.readyState == 'complete' && location.href == {}", json!(url))).await;
     }
 
     /// What an expression is in the page; promises are waited for.
@@ -114,20 +118,26 @@ impl Browser {
     ///
     /// When it throws.
     pub async fn evaluate(&mut self, expression: &str) -> Json {
-        let how = json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
-        let mut result = self.call("Runtime.evaluate", how).await;
-        assert!(result["exceptionDetails"].is_null(), "{expression}: {}", result["exceptionDetails"]);
-        result["result"]["value"].take()
+        self.try_evaluate(expression).await.unwrap_or_else(|error| panic!("{expression}: {error}"))
     }
 
-    /// Waits until an expression is true in the page.
+    async fn try_evaluate(&mut self, expression: &str) -> Result<Json, Json> {
+        let how = json!({ "expression": expression, "returnByValue": true, "awaitPromise": true });
+        let mut result = self.ask("Runtime.evaluate", how).await?;
+        match result["exceptionDetails"].take() {
+            Json::Null => Ok(result["result"]["value"].take()),
+            thrown => Err(thrown),
+        }
+    }
+
+    /// Waits until an expression is true in the page; while it throws it is not.
     ///
     /// # Panics
     ///
     /// When it is not within thirty seconds.
     pub async fn until(&mut self, expression: &str) {
         for _ in 0..600 {
-            if self.evaluate(&format!("Boolean({expression})")).await == true {
+            if self.try_evaluate(&format!("Boolean({expression})")).await == Ok(Json::Bool(true)) {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;

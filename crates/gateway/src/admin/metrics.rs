@@ -12,7 +12,7 @@ use portcullis_core::Endpoint;
 use super::view::{CONDITIONS, condition};
 use crate::build::{Running, Service};
 use crate::state::State;
-use crate::telemetry::{Answered, BOUNDS, Times};
+use crate::telemetry::{Answered, BOUNDS, FINE, Times};
 
 /// A page of metrics.
 #[derive(Default)]
@@ -298,6 +298,9 @@ impl Page {
         let mut sum = 0;
         for (index, count) in times.buckets.iter().enumerate() {
             sum += count;
+            if index < FINE {
+                continue;
+            }
             let bound = BOUNDS.get(index).map_or_else(|| String::from("+Inf"), ToString::to_string);
             let with_bound: Vec<Label<'_>> = labels.iter().copied().chain([("le", &bound as &dyn Display)]).collect();
             self.sample(&format!("{name}_bucket"), &with_bound, sum);

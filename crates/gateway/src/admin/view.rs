@@ -74,6 +74,7 @@ pub(super) fn state(state: &State) -> Json {
         "draining": state.is_stopping(),
         "file": state.file().map(|file| file.display().to_string()),
         "writable": running.config.admin.writable,
+        "log_level": crate::log::level(),
         "active": telemetry.active.load(Ordering::Relaxed),
         "bounds": BOUNDS,
         "routes": routes,
