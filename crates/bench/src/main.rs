@@ -1,6 +1,6 @@
 //! A gateway for load generators: one runtime per core, three kinds of stack.
 //!
-//! `bench --listen 127.0.0.1:8080 --upstreams 127.0.0.1:9001,127.0.0.1:9002 --threads 2 [--alg RS256 --jwks FILE] [--no-cache]`
+//! `portcullis-bench --listen 127.0.0.1:8080 --upstreams 127.0.0.1:9001,127.0.0.1:9002 --threads 2 [--alg RS256 --jwks FILE] [--no-cache]`
 //!
 //! Without `--alg` the stack is discovery, balance (round robin) and forward; with it, all six layers: tokens are verified
 //! (issuer `bench`, audience `gateway`), each subject has a limit that is never reached, the least busy of two is
