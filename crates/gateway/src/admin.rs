@@ -159,22 +159,28 @@ impl Admin {
             Some("closed") => Some(Mode::ForcedClosed),
             Some("auto") => None,
             _ => {
-                let want = "want {\"service\": …, \"endpoint\": …, \"state\": \"open\", \"closed\" or \"auto\"}\n";
+                let want = "want {\"service\": …, \"endpoint\": … or nothing for all, \"state\": \"open\", \"closed\" or \"auto\"}\n";
                 return text(StatusCode::BAD_REQUEST, want);
             }
         };
         let running = self.state.running();
-        let service = order["service"].as_str().and_then(|name| running.services.get(name));
-        let endpoints = service.and_then(|service| Some((service, service.endpoints()?)));
-        let found = endpoints.and_then(|(service, endpoints)| {
-            let endpoint = endpoints.iter().find(|endpoint| order["endpoint"] == *endpoint.id().as_ref())?.clone();
-            Some((service, endpoint))
-        });
-        let Some((service, endpoint)) = found else {
-            return text(StatusCode::NOT_FOUND, "there is no such endpoint\n");
+        let Some(service) = order["service"].as_str().and_then(|name| running.services.get(name)) else {
+            return text(StatusCode::NOT_FOUND, "there is no such service\n");
         };
-        service.circuit_break.handle().endpoint(&endpoint).set_mode(mode);
-        let said = format!("{} {}: {}", service.name, endpoint.id(), order["state"].as_str().unwrap_or_default());
+        let handle = service.circuit_break.handle();
+        let of = if order["endpoint"].is_null() {
+            handle.set_mode(mode.unwrap_or(Mode::Normal));
+            String::from("all endpoints")
+        } else {
+            let endpoints = service.endpoints();
+            let mut all = endpoints.iter().flat_map(|endpoints| endpoints.iter());
+            let Some(endpoint) = all.find(|endpoint| order["endpoint"] == *endpoint.id().as_ref()) else {
+                return text(StatusCode::NOT_FOUND, "there is no such endpoint\n");
+            };
+            handle.endpoint(endpoint).set_mode(mode);
+            endpoint.id().to_string()
+        };
+        let said = format!("{} {of}: {}", service.name, order["state"].as_str().unwrap_or_default());
         self.state.telemetry.event("by hand", said);
         text(StatusCode::OK, "done\n")
     }

@@ -44,6 +44,7 @@ pub mod config;
 mod demo;
 mod export;
 mod log;
+mod notice;
 mod observe;
 mod run;
 mod state;

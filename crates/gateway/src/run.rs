@@ -95,6 +95,7 @@ async fn serve(config: Config, file: Option<PathBuf>, started: impl FnOnce(&[Soc
             say!("operators at http://{address}");
             addresses.push(address);
             let service = Admin::new(state.clone(), address);
+            tokio::spawn(crate::notice::watch(state.clone()));
             Some(tokio::spawn(server.serve(service)))
         }
         None => None,

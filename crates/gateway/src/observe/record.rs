@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, StatusCode};
 use portcullis::gateway::Observe;
-use portcullis_core::{Clock, Endpoint, Guard, Head, Layer, Moment, Rejection};
+use portcullis_core::{Clock, Endpoint, Guard, Head, Layer, Moment, Rejection, Side};
 
 use crate::telemetry::{Answered, lock};
 use crate::trace::Trace;
@@ -113,13 +113,18 @@ impl Record {
         let mut attempts = lock(&self.attempts);
         let Some(attempt) = attempts.last_mut() else { return };
         attempt.ended = Some(now);
+        let rejection = answer.as_ref().and_then(|head| head.extensions.get::<Rejection>());
         attempt.failed = match &answer {
-            Some(head) => head.extensions.get::<Rejection>().map(Rejection::reason),
+            Some(_) => rejection.map(Rejection::reason),
             None => Some("given-up"),
         };
+        // What forward would not send says nothing of the endpoint.
+        let is_sent = rejection.is_none_or(|rejection| rejection.side() == Side::Upstream);
         attempt.status = answer.filter(|_| attempt.failed.is_none()).map(|head| head.status);
         let took = now.saturating_sub(attempt.began);
-        Answered::by(&attempt.endpoint).record(took, attempt.status);
+        if is_sent {
+            Answered::by(&attempt.endpoint).record(took, attempt.status);
+        }
     }
 }
 
