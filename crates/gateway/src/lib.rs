@@ -19,6 +19,72 @@
 //! the layers they began with. Listeners and their certificates, the operators' address, threads and the log's format count
 //! from the next start; the answer says so when they differ.
 //!
+//! # Operators
+//!
+//! At `admin.address`, by default 127.0.0.1:9901, on a listener of its own:
+//!
+//! | | |
+//! |---|---|
+//! | `GET /` | the page: routes, services, endpoints and what happens, with no part from elsewhere |
+//! | `GET /live` | 200 while it runs |
+//! | `GET /ready` | 200; 503 before each service that a route leads to is known, and from the first word of an end |
+//! | `GET /metrics` | the [metrics](#metrics) |
+//! | `GET /config` | the file as it is understood, defaults included, secrets masked |
+//! | `GET /endpoints`, `/state` | services and endpoints; everything the page shows |
+//! | `POST /reload` | reads the file again |
+//! | `POST /drain` | ends it, as `TERM` does |
+//! | `POST /breaker` | `{"service": …, "endpoint": …, "state": "open" \| "closed" \| "auto"}`; without an endpoint, all of the service |
+//! | `POST /log` | `{"level": "warn,portcullis_forward=debug"}` until the next start or reload of another level |
+//!
+//! What changes something needs `admin.writable`, and `admin.token` as a bearer token if there is one; a file that allows it
+//! beyond this machine without a token is refused. Pages from elsewhere can neither order (their `Origin` is another) nor,
+//! where only this machine is listened to, read under a name of their own that points here (their `Host` is neither
+//! `localhost` nor an address).
+//!
+//! # Metrics
+//!
+//! In Prometheus' text format, with OpenTelemetry's names and buckets where it has them. Labels come from the file, from
+//! registries, and from fixed words: the route's name or pattern, never the path; methods that callers make up are `_OTHER`;
+//! beyond 2,000 series of requests further ones are counted in one.
+//!
+//! | | labels |
+//! |---|---|
+//! | `http_server_request_duration_seconds`, to the end of the answer | method, status, route, error type, refusing layer |
+//! | `http_server_active_requests`; `portcullis_route_bytes_total` | ; route, direction |
+//! | `portcullis_service_endpoints` | service, state: admitting, refusing, half-open, open, sick, held |
+//! | `portcullis_service_bytes_total`, `portcullis_retry_budget` | service, direction; service |
+//! | `portcullis_breaker_changes_total` | service, to, reason |
+//! | `portcullis_registry_age_seconds`, `portcullis_registry_answers_total` | service; and result |
+//! | `portcullis_attempt_duration_seconds`, `portcullis_endpoint_{picks,errors,failures,retried}_total`, `portcullis_endpoint_in_flight` | service, endpoint |
+//! | `portcullis_breaker_state`, `portcullis_breaker_{failures,refused}_total`, `portcullis_health_well` | service, endpoint |
+//! | `portcullis_pool_connections` | service, endpoint, state: open, idle, http2 |
+//! | `portcullis_rate_limit_decisions_total`, `portcullis_rate_limit_{callers,places,in_flight}` | decision |
+//! | `portcullis_key_set_age_seconds`, `portcullis_key_set_fetches_total` | provider; and result |
+//! | `portcullis_token_cache_lookups_total`, `portcullis_token_cache_bytes` | provider, result; provider |
+//! | `portcullis_spans_total`, `portcullis_config_reloads_total` | result |
+//! | `portcullis_ready`, `portcullis_uptime_seconds`, `portcullis_build_info` | ; ; version |
+//!
+//! They are read from the layers' handles when they are asked for. The `metrics` façade would be told of each event instead,
+//! and would keep the series of endpoints that are gone until the process ends; where instances come and go by the hour that
+//! has no bound.
+//!
+//! # The access log
+//!
+//! A line for each request on standard error, as text or JSON, at its end: `method`, `path` (without the query), `route`,
+//! `status`, `service`, `endpoint`, `attempts`, `refused_by` and `reason`, `bytes_in`, `bytes_out`, whether it was `complete`,
+//! `peer`, `trace` and `span`; and how long each stage took: `auth_ms` (the route included), `limit_ms`, `discovery_ms`,
+//! `balance_ms`, `upstream_ms` (all attempts), `body_ms`, which together are `total_ms`, and `head_ms` from the start to the
+//! head of the answer. Of requests that succeed a share can be written; those that fail all are. No header is ever written.
+//!
+//! # Traces
+//!
+//! A caller's `traceparent` goes on, or a trace begins here, and the upstream gets it. With the feature `otlp` and
+//! `traces.otlp` in the file, each sampled request becomes a server span and each attempt a client span below it, by
+//! OpenTelemetry's conventions for HTTP, sent as OTLP over HTTP; the upstream's parent is the attempt that reached it.
+//! Whether a trace is sampled its caller has decided, or else `traces.sample`, by the trace's id, so that gateways agree.
+//! Spans wait in a queue of bounded length: a collector that is slow or gone costs spans, never requests, and is asked again
+//! when it says that it has no time.
+//!
 //! # The end
 //!
 //! `TERM`, `INT` and `POST /drain` make it not ready. After `server.drain_delay` the listeners close, requests under way have

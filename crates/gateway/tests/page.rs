@@ -231,3 +231,24 @@ async fn it_can_be_read_in_the_dark_in_the_light_and_on_a_telephone() {
     }
     assert_sound(&mut browser, &program);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_endpoints_do_not_keep_it_from_being_used() {
+    let many: Vec<_> = (1..=1000).map(|port| std::net::SocketAddr::from(([127, 0, 0, 1], port))).collect();
+    let program = Program::start(&file(&[("a", &many)], ALL));
+    let mut browser = open(&program).await;
+    browser.until("document.querySelector('#services').innerText.includes('and 800 more')").await;
+    assert_eq!(browser.evaluate("document.querySelectorAll('#services tbody tr').length").await, 201);
+    let took = browser
+        .evaluate("(() => { const began = performance.now(); draw(began); return performance.now() - began; })()");
+    let took = took.await.as_f64().unwrap_or(f64::MAX);
+    assert!(took < 900.0, "{took} ms of each second");
+    browser.press("/").await;
+    for letter in [":", "7", "7", "7"] {
+        browser.press(letter).await;
+    }
+    browser.until("document.querySelectorAll('#services tbody tr').length == 1").await;
+    let shown = browser.evaluate("document.querySelector('#services tbody').innerText").await;
+    assert!(shown.as_str().is_some_and(|shown| shown.contains("127.0.0.1:777")), "{shown}");
+    assert_sound(&mut browser, &program);
+}

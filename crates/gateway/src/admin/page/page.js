@@ -2,6 +2,7 @@
 
 const $ = id => document.getElementById(id);
 const MOST = 40; // boxes in a column of the map
+const ROWS = 200; // rows of a table
 let state = null, paused = false, wanted = '';
 
 const row = (...cells) => el('tr', {}, ...cells.map(cell =>
@@ -104,12 +105,12 @@ function drawTop(all, now) {
 
 function drawRoutes(routes) {
   const shown = routes.filter(({ route }) => fits(route.name, ...route.to.map(to => to.service), ...route.hosts));
-  fill(document.querySelector('#routes tbody'), ...shown.map(({ route, samples }) => row(
+  fill(document.querySelector('#routes tbody'), ...shown.slice(0, ROWS).map(({ route, samples }) => row(
     el('td', {}, el('strong', {}, route.name), ' ', el('span', { class: 'soft' }, [...route.methods, ...route.hosts].join(' '))),
     leads(route), n(per(rate(samples, 'requests', 10)) + ' /s'), spark(samples, 'Requests and errors of ' + route.name),
     n(number(route.errors), route.errors ? 'bad' : ''), n(number(route.refused), route.refused ? 'warn' : ''),
     n(time(quantile(samples, .5, state.bounds))), n(time(quantile(samples, .99, state.bounds))),
-    n(size(route.bytes_up)), n(size(route.bytes_down)), n(number(route.requests)))));
+    n(size(route.bytes_up)), n(size(route.bytes_down)), n(number(route.requests)))), ...more(shown.length - ROWS, 11));
 }
 
 function endpointRow(name, endpoint, samples) {
@@ -131,6 +132,9 @@ function endpointRow(name, endpoint, samples) {
   return row(...cells);
 }
 
+/** Says how many are not shown. */
+const more = (count, columns) => count > 0 ? [el('tr', {}, el('td', { colspan: columns, class: 'soft' }, 'and ' + number(count) + ' more; filter to see them'))] : [];
+
 function drawServices(services) {
   const heads = ['Endpoint', 'State', 'Rate', 'Two minutes', 'Errors', 'Retried', 'Half within', '99 % within', 'In flight', 'Breaker saw', 'Connections', 'Weight', 'Attempts'];
   const wide = heads.map((_, index) => index === 2 || index > 3);
@@ -146,7 +150,7 @@ function drawServices(services) {
       el('div', { class: 'top' }, el('h3', {}, name), ...facts.map(fact => el('span', { class: 'soft' }, fact)), el('span', { class: 'bad' }, trouble)),
       el('div', { class: 'scroll' }, el('table', { 'aria-label': 'Endpoints of ' + name },
         el('thead', {}, el('tr', {}, ...heads.map((head, index) => el('th', { scope: 'col', class: wide[index] ? 'n' : '' }, head)))),
-        el('tbody', {}, ...shown.map(({ endpoint, samples }) => endpointRow(name, endpoint, samples))))));
+        el('tbody', {}, ...shown.slice(0, ROWS).map(({ endpoint, samples }) => endpointRow(name, endpoint, samples)), ...more(shown.length - ROWS, heads.length)))));
   }));
 }
 
