@@ -70,7 +70,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Request, Response};
 use hyper::body::Incoming;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
@@ -147,6 +147,7 @@ impl Server {
     /// When it cannot be made non-blocking.
     pub fn from_listener(listener: StdListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
+        SockRef::from(&listener).set_tcp_nodelay(true)?;
         Ok(Self::new(vec![listener], false))
     }
 
@@ -312,6 +313,8 @@ fn listen(address: SocketAddr, shared: bool) -> io::Result<StdListener> {
         socket.set_reuse_port(true)?;
     }
     socket.set_nonblocking(true)?;
+    // What is accepted inherits it.
+    socket.set_tcp_nodelay(true)?;
     socket.bind(&address.into())?;
     socket.listen(1024)?;
     Ok(socket.into())

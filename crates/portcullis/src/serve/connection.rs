@@ -12,6 +12,7 @@ use bytes::{Bytes, BytesMut};
 use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
 use portcullis_core::{Carried, PeerAddress, PeerTls};
@@ -37,7 +38,11 @@ struct WithPeer<S> {
     service: S,
     peer: PeerAddress,
     tls: Option<PeerTls>,
+    line: Arc<Line>,
 }
+
+/// A service for streams, which are tasks: what is moved into one is small.
+struct Boxed<S>(S);
 
 pin_project! {
     #[project = Project]
@@ -63,10 +68,8 @@ where
     B: http_body::Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
-    if let Err(error) = stream.set_nodelay(true) {
-        return debug!(%error, "the connection is gone");
-    }
     let (io, tls, early) = tokio::select! {
+        biased;
         begun = begin(stream, &limits, &phase) => match begun {
             Ok(begun) => begun,
             Err(error) => return debug!(%error, "a connection came to nothing"),
@@ -76,7 +79,7 @@ where
     let line = Arc::new(Line::default());
     let is_h2 = early.starts_with(PREFACE);
     let transport = TokioIo::new(Transport::new(io, early.freeze(), line.clone(), limits.write));
-    let service = WithPeer { service, peer: PeerAddress(peer), tls };
+    let service = WithPeer { service, peer: PeerAddress(peer), tls, line: line.clone() };
     let ended = if is_h2 {
         let mut builder = http2::Builder::new(TokioExecutor::new());
         builder
@@ -84,7 +87,7 @@ where
             .keep_alive_interval(bounded(limits.keep_alive))
             .max_concurrent_streams(limits.max_streams)
             .max_header_list_size(u32::try_from(limits.max_head).unwrap_or(u32::MAX));
-        drive(builder.serve_connection(transport, service), &phase).await
+        drive(builder.serve_connection(transport, Boxed(service)), &phase).await
     } else {
         let mut builder = http1::Builder::new();
         builder
@@ -110,6 +113,10 @@ fn bounded(timeout: Duration) -> Option<Duration> {
 
 /// The handshake, if there is one, and the first that the client says, which tells what it speaks.
 async fn begin(stream: TcpStream, limits: &Limits, phase: &Watch) -> io::Result<(Io, Option<PeerTls>, BytesMut)> {
+    if cfg!(not(target_os = "linux")) {
+        // Elsewhere what is accepted need not inherit it from the listener.
+        stream.set_nodelay(true)?;
+    }
     let (mut io, tls) = match &limits.tls {
         None => (Io::Plain(stream), None),
         Some(tls) => {
@@ -142,23 +149,27 @@ async fn begin(stream: TcpStream, limits: &Limits, phase: &Watch) -> io::Result<
 /// Serves until it is over, and ends it when the server drains; false if it was cut off.
 async fn drive(served: impl Serve, phase: &Watch) -> bool {
     let mut served = pin!(served);
-    let mut draining = pin!(phase.clone().reaches(Phase::Draining));
-    let mut over = pin!(phase.clone().reaches(Phase::Over));
-    // While the server runs, the phase is asked for once, which leaves our waker there; after that, a look at the number
-    // does.
-    let (mut asked, mut told) = (false, false);
+    let mut change = pin!(phase.clone().leaves(Phase::Running));
+    // The channel is asked once, which leaves our waker there; after that, a look at the number does.
+    let (mut seen, mut asked) = (Phase::Running, false);
     poll_fn(|cx| {
         let mut polled = served.as_mut().poll(cx);
-        let drains = phase.now() >= Phase::Draining as u8;
-        if polled.is_pending() && (drains || !asked) {
-            asked = true;
-            if over.as_mut().poll(cx).is_ready() {
+        while polled.is_pending() {
+            let now = phase.now();
+            if now == Phase::Over {
                 return Poll::Ready(false);
             }
-            if !told && (draining.as_mut().poll(cx).is_ready() || drains) {
-                told = true;
+            if now > seen {
+                seen = now;
                 served.as_mut().end();
                 polled = served.as_mut().poll(cx);
+                change.set(phase.clone().leaves(now));
+                asked = false;
+                continue;
+            }
+            if asked || change.as_mut().poll(cx).is_pending() {
+                asked = true;
+                break;
             }
         }
         polled.map(|result| {
@@ -185,7 +196,7 @@ where
     }
 }
 
-impl<S, B> Serve for http2::Connection<TokioIo<Transport>, WithPeer<S>, TokioExecutor>
+impl<S, B> Serve for http2::Connection<TokioIo<Transport>, Boxed<WithPeer<S>>, TokioExecutor>
 where
     S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
     S::Error: Into<BoxError>,
@@ -214,6 +225,9 @@ where
         if let Some(tls) = &self.tls {
             tls.clone().attach(request.extensions_mut());
         }
+        if request.extensions().get::<OnUpgrade>().is_some() {
+            self.line.may_be_given_away();
+        }
         let mut service = self.service.clone();
         // Nearly always it is ready, and the request need not be put aside.
         match service.poll_ready(&mut Context::from_waker(Waker::noop())) {
@@ -221,6 +235,19 @@ where
             Poll::Ready(Err(error)) => Answer::Failed { error: Some(error.into()) },
             Poll::Pending => Answer::Waiting { service, request: Some(request) },
         }
+    }
+}
+
+impl<S> hyper::service::Service<Request<Incoming>> for Boxed<S>
+where
+    S: hyper::service::Service<Request<Incoming>>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = Pin<Box<S::Future>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        Box::pin(self.0.call(request))
     }
 }
 

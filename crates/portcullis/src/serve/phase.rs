@@ -51,8 +51,16 @@ impl Drop for Tell {
 // === impl Watch ===
 
 impl Watch {
-    pub(super) fn now(&self) -> u8 {
-        self.now.load(Ordering::Acquire)
+    pub(super) fn now(&self) -> Phase {
+        match self.now.load(Ordering::Acquire) {
+            0 => Phase::Running,
+            1 => Phase::Draining,
+            _ => Phase::Over,
+        }
+    }
+
+    pub(super) async fn leaves(mut self, phase: Phase) {
+        _ = self.watch.wait_for(|now| *now > phase).await;
     }
 
     pub(super) async fn reaches(mut self, phase: Phase) {

@@ -35,6 +35,8 @@ pub(super) enum Io {
 pub(super) struct Line {
     cut: AtomicBool,
     gone: AtomicBool,
+    /// Whether it may go on to be something else than HTTP, in other hands.
+    given_away: AtomicBool,
     /// Whether a head has begun to arrive since one was waited for.
     begun: AtomicBool,
     /// Whether it did not arrive in time.
@@ -80,6 +82,11 @@ impl Line {
     pub(super) fn poll_gone(&self, cx: &mut Context<'_>) -> Poll<()> {
         self.owner.register(cx.waker());
         if self.gone.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// A change of the protocol was asked for.
+    pub(super) fn may_be_given_away(&self) {
+        self.given_away.store(true, Ordering::Relaxed);
     }
 
     fn check(&self) -> io::Result<()> {
@@ -288,7 +295,12 @@ impl AsyncWrite for Transport {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().io).poll_shutdown(cx)
+        let this = self.get_mut();
+        // hyper lets go of it right after this, which says the same by one system call less.
+        if matches!(this.io, Io::Plain(_)) && !this.line.given_away.load(Ordering::Relaxed) {
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut this.io).poll_shutdown(cx)
     }
 }
 
