@@ -62,7 +62,7 @@
 //! | `portcullis_key_set_age_seconds`, `portcullis_key_set_fetches_total` | provider; and result |
 //! | `portcullis_token_cache_lookups_total`, `portcullis_token_cache_bytes` | provider, result; provider |
 //! | `portcullis_spans_total`, `portcullis_config_reloads_total` | result |
-//! | `portcullis_ready`, `portcullis_uptime_seconds`, `portcullis_build_info` | ; ; version |
+//! | `portcullis_ready`, `portcullis_uptime_seconds`, `portcullis_log_dropped_total`, `portcullis_build_info` | the last: version |
 //!
 //! They are read from the layers' handles when they are asked for. The `metrics` façade would be told of each event instead,
 //! and would keep the series of endpoints that are gone until the process ends; where instances come and go by the hour that
@@ -74,7 +74,8 @@
 //! `status`, `service`, `endpoint`, `attempts`, `refused_by` and `reason`, `bytes_in`, `bytes_out`, whether it was `complete`,
 //! `peer`, `trace` and `span`; and how long each stage took: `auth_ms` (the route included), `limit_ms`, `discovery_ms`,
 //! `balance_ms`, `upstream_ms` (all attempts), `body_ms`, which together are `total_ms`, and `head_ms` from the start to the
-//! head of the answer. Of requests that succeed a share can be written; those that fail all are. No header is ever written.
+//! head of the answer. Of requests that succeed a share can be written; those that fail all are. No header is ever written. A
+//! thread of its own writes; when whoever reads is slower than requests come, lines are left out and counted.
 //!
 //! # Traces
 //!

@@ -1,9 +1,17 @@
 //! What is written to standard error, and how its level is changed while it runs.
+//!
+//! Lines go through a queue to a thread of their own: whoever reads them slowly, or not at all, keeps no request waiting.
+//! What there is no room for is left out and counted.
 
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, OnceLock};
+use std::time::Duration;
 
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry, reload};
@@ -14,11 +22,31 @@ use crate::telemetry::lock;
 static FILTER: OnceLock<reload::Handle<Targets, Registry>> = OnceLock::new();
 /// What is let through now, as it was said.
 static LEVEL: Mutex<String> = Mutex::new(String::new());
+static LINES: OnceLock<Lines> = OnceLock::new();
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+
+/// Lines that may wait.
+const WAITING: usize = 8192;
+/// So much is written at a time, if there is so much.
+const AT_ONCE: usize = 64 << 10;
+/// How long the end of the program waits for whoever reads the lines.
+const LAST: Duration = Duration::from_secs(1);
+
+/// Where lines go.
+#[derive(Clone)]
+struct Lines(SyncSender<Order>);
+
+enum Order {
+    Write(Vec<u8>),
+    /// Say when everything before is written.
+    Flush(SyncSender<()>),
+}
 
 /// What directives such as `info` or `warn,portcullis_forward=debug` let through; `None` when they are none.
 pub(crate) fn filter(directives: &str) -> Option<Targets> {
-    // A word alone would be taken for a module.
-    let sound = |directive: &str| directive.contains('=') || directive.trim().parse::<LevelFilter>().is_ok();
+    // A word alone would be taken for a module, and nothing for a level.
+    let level = |word: &str| !word.is_empty() && word.parse::<LevelFilter>().is_ok();
+    let sound = |directive: &str| directive.contains('=') || level(directive.trim());
     directives.split(',').all(sound).then(|| directives.parse().ok()).flatten()
 }
 
@@ -27,8 +55,14 @@ pub(crate) fn start(log: &Log) {
     let (filter, handle) = reload::Layer::new(filter(&log.level).unwrap_or_default());
     let _ = FILTER.set(handle);
     log.level.as_str().clone_into(&mut lock(&LEVEL));
+    let (sender, receiver) = sync_channel(WAITING);
+    let thread = std::thread::Builder::new().name(String::from("log"));
+    if thread.spawn(move || write(&receiver, io::stderr())).is_err() {
+        eprintln!("portcullis: there is no thread to write the log");
+    }
+    let lines = LINES.get_or_init(|| Lines(sender)).clone();
     let registry = tracing_subscriber::registry();
-    let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let layer = tracing_subscriber::fmt::layer().with_writer(lines);
     let started = match log.format {
         LogFormat::Text => registry.with(layer.with_ansi(false).with_filter(filter)).try_init(),
         LogFormat::Json => registry.with(layer.json().flatten_event(true).with_filter(filter)).try_init(),
@@ -50,4 +84,100 @@ pub(crate) fn change(directives: &str) -> bool {
 /// What is let through now.
 pub(crate) fn level() -> String {
     lock(&LEVEL).clone()
+}
+
+/// Lines there was no room for.
+pub(crate) fn dropped() -> u64 {
+    DROPPED.load(Ordering::Relaxed)
+}
+
+/// Waits until what was said is written, but not for long.
+pub(crate) fn flush() {
+    let (done, is_done) = sync_channel(1);
+    if LINES.get().is_some_and(|Lines(lines)| lines.try_send(Order::Flush(done)).is_ok()) {
+        let _ = is_done.recv_timeout(LAST);
+    }
+}
+
+/// Writes lines, as many at once as there are.
+fn write(lines: &Receiver<Order>, mut to: impl Write) {
+    let mut text = Vec::with_capacity(AT_ONCE);
+    while let Ok(order) = lines.recv() {
+        let (mut next, mut waiting) = (Some(order), None);
+        while let Some(order) = next {
+            match order {
+                Order::Write(line) => text.extend_from_slice(&line),
+                Order::Flush(done) => waiting = Some(done),
+            }
+            next = if text.len() < AT_ONCE && waiting.is_none() { lines.try_recv().ok() } else { None };
+        }
+        // Nobody reads any more: there is nobody to tell.
+        let _ = to.write_all(&text).and_then(|()| to.flush());
+        text.clear();
+        if let Some(done) = waiting {
+            let _ = done.send(());
+        }
+    }
+}
+
+// === impl Lines ===
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = &'a Self;
+
+    fn make_writer(&'a self) -> &'a Self {
+        self
+    }
+}
+
+/// A line comes in one piece.
+impl Write for &Lines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if self.0.try_send(Order::Write(line.to_vec())).is_err() {
+            DROPPED.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_are_written_in_order_and_those_without_room_are_left_out() {
+        let (sender, receiver) = sync_channel(3);
+        let own = Lines(sender);
+        let mut lines = &own;
+        let before = dropped();
+        for line in ["one\n", "two\n", "three\n", "four\n"] {
+            lines.write_all(line.as_bytes()).unwrap();
+        }
+        assert_eq!(dropped() - before, 1);
+        let thread = std::thread::spawn(move || {
+            let mut text = Vec::new();
+            write(&receiver, &mut text);
+            text
+        });
+        let (done, is_done) = sync_channel(1);
+        lines.0.send(Order::Flush(done)).unwrap();
+        is_done.recv().unwrap();
+        lines.write_all(b"five\n").unwrap();
+        drop(own);
+        assert_eq!(thread.join().unwrap(), b"one\ntwo\nthree\nfive\n");
+    }
+
+    #[test]
+    fn words_that_are_no_levels_are_no_directives() {
+        for sound in ["info", "warn,portcullis_forward=debug", "off", "access=off,info"] {
+            assert!(filter(sound).is_some(), "{sound}");
+        }
+        for wrong in ["", "lots", "info,lots", "a=b=c"] {
+            assert!(filter(wrong).is_none(), "{wrong}");
+        }
+    }
 }

@@ -47,6 +47,7 @@ pub(crate) fn run(config: Config, file: Option<PathBuf>, started: impl FnOnce(&[
     let code = runtime.block_on(serve(config, file, started)).unwrap_or_else(|why| failed(&why));
     // What still waits, for a registry say, waits in vain.
     runtime.shutdown_background();
+    crate::log::flush();
     code
 }
 
@@ -197,6 +198,7 @@ fn signals(state: &Arc<State>) -> io::Result<()> {
             }
             if state.is_stopping() {
                 tracing::warn!("told to stop again: stopping at once");
+                crate::log::flush();
                 std::process::exit(FAILED.into());
             }
             tracing::info!("told to stop: not ready any more");

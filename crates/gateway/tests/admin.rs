@@ -5,6 +5,7 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::process::Stdio;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +16,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use portcullis_testing::Backend;
 use portcullis_testing::backend::serve;
 use portcullis_testing::client::{get, request};
-use portcullis_testing::process::free_port;
+use portcullis_testing::process::{free_port, scratch_folder};
 use serde_json::{Value as Json, json};
 use tonic_health::ServingStatus;
 
@@ -147,6 +148,20 @@ async fn no_credential_is_ever_written_or_shown() {
     assert!(log.contains("TRACE") && log.contains("path=\"/x\""), "all is written at this level");
     let told = log.lines().find(|line| line.contains("sesame"));
     assert!(told.is_none(), "{told:?}");
+}
+
+#[tokio::test]
+async fn a_log_that_nobody_reads_keeps_no_request_waiting() {
+    let backend = Backend::start("one").await;
+    let text = file(&[("a", &[backend.address()])], ALL);
+    // A pipe that nobody reads, with room for some 200 lines.
+    let mut program = Program::start_logging_to(scratch_folder("unread"), &text, Stdio::piped());
+    for _ in 0..600 {
+        let answer = tokio::time::timeout(Duration::from_secs(20), program.get("/x")).await;
+        assert_eq!(answer.expect("an answer").status, 200);
+    }
+    program.signal("TERM");
+    assert_eq!(program.ended().await, Some(0));
 }
 
 /// The samples of a page of metrics by name and labels; fails where it is not what Prometheus reads.

@@ -51,6 +51,8 @@ fn process(state: &State, page: &mut Page) {
     let (good, bad) = (load(&state.telemetry.reloads), load(&state.telemetry.failed_reloads));
     let help = "Files put in force, and refused, after the first.";
     page.split("portcullis_config_reloads_total", "counter", help, "result", [("ok", good), ("refused", bad)]);
+    let help = "Lines of the log there was no room for.";
+    page.single("portcullis_log_dropped_total", "counter", help, crate::log::dropped());
     if let Some(exporter) = &state.running().exporter {
         let counts = exporter.counts();
         let each = [

@@ -31,9 +31,13 @@ impl Program {
     }
 
     pub(crate) fn start_in(folder: PathBuf, file: &str) -> Self {
+        let errors = std::fs::File::create(folder.join("log")).expect("a folder to write in");
+        Self::start_logging_to(folder, file, errors.into())
+    }
+
+    pub(crate) fn start_logging_to(folder: PathBuf, file: &str, errors: Stdio) -> Self {
         let path = folder.join("gateway.toml");
         std::fs::write(&path, file).expect("a folder to write in");
-        let errors = std::fs::File::create(folder.join("log")).expect("a folder to write in");
         let mut child = program(&["run", "--config"])
             .arg(&path)
             .stdout(Stdio::piped())
