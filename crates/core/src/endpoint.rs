@@ -86,7 +86,7 @@ pub enum Protocol {
 #[derive(Clone)]
 pub struct Endpoint(Arc<Inner>);
 
-/// One request that an endpoint is busy with; dropping it ends the counting.
+/// What an endpoint is busy with, mostly one request; dropping it ends the counting.
 #[must_use = "the request is counted until this is dropped"]
 pub struct InFlight(Endpoint);
 
@@ -316,8 +316,13 @@ impl Endpoint {
 
     /// Counts a request until the returned value is dropped.
     pub fn begin(&self) -> InFlight {
-        self.0.load.in_flight.fetch_add(1, Ordering::Relaxed);
         self.0.load.started.fetch_add(1, Ordering::Relaxed);
+        self.busy()
+    }
+
+    /// Counts it as busy until the returned value is dropped, with what a request has become, such as a tunnel.
+    pub fn busy(&self) -> InFlight {
+        self.0.load.in_flight.fetch_add(1, Ordering::Relaxed);
         InFlight(self.clone())
     }
 

@@ -1,5 +1,6 @@
 //! Opens connections.
 
+use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -69,7 +70,7 @@ async fn tcp(address: &Address) -> io::Result<TcpStream> {
         Address::Socket(address) => TcpStream::connect(address).await?,
         Address::Name(host, port) => {
             let found: Vec<_> = tokio::net::lookup_host((&**host, *port)).await?.take(MOST_ADDRESSES).collect();
-            happy_eyeballs(interleave(found)).await?
+            happy_eyeballs(interleave(found), TcpStream::connect).await?
         }
         _ => return Err(io::ErrorKind::Unsupported.into()),
     };
@@ -95,13 +96,16 @@ fn interleave(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
 }
 
 /// The first to answer wins; the next is tried when one has failed or had its time.
-async fn happy_eyeballs(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
+async fn happy_eyeballs<F, T>(addresses: Vec<SocketAddr>, connect: impl Fn(SocketAddr) -> F) -> io::Result<T>
+where
+    F: Future<Output = io::Result<T>>,
+{
     let mut rest = addresses.into_iter();
     let mut error = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     let mut attempts = FuturesUnordered::new();
     loop {
         if let Some(address) = rest.next() {
-            attempts.push(TcpStream::connect(address));
+            attempts.push(connect(address));
         } else if attempts.is_empty() {
             return Err(error);
         }
@@ -143,9 +147,31 @@ mod tests {
         let closed = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let bad = closed.local_addr().unwrap();
         drop(closed);
-        let stream = happy_eyeballs(vec![bad, good]).await.unwrap();
+        let stream = happy_eyeballs(vec![bad, good], TcpStream::connect).await.unwrap();
         assert_eq!(stream.peer_addr().unwrap(), good);
-        assert!(happy_eyeballs(vec![bad, bad]).await.is_err());
-        assert!(happy_eyeballs(vec![]).await.is_err());
+        assert!(happy_eyeballs(vec![bad, bad], TcpStream::connect).await.is_err());
+        assert!(happy_eyeballs(vec![], TcpStream::connect).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_that_does_not_answer_has_a_quarter_of_a_second_for_itself() {
+        let address = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        let began = tokio::time::Instant::now();
+        let connect = |address: SocketAddr| async move {
+            match address.port() {
+                1 => std::future::pending().await,
+                2 => sleep(Duration::from_secs(1)).await,
+                _ => {}
+            }
+            Ok(address.port())
+        };
+        let all = (1..=3).map(address).collect();
+        assert_eq!(happy_eyeballs(all, connect).await.unwrap(), 3);
+        assert_eq!(began.elapsed(), STAGGER * 2);
+        assert_eq!(
+            happy_eyeballs(vec![address(2), address(1)], connect).await.unwrap(),
+            2,
+            "the first is still waited for"
+        );
     }
 }

@@ -242,10 +242,10 @@ impl Exchange {
         if !agreed {
             return Tried::Failed(Failure::sent(Kind::Switched), Again::Never);
         }
-        let (idle, permit) = (self.times.idle, self.permit.take());
+        let (idle, permit, busy) = (self.times.idle, self.permit.take(), self.endpoint.busy());
         // Not a task per request: one for a connection that is no longer a request.
         tokio::spawn(async move {
-            let _held = (place, permit);
+            let _held = (place, permit, busy);
             tunnel::run(caller, upstream, &early, idle).await;
         });
         response.extensions_mut().insert(Switched(protocol));

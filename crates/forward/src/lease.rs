@@ -3,6 +3,7 @@
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use hyper::client::conn::http2;
 use portcullis_core::{Endpoint, Instance, Protocol, Scheme};
@@ -220,9 +221,7 @@ impl Shard {
         };
         let dialed = self.dial(endpoint, h2).await?;
         let now = Instant::now();
-        // Not all at once: what was opened together would otherwise be reopened together.
-        let jitter = 1.0 + (fastrand::f64() - 0.5) * 0.2;
-        let retire = after(now, self.limits.max_age).map(|_| now + self.limits.max_age.mul_f64(jitter));
+        let retire = retire(now, self.limits.max_age, fastrand::f64());
         if !dialed.h2 {
             return Ok(Lease::H1(Box::new(H1::new(dialed.stream, self.limits.max_head, retire, now, place))));
         }
@@ -248,5 +247,26 @@ impl Drop for Dialing<'_> {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// When a connection takes no more requests. Not all at once: what was opened together would otherwise be reopened
+/// together. `chance` is from 0 to 1.
+fn retire(now: Instant, max_age: Duration, chance: f64) -> Option<Instant> {
+    after(now, max_age).map(|_| now + max_age.mul_f64(0.9 + chance * 0.2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_retire_at_their_age_give_or_take_a_tenth() {
+        let now = Instant::now();
+        let at = |chance| retire(now, Duration::from_secs(100), chance).unwrap() - now;
+        for (chance, seconds) in [(0.0, 90.0), (0.5, 100.0), (1.0, 110.0)] {
+            assert!((at(chance).as_secs_f64() - seconds).abs() < 1e-6);
+        }
+        assert_eq!(retire(now, Duration::MAX, 0.5), None);
     }
 }

@@ -37,8 +37,9 @@ impl Opening {
         let Self { caller, endpoint, shard, permit, times } = self;
         let deadline = earlier(after(times.start, times.connect), times.head);
         let (stream, place) = shard.open(&endpoint, deadline).await?;
+        let busy = endpoint.busy();
         tokio::spawn(async move {
-            let _held = (place, permit);
+            let _held = (place, permit, busy);
             run(caller, stream, &[], times.idle).await;
         });
         Ok(Response::new(Body::default()))

@@ -101,7 +101,7 @@ struct Limits {
     header: Duration,
     handshake: Duration,
     write: Duration,
-    keep_alive: Duration,
+    keep_alive: (Duration, Duration),
     max_head: usize,
     max_streams: u32,
 }
@@ -158,7 +158,7 @@ impl Server {
             header: Duration::from_secs(30),
             handshake: Duration::from_secs(10),
             write: Duration::from_secs(60),
-            keep_alive: Duration::from_secs(60),
+            keep_alive: (Duration::from_secs(60), Duration::from_secs(20)),
             max_head: 64 * 1024,
             max_streams: 256,
         };
@@ -211,10 +211,10 @@ impl Server {
         self
     }
 
-    /// After how long an HTTP/2 client that says nothing is pinged; one that does not answer within 20 s is let go.
-    /// Default 60 s.
-    pub fn keep_alive(mut self, interval: Duration) -> Self {
-        self.limits.keep_alive = interval;
+    /// How often an HTTP/2 client is pinged, and how long it may take to answer, before it is let go. Default 60 s and
+    /// 20 s.
+    pub fn keep_alive(mut self, interval: Duration, timeout: Duration) -> Self {
+        self.limits.keep_alive = (interval, timeout);
         self
     }
 

@@ -411,6 +411,18 @@ async fn continuations_without_end_are_let_go() {
 }
 
 #[tokio::test]
+async fn a_client_that_does_not_answer_pings_is_let_go() {
+    let (often, soon) = (Duration::from_millis(20), Duration::from_millis(50));
+    let running = Running::start(local().keep_alive(often, soon), PATIENCE);
+    let mut mute = running.connect().await;
+    mute.write_all(PREFACE).await.unwrap();
+    let mut answers = h2(running.connect().await).await;
+    _ = within(mute.read_to_end(&mut Vec::new())).await;
+    let response = within(answers.send_request(get("/"))).await.unwrap();
+    assert_eq!(response.status(), 200, "who answers stays");
+}
+
+#[tokio::test]
 async fn empty_frames_without_end_are_let_go_or_cost_nothing() {
     let running = Running::start(local(), PATIENCE);
     let mut io = running.connect().await;

@@ -9,7 +9,7 @@ use portcullis_core::{Address, Carried, Endpoint, Instance, Permit};
 use portcullis_forward::Forward;
 use tower::Service;
 
-use crate::{OK, Upstream, within};
+use crate::{OK, Raw, Upstream, within};
 
 fn endpoint(upstream: &Upstream) -> Endpoint {
     Endpoint::new("s", Instance::new("1", Address::Socket(upstream.address())))
@@ -112,6 +112,91 @@ async fn requests_beyond_the_limit_wait_and_beyond_that_are_refused() {
         server.send(OK).await;
     });
     assert_eq!(second.unwrap().status(), 200, "over the same connection");
+}
+
+/// In a runtime of its own.
+fn elsewhere(forward: &Forward, endpoint: &Endpoint) -> std::thread::JoinHandle<tokio::runtime::Runtime> {
+    let (forward, endpoint) = (forward.clone(), endpoint.clone());
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let asked = async move { ok(&forward, &endpoint).await };
+        runtime.block_on(runtime.spawn(asked)).unwrap();
+        runtime
+    })
+}
+
+async fn answer_one(upstream: &Upstream) -> Raw {
+    let mut server = upstream.accept().await;
+    server.head().await;
+    server.send(OK).await;
+    server
+}
+
+/// The limit is for all runtimes together; what one of them keeps for later must not be missed by another.
+#[tokio::test]
+async fn an_idle_connection_of_another_runtime_makes_room() {
+    let upstream = Upstream::bind().await;
+    let endpoint = endpoint(&upstream);
+    let forward = Forward::new().max_connections(1).connect_timeout(Duration::from_secs(10));
+    let other = elsewhere(&forward, &endpoint);
+    let mut first = answer_one(&upstream).await;
+    let runtime = within(tokio::task::spawn_blocking(move || other.join().unwrap())).await.unwrap();
+    assert_eq!(forward.connections(&endpoint), (1, 0));
+    tokio::join!(ok(&forward, &endpoint), answer_one(&upstream));
+    assert_eq!(first.end().await, "");
+    assert_eq!(forward.open_connections(&endpoint), 1);
+    // Also one that is busy when it is asked for.
+    let other = elsewhere(&forward, &endpoint);
+    let mut busy = upstream.accept().await;
+    busy.head().await;
+    let mut waits = tokio_test::task::spawn(forward.clone().call(get(&endpoint)));
+    assert!(waits.poll().is_pending());
+    busy.send(OK).await;
+    let (response, _) = tokio::join!(within(waits), answer_one(&upstream));
+    assert_eq!(response.unwrap().status(), 200);
+    let again = within(tokio::task::spawn_blocking(move || other.join().unwrap())).await.unwrap();
+    runtime.shutdown_background();
+    again.shutdown_background();
+}
+
+/// Whoever refuses a body need not read it.
+#[tokio::test]
+async fn an_answer_is_heard_though_the_rest_of_the_request_is_not() {
+    let upstream = Upstream::bind().await;
+    let forward = upstream.forward();
+    let request = Request::post("/")
+        .header("host", "a")
+        .body(http_body_util::Full::new(Bytes::from(vec![b'x'; 64 << 20])))
+        .unwrap();
+    let (response, ()) = tokio::join!(within(forward.clone().call(request)), async {
+        let mut server = upstream.accept().await;
+        server.head().await;
+        server.send("HTTP/1.1 413 Content Too Large\r\ncontent-length: 2\r\n\r\nno").await;
+        drop(server);
+    });
+    let response = response.unwrap();
+    assert_eq!(response.status(), 413);
+    assert!(response.extensions().get::<portcullis_core::Rejection>().is_none(), "it is the upstream's");
+    assert_eq!(within(response.into_body().collect()).await.unwrap().to_bytes(), "no");
+}
+
+#[tokio::test]
+async fn an_http_2_endpoint_that_does_not_answer_pings_is_let_go() {
+    let upstream = Upstream::bind().await;
+    let mut instance = Instance::new("1", Address::Socket(upstream.address()));
+    instance.protocol = portcullis_core::Protocol::Http2;
+    let endpoint = Endpoint::new("s", instance);
+    let forward = Forward::new().keep_alive(Duration::from_millis(20), Duration::from_millis(50));
+    let (response, ()) = tokio::join!(within(forward.clone().call(get(&endpoint))), async {
+        let mut server = upstream.accept().await;
+        // Empty settings, and then nothing more.
+        server.send([0, 0, 0, 4, 0, 0, 0, 0, 0]).await;
+        while server.more().await {}
+    });
+    let response = response.unwrap();
+    let rejection = response.extensions().get::<portcullis_core::Rejection>().unwrap();
+    assert_eq!((rejection.reason(), rejection.sent()), ("upstream-reset", true));
+    assert_eq!(forward.open_connections(&endpoint), 0);
 }
 
 #[tokio::test]

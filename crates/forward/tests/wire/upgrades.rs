@@ -5,12 +5,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::Request;
 use http_body_util::Empty;
+use hyper::body::Incoming;
+use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use portcullis_core::{Address, Carried, Endpoint, Instance, Permit};
 use portcullis_forward::{Forward, Policy};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tower::ServiceExt;
 
-use crate::{Upstream, client, lines, relay, same};
+use crate::{Upstream, client, lines, relay, same, within};
 
 const ASK: &str = "GET /chat HTTP/1.1\r\nhost: a\r\nconnection: keep-alive, Upgrade\r\nupgrade: websocket\r\nsec-websocket-key: k\r\n\r\n";
 const SWITCH: &str =
@@ -38,6 +41,41 @@ async fn after_101_bytes_go_both_ways_and_each_half_closes_by_itself() {
     server.send("still talking").await;
     drop(server);
     assert_eq!(client.end().await, "still talking");
+}
+
+/// Until it has ended, an endpoint of a tunnel is no better choice than one of a request.
+#[tokio::test]
+async fn an_endpoint_is_busy_as_long_as_the_tunnel_lasts() {
+    let upstream = Upstream::bind().await;
+    let endpoint = Endpoint::new("s", Instance::new("1", Address::Socket(upstream.address())));
+    let forward = Forward::new().policy(Policy::new().tunnels(true));
+    for ask in [ASK, "CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\n"] {
+        let (mut client, io) = tokio::io::duplex(1024);
+        let (to, inner) = (endpoint.clone(), forward.clone());
+        let service = service_fn(move |mut request: Request<Incoming>| {
+            Permit::without_right(to.clone()).attach(request.extensions_mut());
+            inner.clone().oneshot(request)
+        });
+        let serving = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(io), service);
+        tokio::spawn(serving.with_upgrades());
+        client.write_all(ask.as_bytes()).await.unwrap();
+        let mut server = upstream.accept().await;
+        if ask == ASK {
+            server.head().await;
+            server.send(SWITCH).await;
+        }
+        client.read_exact(&mut [0; 13]).await.unwrap();
+        assert_eq!((endpoint.in_flight(), forward.open_connections(&endpoint)), (1, 1));
+        drop(client);
+        assert_eq!(server.end().await, "");
+        drop(server);
+        within(async {
+            while endpoint.in_flight() > 0 || forward.open_connections(&endpoint) > 0 {
+                tokio::task::yield_now().await;
+            }
+        })
+        .await;
+    }
 }
 
 #[tokio::test]

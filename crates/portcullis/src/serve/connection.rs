@@ -84,7 +84,8 @@ where
         let mut builder = http2::Builder::new(TokioExecutor::new());
         builder
             .timer(TokioTimer::new())
-            .keep_alive_interval(bounded(limits.keep_alive))
+            .keep_alive_interval(bounded(limits.keep_alive.0))
+            .keep_alive_timeout(limits.keep_alive.1)
             .max_concurrent_streams(limits.max_streams)
             .max_header_list_size(u32::try_from(limits.max_head).unwrap_or(u32::MAX));
         drive(builder.serve_connection(transport, Boxed(service)), &phase).await
