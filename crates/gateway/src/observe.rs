@@ -205,7 +205,7 @@ impl Drop for Watch {
         let nothing = Asked { method: Method::GET, path: None, peer: None, more: None };
         let finished = Finished {
             asked: std::mem::replace(&mut self.asked, nothing),
-            attempts: self.record.attempts(),
+            attempts: self.record.take_attempts(),
             record: self.record.clone(),
             head: self.head.take(),
             took: self.record.age(),

@@ -63,8 +63,11 @@ impl Trace {
 
     /// Leaves it in `headers`, as the parent of what comes next.
     pub(crate) fn write(&self, headers: &mut HeaderMap) {
-        let Self { id, span, flags, .. } = self;
-        if let Ok(value) = HeaderValue::try_from(format!("00-{id:032x}-{span:016x}-{flags:02x}")) {
+        let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
+        digits(&mut text[3..35], self.id);
+        digits(&mut text[36..52], self.span.into());
+        digits(&mut text[53..55], self.flags.into());
+        if let Ok(value) = HeaderValue::from_bytes(&text) {
             headers.insert(TRACEPARENT, value);
         }
     }
@@ -94,6 +97,14 @@ fn single(headers: &HeaderMap) -> Option<&str> {
     let mut values = headers.get_all(TRACEPARENT).iter();
     let only = values.next()?.to_str().ok()?;
     values.next().is_none().then_some(only)
+}
+
+/// Writes a number in hexadecimal digits, as many as there is room for.
+fn digits(text: &mut [u8], mut number: u128) {
+    for digit in text.iter_mut().rev() {
+        *digit = b"0123456789abcdef"[(number & 15) as usize];
+        number >>= 4;
+    }
 }
 
 fn hex(text: &str, length: usize) -> Option<u128> {

@@ -82,8 +82,9 @@ impl Record {
         self.uploaded.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn attempts(&self) -> Vec<Attempt> {
-        lock(&self.attempts).clone()
+    /// The attempts of a request that is over.
+    pub(crate) fn take_attempts(&self) -> Vec<Attempt> {
+        std::mem::take(&mut *lock(&self.attempts))
     }
 
     /// When a layer was passed, after the start.
@@ -193,7 +194,7 @@ mod tests {
         record.sending(&endpoint("b"), &mut HeaderMap::new());
         hand.advance(ms(4));
         record.answered(Head::of(&http::Response::new(())));
-        let attempts = record.attempts();
+        let attempts = record.take_attempts();
         let times: Vec<_> = attempts.iter().map(|one| (one.began, one.ended, one.status, one.failed)).collect();
         assert_eq!(times[0], (ms(5), Some(ms(8)), None, Some("given-up")));
         assert_eq!(times[1], (ms(8), Some(ms(12)), Some(StatusCode::OK), None));
