@@ -49,7 +49,7 @@
 //!
 //! | | labels |
 //! |---|---|
-//! | `http_server_request_duration_seconds`, to the end of the answer | method, status, route, error type, refusing layer |
+//! | `http_server_request_duration_seconds`, to the end of the answer | method, status, route, gRPC status, error type, refusing layer |
 //! | `http_server_active_requests`; `portcullis_route_bytes_total` | ; route, direction |
 //! | `portcullis_service_endpoints` | service, state: admitting, refusing, half-open, open, sick, held |
 //! | `portcullis_service_bytes_total`, `portcullis_retry_budget` | service, direction; service |
@@ -71,7 +71,7 @@
 //! # The access log
 //!
 //! A line for each request on standard error, as text or JSON, at its end: `method`, `path` (without the query), `route`,
-//! `status`, `service`, `endpoint`, `attempts`, `refused_by` and `reason`, `bytes_in`, `bytes_out`, whether it was `complete`,
+//! `status`, `grpc_status`, `service`, `endpoint`, `attempts`, `refused_by` and `reason`, `bytes_in`, `bytes_out`, whether it was `complete`,
 //! `peer`, `trace` and `span`; and how long each stage took: `auth_ms` (the route included), `limit_ms`, `discovery_ms`,
 //! `balance_ms`, `upstream_ms` (all attempts), `body_ms`, which together are `total_ms`, and `head_ms` from the start to the
 //! head of the answer. Of requests that succeed a share can be written; those that fail all are. No header is ever written. A

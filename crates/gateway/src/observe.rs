@@ -11,18 +11,18 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use hyper::body::Incoming;
 use pin_project_lite::pin_project;
 use portcullis::gateway::{self, GatewayBody, Observer};
-use portcullis_core::{Body, Carried, Clock, Guard, PeerAddress, PeerTls, Rejection, Route};
+use portcullis_core::{Body, Carried, Clock, Dialect, GrpcCode, Guard, PeerAddress, PeerTls, Rejection, Route};
 use tower_service::Service;
 
 use self::record::Upload;
 pub(crate) use self::record::{Attempt, Record};
 use crate::export::Exporter;
 use crate::state::State;
-use crate::telemetry::Labels;
+use crate::telemetry::{Labels, is_failure};
 use crate::trace::{Sampling, Trace};
 
 /// The gateway as it is at the moment, observed.
@@ -48,6 +48,8 @@ pub(crate) struct Watch {
     exporter: Option<Arc<Exporter>>,
     asked: Asked,
     head: Option<Head>,
+    is_grpc: bool,
+    grpc: Option<GrpcCode>,
     bytes: u64,
     whole: bool,
 }
@@ -89,6 +91,8 @@ pub(crate) struct Finished {
     pub(crate) attempts: Vec<Attempt>,
     /// Nothing if the caller went away before.
     pub(crate) head: Option<Head>,
+    /// Of a gRPC call, as far as it came.
+    pub(crate) grpc: Option<GrpcCode>,
     pub(crate) took: Duration,
     pub(crate) down: u64,
     /// Whether the answer arrived whole.
@@ -127,7 +131,17 @@ impl Service<Request<Incoming>> for Observed {
         request.extensions_mut().insert(Observer::new(record.clone()));
         let request = request.map(|body| Body::guarded(body, Upload(record.clone())));
         let exporter = exporter.as_ref().filter(|_| is_exported).cloned();
-        let watch = Watch { state: self.state.clone(), record, exporter, asked, head: None, bytes: 0, whole: false };
+        let watch = Watch {
+            state: self.state.clone(),
+            record,
+            exporter,
+            asked,
+            head: None,
+            is_grpc: false,
+            grpc: None,
+            bytes: 0,
+            whole: false,
+        };
         ResponseFuture { inner: running.gateway.clone().call(request), watch: Some(watch) }
     }
 }
@@ -167,6 +181,8 @@ impl Future for ResponseFuture {
         let Ok(response) = ready!(this.inner.poll(cx));
         let Some(mut watch) = this.watch.take() else { return Poll::Pending };
         watch.head = Some(Head::of(&response, watch.record.age()));
+        watch.is_grpc = Dialect::of(response.headers()) == Dialect::Grpc;
+        watch.trailers(response.headers());
         Poll::Ready(Ok(response.map(|body| Body::guarded(body, watch))))
     }
 }
@@ -192,6 +208,12 @@ impl Guard for Watch {
         self.bytes += bytes as u64;
     }
 
+    fn trailers(&mut self, trailers: &HeaderMap) {
+        if self.is_grpc {
+            self.grpc = GrpcCode::of(trailers);
+        }
+    }
+
     fn end(&mut self) {
         self.whole = true;
     }
@@ -208,6 +230,7 @@ impl Drop for Watch {
             attempts: self.record.take_attempts(),
             record: self.record.clone(),
             head: self.head.take(),
+            grpc: self.grpc,
             took: self.record.age(),
             down: self.bytes,
             whole: self.whole,
@@ -239,8 +262,12 @@ impl Finished {
         self.head.as_ref().map_or_else(gone, |head| head.status)
     }
 
+    pub(crate) fn is_failure(&self) -> bool {
+        self.status().is_server_error() || self.grpc.is_some_and(is_failure)
+    }
+
     fn labels(&self) -> Labels {
         let refused = self.head.as_ref().and_then(|head| head.refused).unwrap_or_default();
-        Labels::new(self.route(), &self.asked.method, self.status(), refused)
+        Labels::new(self.route(), &self.asked.method, self.status(), self.grpc, refused)
     }
 }

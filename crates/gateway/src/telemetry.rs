@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use http::{Method, StatusCode};
-use portcullis_core::{Endpoint, SlotKey, WallClock};
+use portcullis_core::{Endpoint, GrpcCode, SlotKey, WallClock};
 
 /// Where histograms change bucket, in seconds: finely first, for the page, and from [`FINE`] on as OpenTelemetry has it for
 /// `http.server.request.duration`.
@@ -44,6 +44,8 @@ pub(crate) struct Labels {
     pub(crate) route: Arc<str>,
     pub(crate) method: &'static str,
     pub(crate) status: u16,
+    /// Of gRPC calls.
+    pub(crate) grpc: Option<GrpcCode>,
     /// The layer that refused and why, or nothing.
     pub(crate) refused: (&'static str, &'static str),
 }
@@ -124,7 +126,8 @@ impl Telemetry {
         }
         let _writing = lock(&self.writing);
         let mut series = HashMap::clone(&self.series.load());
-        let overflow = || Labels { route: "_overflow".into(), method: "_OTHER", status: 0, refused: ("", "") };
+        let overflow =
+            || Labels { route: "_overflow".into(), method: "_OTHER", status: 0, grpc: None, refused: ("", "") };
         let labels = if series.len() < MAX_SERIES { labels } else { overflow() };
         let found = series.entry(labels).or_default().clone();
         self.series.store(Arc::new(series));
@@ -191,11 +194,35 @@ impl Labels {
         route: Option<&Arc<str>>,
         method: &Method,
         status: StatusCode,
+        grpc: Option<GrpcCode>,
         refused: (&'static str, &'static str),
     ) -> Self {
         static NONE: LazyLock<Arc<str>> = LazyLock::new(|| "".into());
-        Self { route: route.unwrap_or(&NONE).clone(), method: method_label(method), status: status.as_u16(), refused }
+        Self {
+            route: route.unwrap_or(&NONE).clone(),
+            method: method_label(method),
+            status: status.as_u16(),
+            grpc,
+            refused,
+        }
     }
+
+    /// Whether it is the server's failure, or its upstream's.
+    pub(crate) fn is_failure(&self) -> bool {
+        self.status >= 500 || self.grpc.is_some_and(is_failure)
+    }
+}
+
+/// Whether a gRPC code says that the server failed; others are what the caller asked for.
+pub(crate) const fn is_failure(code: GrpcCode) -> bool {
+    matches!(
+        code,
+        GrpcCode::UNKNOWN
+            | GrpcCode::DEADLINE_EXCEEDED
+            | GrpcCode::INTERNAL
+            | GrpcCode::UNAVAILABLE
+            | GrpcCode::DATA_LOSS
+    )
 }
 
 /// Methods that callers make up are one.
@@ -292,7 +319,7 @@ mod tests {
         let odd = Method::from_bytes(b"BREW").unwrap();
         for number in 0..MAX_SERIES + 50 {
             let route: Arc<str> = number.to_string().into();
-            telemetry.series(Labels::new(Some(&route), &odd, StatusCode::OK, ("", ""))).record(
+            telemetry.series(Labels::new(Some(&route), &odd, StatusCode::OK, None, ("", ""))).record(
                 Duration::from_millis(7),
                 1,
                 3,

@@ -151,6 +151,33 @@ async fn no_credential_is_ever_written_or_shown() {
 }
 
 #[tokio::test]
+async fn a_grpc_call_is_counted_by_what_its_trailers_say() {
+    let (reporter, service) = tonic_health::server::health_reporter();
+    let (address, server) = serve(([127, 0, 0, 1], 0).into(), service).await;
+    reporter.set_service_status("a", ServingStatus::Serving).await;
+    let mut program = Program::start(&file(&[("a", &[address])], &format!("log.format = \"json\"\n{ALL}")));
+    let stream = tokio::net::TcpStream::connect(program.gateway).await.unwrap();
+    let (mut sender, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+    let connection = tokio::spawn(connection);
+    for method in ["Check", "Nothing"] {
+        let asked = Request::post(format!("http://{}/grpc.health.v1.Health/{method}", program.gateway))
+            .header("content-type", "application/grpc")
+            .header("te", "trailers")
+            .body(Full::new(Bytes::from_static(&[0; 5])))
+            .unwrap();
+        sender.send_request(asked).await.unwrap().into_body().collect().await.unwrap();
+    }
+    drop(sender);
+    connection.abort();
+    server.abort();
+    until(&program, "/metrics", "rpc_grpc_status_code=\"12\"").await;
+    let lines = access(&mut program).await;
+    let codes: Vec<_> = lines.iter().map(|line| (&line["status"], &line["grpc_status"])).collect();
+    assert_eq!(codes, [(&json!(200), &json!(0)), (&json!(200), &json!(12))], "OK, UNIMPLEMENTED");
+}
+
+#[tokio::test]
 async fn a_log_that_nobody_reads_keeps_no_request_waiting() {
     let backend = Backend::start("one").await;
     let text = file(&[("a", &[backend.address()])], ALL);
@@ -224,7 +251,7 @@ async fn everything_is_counted_and_nothing_that_callers_make_up_becomes_a_label(
     for made_up in ["BREW", "path-", "query-", "h1\""] {
         assert!(!text.contains(made_up), "{made_up} is a label");
     }
-    let route = "http_request_method=\"_OTHER\",http_response_status_code=\"429\",http_route=\"/{*rest}\",error_type=\"too-many-requests\",portcullis_layer=\"rate-limit\"";
+    let route = "http_request_method=\"_OTHER\",http_response_status_code=\"429\",http_route=\"/{*rest}\",rpc_grpc_status_code=\"\",error_type=\"too-many-requests\",portcullis_layer=\"rate-limit\"";
     assert_eq!(samples[&format!("http_server_request_duration_seconds_count{{{route}}}")], 10.0);
     let bounds: Vec<_> = samples.keys().filter(|key| key.contains(&format!("_bucket{{{route}"))).collect();
     assert_eq!(bounds.len(), 15, "the buckets of the semantic conventions, and the rest");

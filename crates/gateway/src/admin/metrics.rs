@@ -75,12 +75,14 @@ fn requests(state: &State, page: &mut Page) {
         } else if labels.status >= 500 || labels.status == 499 {
             labels.status.to_string()
         } else {
-            String::new()
+            labels.grpc.filter(|_| labels.is_failure()).map(|code| code.to_string()).unwrap_or_default()
         };
-        let base: [Label<'_>; 5] = [
+        let grpc = labels.grpc.map(|code| code.number().to_string()).unwrap_or_default();
+        let base: [Label<'_>; 6] = [
             ("http_request_method", &labels.method),
             ("http_response_status_code", &labels.status),
             ("http_route", &labels.route),
+            ("rpc_grpc_status_code", &grpc),
             ("error_type", &error),
             ("portcullis_layer", &layer),
         ];

@@ -22,7 +22,7 @@ pub(super) fn state(state: &State) -> Json {
         for (labels, reading) in readings.iter().filter(|(labels, _)| &*labels.route == name) {
             sum.add(&reading.times);
             (up, down) = (up + reading.up, down + reading.down);
-            errors += if labels.status >= 500 { reading.times.count() } else { 0 };
+            errors += if labels.is_failure() { reading.times.count() } else { 0 };
             refused += if labels.refused.0.is_empty() { 0 } else { reading.times.count() };
         }
         json!({

@@ -109,6 +109,7 @@ fn request_span(finished: &Finished, trace: Trace, began: Duration, ended: Durat
         (Some((_, reason)), _) => Some(reason.to_owned()),
         (None, None) => Some(String::from("caller-gone")),
         (None, Some(status)) if status.is_server_error() => Some(status.as_u16().to_string()),
+        (None, Some(_)) if finished.is_failure() => finished.grpc.map(|code| code.to_string()),
         (None, Some(_)) => (!finished.whole).then(|| String::from("broken-off")),
     };
     attributes.maybe("error.type", error.as_deref()).maybe("portcullis.refused_by", refused.map(|(layer, _)| layer));

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use portcullis_core::GrpcCode;
+
 use super::Finished;
 use crate::config::Log;
 
@@ -10,7 +12,7 @@ pub(super) fn log(finished: &Finished, log: &Log) {
     let Some(path) = finished.asked.path.as_deref().filter(|_| log.access) else { return };
     let head = finished.head.as_ref();
     let refused = head.and_then(|head| head.refused);
-    let succeeded = finished.whole && refused.is_none() && !finished.status().is_server_error();
+    let succeeded = finished.whole && refused.is_none() && !finished.is_failure();
     if succeeded && log.sample.0 < 1.0 && fastrand::f64() >= log.sample.0 {
         return;
     }
@@ -24,6 +26,7 @@ pub(super) fn log(finished: &Finished, log: &Log) {
         path,
         route = finished.route().map(|route| &**route),
         status = head.map(|head| head.status.as_u16()),
+        grpc_status = finished.grpc.map(GrpcCode::number),
         service = last.map(|endpoint| &**endpoint.service()),
         endpoint = last.map(|endpoint| &**endpoint.id()),
         attempts = last.map(|_| finished.attempts.len()),
