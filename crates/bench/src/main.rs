@@ -58,7 +58,7 @@ async fn main() {
         let stack = ServiceBuilder::new()
             .map_request(to_bench)
             .layer(discovery)
-            .layer(BalanceLayer::new(RoundRobin::new()))
+            .layer(BalanceLayer::new(RoundRobin::new()).leaves_served(false))
             .service(forward);
         return server.serve(stack).await.expect("served");
     };
@@ -73,7 +73,7 @@ async fn main() {
         .layer(AuthLayer::new(jwt))
         .layer(RateLimitLayer::new(rate))
         .layer(discovery)
-        .layer(BalanceLayer::new(PowerOfTwo))
+        .layer(BalanceLayer::new(PowerOfTwo).leaves_served(false))
         .layer(CircuitBreakLayer::new())
         .service(forward);
     server.graceful(std::future::pending(), Duration::ZERO).serve(stack).await.expect("served");

@@ -86,7 +86,7 @@ const TRIES: usize = 3;
 
 impl Exchange {
     /// Sends the request and waits for the head of the answer.
-    pub(crate) async fn run(mut self, body: Outgoing) -> Result<Response<ResponseBody>, Failure> {
+    pub(crate) async fn run(&mut self, body: Outgoing) -> Result<Response<ResponseBody>, Failure> {
         let can_repeat = matches!(body, Outgoing::Empty) && self.upgrade.is_none();
         let mut body = Some(body);
         // Whether a byte of an earlier try reached the upstream.
@@ -98,7 +98,8 @@ impl Exchange {
                 None => {
                     let limit = after(Instant::now(), self.times.connect);
                     let deadline = earlier(limit, self.times.head);
-                    let lease = self.shard.lease(&self.endpoint, self.want, fresh, deadline).await;
+                    // Boxed, since few come this way and all would carry its room.
+                    let lease = Box::pin(self.shard.lease(&self.endpoint, self.want, fresh, deadline)).await;
                     lease.map_err(|failure| failure.or_sent(sent))?
                 }
             };

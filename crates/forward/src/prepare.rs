@@ -1,5 +1,7 @@
 //! Everything that is decided about a request before it is sent.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -37,7 +39,7 @@ pub(crate) struct Prepared {
 #[expect(clippy::large_enum_variant, reason = "nearly all are exchanges, and they move once, into a box")]
 enum Way {
     Exchange(Exchange, Outgoing),
-    Tunnel(Opening),
+    Tunnel(Pin<Box<dyn Future<Output = Result<Response<Body<ResponseBody>>, Failure>> + Send>>),
 }
 
 pub(crate) enum Refusal {
@@ -69,7 +71,7 @@ impl Shared {
         let authority = authority(&parts)?;
         if parts.method == Method::CONNECT {
             let opening = self.opening(parts, authority.as_ref(), &policy)?;
-            return Ok(Prepared { way: Way::Tunnel(opening), dialect, route, shared: self.clone() });
+            return Ok(Prepared { way: Way::Tunnel(Box::pin(opening.run())), dialect, route, shared: self.clone() });
         }
         if found.hop_by_hop && has_other_codings(&parts.headers) {
             return refuse(StatusCode::NOT_IMPLEMENTED, "transfer-coding", "the body is coded by more than chunks");
@@ -312,14 +314,17 @@ impl Merged<'_> {
 
 impl Prepared {
     /// Sends it, and makes of whatever comes back something that can be returned.
-    pub(crate) async fn run(self) -> Response<Body<ResponseBody>> {
-        let Self { way, dialect, route, shared } = self;
-        let result = match way {
-            Way::Exchange(exchange, body) => exchange.run(body).await.map(|response| {
-                let policy = Merged { route: route.as_ref().and_then(|route| route.policy()), default: &shared.policy };
-                returned(response, &shared.via, &policy).map(Body::new)
-            }),
-            Way::Tunnel(opening) => opening.run().await,
+    pub(crate) async fn run(mut self) -> Response<Body<ResponseBody>> {
+        let (shared, dialect) = (&self.shared, self.dialect);
+        let result = match &mut self.way {
+            Way::Exchange(exchange, body) => {
+                let body = std::mem::replace(body, Outgoing::Empty);
+                exchange.run(body).await.map(|response| {
+                    let route = self.route.as_ref().and_then(|route| route.policy());
+                    returned(response, &shared.via, &Merged { route, default: &shared.policy }).map(Body::new)
+                })
+            }
+            Way::Tunnel(opening) => opening.await,
         };
         match result {
             Ok(response) => response,
