@@ -39,8 +39,10 @@ pub(crate) struct Prepared {
 #[expect(clippy::large_enum_variant, reason = "nearly all are exchanges, and they move once, into a box")]
 enum Way {
     Exchange(Exchange, Outgoing),
-    Tunnel(Pin<Box<dyn Future<Output = Result<Response<Body<ResponseBody>>, Failure>> + Send>>),
+    Tunnel(Pin<Box<dyn Future<Output = Answer> + Send>>),
 }
+
+type Answer = Result<Response<Body<ResponseBody>>, Failure>;
 
 pub(crate) enum Refusal {
     Rejection(Rejection),
