@@ -116,7 +116,8 @@ impl Answered {
             let status = response.code.and_then(|code| StatusCode::from_u16(code).ok());
             let Some(status) = status else { return Err(Malformed("a status that is none")) };
             let version = if response.version == Some(0) { Version::HTTP_10 } else { Version::HTTP_11 };
-            let reason = response.reason.filter(|reason| Some(*reason) != status.canonical_reason());
+            let reason =
+                response.reason.filter(|reason| !reason.is_empty() && Some(*reason) != status.canonical_reason());
             let reason = reason.and_then(|reason| ReasonPhrase::try_from(reason.as_bytes()).ok());
             let count = response.headers.len();
             let (mut few, mut many) = ([Span::default(); FEW], Vec::new());
@@ -244,4 +245,140 @@ fn keeps_alive(headers: &HeaderMap, is_10: bool) -> bool {
         }
     }
     !close && (keep || !is_10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(wire: &str, asked: &Method) -> Result<Option<(Answered, usize)>, Malformed> {
+        let mut input = BytesMut::from(wire);
+        let mut headers = HeaderMap::from_iter([(HOST, HeaderValue::from_static("of the request"))]);
+        let answered = Answered::read(&mut input, asked, &mut headers)?;
+        Ok(answered.map(|answered| (answered, input.len())))
+    }
+
+    #[test]
+    fn how_a_body_ends_and_whether_the_connection_lasts() {
+        let (chunked, close, over) = (Decoder::CHUNKED, Decoder::Close, Decoder::OVER);
+        for (head, body, keep_alive) in [
+            ("1 200 OK\r\ncontent-length: 5\r\n", Decoder::Length(5), true),
+            ("1 200 OK\r\ncontent-length: 0\r\n", over, true),
+            ("1 200 OK\r\ncontent-length: 5, 5\r\nContent-Length: 5\r\n", Decoder::Length(5), true),
+            ("1 200 OK\r\n", close, false),
+            ("1 200 OK\r\ntransfer-encoding: Chunked\r\n", chunked, true),
+            ("1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 5\r\n", chunked, false),
+            (
+                "1 200 OK\r\ncontent-length: 5\r\nconnection: keep-alive\r\nconnection: x, Close\r\n",
+                Decoder::Length(5),
+                false,
+            ),
+            ("0 200 OK\r\ncontent-length: 5\r\n", Decoder::Length(5), false),
+            ("0 200 OK\r\ncontent-length: 5\r\nconnection: Keep-Alive\r\n", Decoder::Length(5), true),
+            ("0 200 OK\r\ncontent-length: 5\r\nconnection: keep-alive, close\r\n", Decoder::Length(5), false),
+            ("1 204 No Content\r\ncontent-length: 5\r\n", over, true),
+            ("1 304 Not Modified\r\ncontent-length: 5\r\n", over, true),
+            ("1 101 Switching Protocols\r\nupgrade: x\r\n", over, false),
+            (
+                "1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\na: b\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 1\r\n",
+                Decoder::Length(1),
+                true,
+            ),
+        ] {
+            let (answered, left) = read(&format!("HTTP/1.{head}\r\nbody"), &Method::GET).unwrap().unwrap();
+            assert_eq!((answered.body, answered.keep_alive, left), (body, keep_alive, 4), "{head:?}");
+            assert!(!answered.headers.contains_key(HOST), "what was asked is not part of the answer");
+            let lengths = answered.headers.get_all(CONTENT_LENGTH).iter().count();
+            assert_eq!(
+                lengths,
+                usize::from(head.to_lowercase().contains("content-length") && body != chunked),
+                "{head:?}"
+            );
+            let (answered, _) = read(&format!("HTTP/1.{head}\r\n"), &Method::HEAD).unwrap().unwrap();
+            assert_eq!(answered.body, over, "{head:?} to HEAD");
+        }
+    }
+
+    #[test]
+    fn a_head_is_read_once_it_is_whole() {
+        let fields: String = (0..FIELDS).map(|i| format!("x-{i}: {i}\r\n")).collect();
+        let head = format!("HTTP/1.1 299 As ever\r\n{fields}\r\n");
+        for cut in 0..head.len() {
+            assert!(read(&head[..cut], &Method::GET).unwrap().is_none(), "{cut}");
+        }
+        let (answered, _) = read(&head, &Method::GET).unwrap().unwrap();
+        assert_eq!((answered.status.as_u16(), answered.headers.len()), (299, FIELDS));
+        assert_eq!(answered.headers["x-99"], "99");
+        assert_eq!(answered.reason.unwrap().as_bytes(), b"As ever");
+    }
+
+    #[test]
+    fn what_is_no_head_is_malformed() {
+        let many: String = (0..=FIELDS).map(|i| format!("x-{i}: {i}\r\n")).collect();
+        for head in [
+            "HTTP/1.1 20 OK\r\n",
+            "HTTP/2.0 200 OK\r\n",
+            "SSH-2.0\r\n",
+            "HTTP/1.1 200 OK\r\na b: c\r\n",
+            "HTTP/1.1 200 OK\r\na : c\r\n",
+            "HTTP/1.1 200 OK\r\na: b\r\n c\r\n",
+            "HTTP/1.1 200 OK\r\na: \0\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: 1\r\ncontent-length: 2\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: 1, 2\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: -1\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: +1\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: \r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: 0x1\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: 18446744073709551615\r\n",
+            "HTTP/1.1 200 OK\r\ncontent-length: 99999999999999999999\r\n",
+            "HTTP/1.0 200 OK\r\ntransfer-encoding: chunked\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: gzip, chunked\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n",
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: identity\r\n",
+            &format!("HTTP/1.1 200 OK\r\n{many}"),
+        ] {
+            assert!(read(&format!("{head}\r\n"), &Method::GET).is_err(), "{head:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_is_written_with_one_host_and_one_length() {
+        let header = |name: &'static str, value| (HeaderName::from_static(name), HeaderValue::from_static(value));
+        let headers = HeaderMap::from_iter([header("host", "old"), header("content-length", "5"), header("a", "b")]);
+        for (length, upgrade, target, want) in [
+            (Length::Exact(5), None, "/x?y", "POST /x?y HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\n\r\n"),
+            (
+                Length::None,
+                Some("ws"),
+                "*",
+                "POST * HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nconnection: upgrade\r\nupgrade: ws\r\n\r\n",
+            ),
+            (Length::Exact(5), None, "?y", "POST /?y HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\n\r\n"),
+        ] {
+            let (host, upgrade) = (HeaderValue::from_static("new"), upgrade.map(HeaderValue::from_static));
+            let asked = Asked {
+                method: &Method::POST,
+                target,
+                host: &host,
+                headers: &headers,
+                upgrade: upgrade.as_ref(),
+                length,
+            };
+            let mut out = Vec::new();
+            asked.write(&mut out);
+            assert_eq!(String::from_utf8(out).unwrap(), want);
+        }
+        let none = HeaderMap::new();
+        for (length, want) in [
+            (Length::None, ""),
+            (Length::Exact(7), "content-length: 7\r\n"),
+            (Length::Chunked, "transfer-encoding: chunked\r\n"),
+        ] {
+            let host = HeaderValue::from_static("new");
+            let mut out = Vec::new();
+            Asked { method: &Method::GET, target: "/", host: &host, headers: &none, upgrade: None, length }
+                .write(&mut out);
+            assert_eq!(String::from_utf8(out).unwrap(), format!("GET / HTTP/1.1\r\nhost: new\r\n{want}\r\n"));
+        }
+    }
 }

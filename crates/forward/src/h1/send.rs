@@ -194,3 +194,74 @@ impl Sending {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::{HeaderValue, Method};
+    use http_body::Frame;
+    use http_body_util::{BodyExt, StreamBody};
+    use tokio_test::io::Builder;
+
+    fn asked(length: Length) -> Asked<'static> {
+        static HOST: HeaderValue = HeaderValue::from_static("a");
+        static NONE: std::sync::LazyLock<HeaderMap> = std::sync::LazyLock::new(HeaderMap::new);
+        Asked { method: &Method::PUT, target: "/", host: &HOST, headers: &NONE, upgrade: None, length }
+    }
+
+    fn body(frames: Vec<Frame<Bytes>>) -> Outgoing {
+        let frames = frames.into_iter().map(Ok::<_, std::convert::Infallible>);
+        Outgoing::new(StreamBody::new(futures::stream::iter(frames)).boxed_unsync(), None).0
+    }
+
+    /// What is sent, however little the transport takes at once.
+    async fn sent(length: Length, frames: &[Frame<Bytes>], wire: &[u8]) -> Result<(), SendError> {
+        for step in [1, 3, 1000, 1 << 20] {
+            let mut io = Builder::new();
+            for piece in wire.chunks(step) {
+                io.write(piece);
+            }
+            let mut io = io.build();
+            let mut sending = Sending::default();
+            let copies = frames.iter().map(|frame| match frame.data_ref() {
+                Some(data) => Frame::data(data.clone()),
+                None => Frame::trailers(frame.trailers_ref().cloned().unwrap_or_default()),
+            });
+            sending.start(&asked(length), body(copies.collect()));
+            std::future::poll_fn(|cx| sending.poll(&mut io, cx)).await?;
+            assert!(sending.is_done());
+            assert_eq!(sending.written, wire.len() as u64);
+        }
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_body_is_framed_as_its_head_says() {
+        let data = |text: &'static str| Frame::data(Bytes::from(text));
+        let large = Bytes::from(vec![b'x'; SMALL + 1]);
+        let head = "PUT / HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\n";
+        sent(Length::Exact(5), &[data("he"), data(""), data("llo")], format!("{head}hello").as_bytes()).await.unwrap();
+        let head = "PUT / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n";
+        let trailers = HeaderMap::from_iter([(http::header::ETAG, HeaderValue::from_static("x"))]);
+        let wire =
+            [format!("{head}2\r\nhe\r\n801\r\n").as_bytes(), &large, b"\r\n3\r\nllo\r\n0\r\netag: x\r\n\r\n"].concat();
+        let frames = [data("he"), Frame::data(large), data("llo"), Frame::trailers(trailers)];
+        sent(Length::Chunked, &frames, &wire).await.unwrap();
+        sent(Length::Chunked, &[], format!("{head}0\r\n\r\n").as_bytes()).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_body_that_is_not_as_long_as_it_said_is_not_sent_as_if_it_were() {
+        for (text, wire) in [("hell", "PUT / HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\nhell"), ("hello!", "")] {
+            let mut io = Builder::new();
+            if !wire.is_empty() {
+                io.write(wire.as_bytes());
+            }
+            let mut io = io.build();
+            let mut sending = Sending::default();
+            sending.start(&asked(Length::Exact(5)), body(vec![Frame::data(Bytes::from(text))]));
+            let result = std::future::poll_fn(|cx| sending.poll(&mut io, cx)).await;
+            assert!(matches!(result, Err(SendError::Length)), "{text}");
+        }
+    }
+}
