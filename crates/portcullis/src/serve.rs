@@ -1,7 +1,7 @@
 //! Runs a service on listeners: HTTP/1.1, and HTTP/2 in the clear (with prior knowledge) and over TLS, with limits and a
 //! drain that ends.
 //!
-//! **Writes** [`PeerAddress`], and [`PeerTls`] when the connection is encrypted · **Refuses** 400, 408 and 431 ·
+//! **Writes** [`PeerAddress`], and [`PeerTls`](crate::core::PeerTls) when the connection is encrypted · **Refuses** 400, 408 and 431 ·
 //! **Cost** one task per connection
 //!
 //! ```
