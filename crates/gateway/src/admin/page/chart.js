@@ -84,7 +84,7 @@ function chart(samples, fields, label, width, height, grid) {
 const spark = (samples, label) => chart(samples, ['requests', 'errors'], label, 112, 24, false);
 
 const number = value => Number(value || 0).toLocaleString('en');
-const per = value => (value >= 1000 ? number(Math.round(value)) : value >= 100 ? value.toFixed(0) : value >= 1 ? value.toFixed(1) : value > 0 ? value.toFixed(2) : '0');
+const per = value => (value >= 1000 ? number(Math.round(value)) : value >= 100 ? value.toFixed(0) : String(Number(value.toFixed(value < 1 ? 2 : 1))));
 const time = seconds => seconds === null ? '–' : seconds < 0.001 ? (seconds * 1e6).toFixed(0) + ' µs' : seconds < 1 ? (seconds * 1e3).toFixed(1) + ' ms' : seconds.toFixed(2) + ' s';
 const size = bytes => {
   let unit = 0;
