@@ -1,8 +1,8 @@
 //! Runs a service on listeners: HTTP/1.1, and HTTP/2 in the clear (with prior knowledge) and over TLS, with limits and a
 //! drain that ends.
 //!
-//! **Writes** [`PeerAddress`], and [`PeerTls`](crate::core::PeerTls) when the connection is encrypted · **Refuses** 400, 408 and 431 ·
-//! **Cost** one task per connection
+//! **Writes** [`PeerAddress`](crate::core::PeerAddress), and [`PeerTls`](crate::core::PeerTls) when the connection is
+//! encrypted · **Refuses** 400, 408 and 431 · **Cost** one task per connection
 //!
 //! ```
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
