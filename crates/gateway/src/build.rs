@@ -433,7 +433,14 @@ fn providers(
 fn jwt(provider: &Provider) -> Result<auth::Jwt, String> {
     let keys = match (keys_of(provider)?, &provider.jwks_url) {
         (Some(keys), _) => keys,
-        (None, Some(url)) => auth::KeySource::url(url.as_str()).start().map_err(|error| error.to_string())?,
+        (None, Some(url)) => {
+            let source = auth::KeySource::url(url.as_str());
+            let source = match &provider.ca {
+                Some(ca) => source.roots(ca.bytes()),
+                None => Ok(source),
+            };
+            source.and_then(auth::KeySource::start).map_err(|error| error.to_string())?
+        }
         (None, None) => return Err(String::from("no key")),
     };
     let mut jwt = auth::Jwt::new(keys);

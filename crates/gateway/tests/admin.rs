@@ -13,6 +13,7 @@ use common::{ALL, Program, file, log};
 use http::{Method, Request};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use portcullis::serve::{Server, ServerTls};
 use portcullis_testing::Backend;
 use portcullis_testing::backend::serve;
 use portcullis_testing::client::{get, request};
@@ -316,6 +317,51 @@ async fn everything_is_counted_and_nothing_that_callers_make_up_becomes_a_label(
     program.write(&fewer.replace("metrics.endpoints = true", "metrics.enabled = false"));
     assert_eq!(program.order("/reload", &json!(null)).await.status, 200);
     assert_eq!(program.ask("/metrics").await.status, 404);
+}
+
+#[tokio::test]
+async fn keys_that_are_fetched_have_an_age_and_tokens_that_come_again_are_hits() {
+    let backend = Backend::start("one").await;
+    let pair = rcgen::generate_simple_self_signed([String::from("127.0.0.1")]).unwrap();
+    let tls = ServerTls::new(pair.cert.pem().as_bytes(), pair.signing_key.serialize_pem().as_bytes()).unwrap();
+    // An Ed25519 key and its public half, as everybody may know them.
+    let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
+    let public = base64_url(key.public_key_raw());
+    let jwks =
+        json!({ "keys": [{ "kty": "OKP", "crv": "Ed25519", "alg": "EdDSA", "kid": "1", "use": "sig", "x": public }] });
+    let service = tower::service_fn(move |_: Request<hyper::body::Incoming>| {
+        let response = http::Response::new(Full::new(Bytes::from(jwks.to_string())));
+        async { Ok::<_, std::convert::Infallible>(response) }
+    });
+    let server = Server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap().tls(tls);
+    let issuer = server.local_addr().unwrap();
+    tokio::spawn(server.serve(service));
+    let folder = scratch_folder("keys");
+    std::fs::write(folder.join("ca.pem"), pair.cert.pem()).unwrap();
+    let more = format!(
+        "auth.providers.p = {{ jwks_url = \"https://{issuer}/keys\", ca = \"ca.pem\", issuer = \"i\", audiences = [\"x\"] }}\n{ALL}"
+    );
+    let program = Program::start_in(folder, &file(&[("a", &[backend.address()])], &more));
+    let claims = json!({ "iss": "i", "aud": "x", "sub": "ada", "exp": 4_000_000_000_u64 });
+    let mut header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::EdDSA);
+    header.kid = Some(String::from("1"));
+    let signing = jsonwebtoken::EncodingKey::from_ed_pem(key.serialize_pem().as_bytes()).unwrap();
+    let token = format!("Bearer {}", jsonwebtoken::encode(&header, &claims, &signing).unwrap());
+    for _ in 0..5 {
+        let answer = get(program.gateway, "/x", &[("authorization", &token)]).await.unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    assert_eq!(program.get("/x").await.status, 401);
+    let samples = samples(&program.ask("/metrics").await.text());
+    let of = |name: &str| samples.get(&format!("portcullis_{name}")).copied().unwrap_or(-1.0);
+    assert_eq!(of("token_cache_lookups_total{provider=\"p\",result=\"hit\"}"), 4.0);
+    assert_eq!(of("token_cache_lookups_total{provider=\"p\",result=\"miss\"}"), 1.0);
+    assert_eq!(of("key_set_fetches_total{provider=\"p\",result=\"ok\"}"), 1.0);
+    assert!((0.0..60.0).contains(&of("key_set_age_seconds{provider=\"p\"}")), "{samples:?}");
+}
+
+fn base64_url(bytes: &[u8]) -> String {
+    base64::Engine::encode(&base64::engine::general_purpose::URL_SAFE_NO_PAD, bytes)
 }
 
 #[tokio::test]

@@ -405,6 +405,12 @@ impl Provider {
             }
             (Some(_), None) => {}
         }
+        if let Some(ca) = &self.ca {
+            pem(ca, "CERTIFICATE", notes);
+            if self.jwks_url.is_none() {
+                notes.push(&ca.span, "there is no server whose authorities they could be", "set jwks_url");
+            }
+        }
         match (&self.algorithm, &self.public_key) {
             (None, Some(key)) => {
                 notes.push(&key.span, "not said which algorithm goes with the key", "add algorithm = \"ES256\"")

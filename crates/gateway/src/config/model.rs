@@ -585,6 +585,8 @@ section! {
         jwks: Option<At<Blob>>,
         /// A set of keys at a URL, fetched again when needed.
         jwks_url: Option<At<String>>,
+        /// Authorities of the server at `jwks_url`, as PEM, instead of the system's.
+        ca: Option<At<Blob>>,
         /// The algorithm that goes with `secret` or `public_key`, such as "ES256".
         algorithm: Option<At<String>>,
         /// Who must have issued a token.
