@@ -49,6 +49,8 @@ pub(crate) enum Refusal {
     Answer(Box<Response<Body<ResponseBody>>>),
 }
 
+/// How many fields are usually added: three of `X-Forwarded-*`, and `Via`.
+const ADDED: usize = 4;
 /// How many authorities an open proxy keeps connections to.
 const AUTHORITIES: usize = 256;
 
@@ -120,6 +122,8 @@ impl Shared {
             // The server has answered that, or will when the body is asked for.
             headers.remove(EXPECT);
         }
+        // What is added below, at once.
+        headers.reserve(ADDED);
         forwarded::write(self.forwarded, &self.proxies, found, &parts.extensions, authority.as_ref(), headers);
         if let Some(prefix) = path.stripped
             && self.forwarded != crate::Forwarded::Nothing
@@ -136,7 +140,6 @@ impl Shared {
             (Host::Keep, Some(authority)) => authority,
             (Host::Endpoint | Host::Keep, _) => host_of(&instance),
         };
-        headers.insert(HOST, authority.clone());
         // The body says how long it is; a field that says otherwise would let the upstream read another request.
         let length = body.size_hint().exact();
         if let Some(said) = headers.get(CONTENT_LENGTH) {
