@@ -1,4 +1,4 @@
-//! Looks at the services every second, and notes what an operator would want to have seen.
+//! Looks at the services and at what was counted every second, and notes what an operator would want to have seen.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,6 +30,7 @@ pub(crate) async fn watch(state: Arc<State>) {
         let now = see(&state.running());
         compare(&before, &now, |kind, text| state.telemetry.event(kind, text));
         before = now;
+        state.telemetry.remember();
         tokio::time::sleep(LOOK).await;
     }
 }

@@ -19,6 +19,8 @@ pub(crate) const BOUNDS: [f64; 19] = [
 pub(crate) const FINE: usize = 5;
 /// So many series at most; whatever else comes is counted in one.
 const MAX_SERIES: usize = 2_000;
+/// So many seconds of history are kept.
+const MAX_HISTORY: usize = 120;
 /// So many events are kept.
 const MAX_EVENTS: usize = 200;
 
@@ -34,7 +36,20 @@ pub(crate) struct Telemetry {
     pub(crate) reloads: AtomicU64,
     pub(crate) failed_reloads: AtomicU64,
     events: Mutex<VecDeque<Event>>,
+    history: Mutex<VecDeque<Totals>>,
     wall: WallClock,
+}
+
+/// Requests so far, at one time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Totals {
+    /// Since the epoch.
+    pub(crate) at: Duration,
+    pub(crate) requests: u64,
+    /// Of those, the ones the server or its upstream failed.
+    pub(crate) errors: u64,
+    /// Of those, the ones that were refused.
+    pub(crate) refused: u64,
 }
 
 /// What tells one series of requests from another. Every part comes from a bounded set.
@@ -171,6 +186,27 @@ impl Telemetry {
             self.series.load().iter().map(|(labels, series)| (labels.clone(), series.read())).collect();
         all.sort_by(|(a, _), (b, _)| a.cmp(b));
         all
+    }
+
+    /// Keeps how many requests there were so far.
+    pub(crate) fn remember(&self) {
+        let mut totals = Totals { at: self.wall.since_epoch(), ..Totals::default() };
+        for (labels, series) in &**self.series.load() {
+            let count = series.read().times.count();
+            totals.requests += count;
+            totals.errors += if labels.is_failure() { count } else { 0 };
+            totals.refused += if labels.refused.0.is_empty() { 0 } else { count };
+        }
+        let mut history = lock(&self.history);
+        if history.len() == MAX_HISTORY {
+            history.pop_front();
+        }
+        history.push_back(totals);
+    }
+
+    /// How many requests there were, oldest first.
+    pub(crate) fn history(&self) -> Vec<Totals> {
+        lock(&self.history).iter().copied().collect()
     }
 
     pub(crate) fn event(&self, kind: &'static str, text: impl Into<String>) {
@@ -331,6 +367,26 @@ mod tests {
         let overflow = readings.iter().find(|(labels, _)| &*labels.route == "_overflow").unwrap();
         let Reading { times, up, down } = &overflow.1;
         assert_eq!((times.count(), *up, *down, times.buckets[FINE + 1]), (50, 50, 150, 50));
+    }
+
+    #[test]
+    fn two_minutes_of_totals_are_remembered() {
+        let telemetry = Telemetry::default();
+        let record = |status, refused| {
+            let labels = Labels::new(None, &Method::GET, status, None, refused);
+            telemetry.series(labels).record(Duration::ZERO, 0, 0);
+        };
+        record(StatusCode::OK, ("", ""));
+        telemetry.remember();
+        record(StatusCode::BAD_GATEWAY, ("forward", "connect-failed"));
+        record(StatusCode::NOT_FOUND, ("route", "no-route"));
+        for _ in 1..MAX_HISTORY + 5 {
+            telemetry.remember();
+        }
+        let history = telemetry.history();
+        assert_eq!(history.len(), MAX_HISTORY);
+        let Totals { requests, errors, refused, .. } = history[0];
+        assert_eq!((requests, errors, refused), (3, 1, 2));
     }
 
     #[test]

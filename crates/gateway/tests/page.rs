@@ -86,6 +86,11 @@ async fn the_page_shows_what_happens_while_it_happens() {
     let limits = text(&mut browser, "#limits").await;
     assert!(limits.contains("few 2/h") && limits.contains("6 refused"), "{limits}");
 
+    // Who opens it later sees what was before.
+    browser.evaluate("location.reload()").await;
+    browser.until("document.body.dataset.drawn == 1").await;
+    browser.until("history.get('all').length > 2 && document.querySelector('#chart path.line')").await;
+
     dead.kill().await;
     until_open(&program, "/orders/7").await;
     browser.until("document.querySelector('#map').innerText.includes('breaker open')").await;

@@ -64,6 +64,12 @@ pub(super) fn state(state: &State) -> Json {
         .iter()
         .map(|event| json!({ "at": event.at.as_millis() as u64, "kind": event.kind, "text": event.text }))
         .collect();
+    let history = telemetry.history();
+    let now = history.last().map_or_else(Default::default, |last| last.at);
+    let history: Vec<Json> = history
+        .iter()
+        .map(|then| json!([now.saturating_sub(then.at).as_secs_f64(), then.requests, then.errors, then.refused]))
+        .collect();
     let mut unmatched = route("");
     unmatched["name"] = json!("");
     json!({
@@ -86,6 +92,8 @@ pub(super) fn state(state: &State) -> Json {
             "rates": running.config.limits.iter().map(|(name, limit)| (name.clone(), limit.masked_rate())).collect::<serde_json::Map<_, _>>(),
         },
         "events": events,
+        // How long ago, and the requests, errors and refusals until then.
+        "history": history,
     })
 }
 

@@ -87,6 +87,11 @@ function drawTop(all, now) {
     for (const field of ['requests', 'errors', 'refused', 'seconds']) sum[field] += one[field];
     one.buckets.forEach((count, index) => { sum.buckets[index] += count; });
   }
+  if (!history.has('all')) {
+    // What was before the page was opened.
+    const none = state.bounds.map(() => 0).concat(0);
+    history.set('all', state.history.slice(0, -1).map(([ago, requests, errors, refused]) => ({ now: now - 1000 * ago, requests, errors, refused, buckets: none })));
+  }
   const samples = note('all', now, sum), requests = rate(samples, 'requests', 10), errors = rate(samples, 'errors', 10);
   const big = (id, value, unit) => $(id).replaceChildren(value, el('small', {}, ' ' + unit));
   big('t-rate', per(requests), '/s');
