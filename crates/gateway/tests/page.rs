@@ -87,8 +87,8 @@ async fn the_page_shows_what_happens_while_it_happens() {
     assert!(limits.contains("few 2/h") && limits.contains("6 refused"), "{limits}");
 
     // Who opens it later sees what was before.
-    browser.evaluate("location.reload()").await;
-    browser.until("document.body.dataset.drawn == 1").await;
+    browser.evaluate("window.isOld = true; location.reload()").await;
+    browser.until("!window.isOld && document.body.dataset.drawn > 0").await;
     browser.until("history.get('all').length > 2 && document.querySelector('#chart path.line')").await;
 
     dead.kill().await;

@@ -13,8 +13,10 @@ use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceResponse
 use portcullis::forward::{ClientTls, Forward};
 use portcullis_core::{Rejection, WallClock, retry_after};
 use prost::Message as _;
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tower_service::Service;
 
 use super::Counts;
@@ -59,6 +61,8 @@ enum Sent {
 
 /// Requests sent at a time, each with its attempts.
 const AT_ONCE: usize = 256;
+/// How often it is looked for more.
+const GATHER: Duration = Duration::from_millis(10);
 /// How often a batch is sent.
 const ATTEMPTS: u32 = 5;
 /// The first wait between them; each is twice the one before.
@@ -147,38 +151,40 @@ impl fmt::Debug for Exporter {
     }
 }
 
+// === impl Order ===
+
+impl Order {
+    fn sort(self, batch: &mut Vec<(Box<Finished>, Duration)>, flushes: &mut Vec<oneshot::Sender<()>>) {
+        match self {
+            Self::Send(finished, at) => batch.push((finished, at)),
+            Self::Flush(done) => flushes.push(done),
+        }
+    }
+}
+
 // === impl Sender ===
 
 impl Sender {
     async fn run(mut self) {
-        let (mut batch, mut waiting) = (Vec::new(), Vec::new());
-        loop {
-            let full = tokio::time::sleep(self.every);
-            tokio::pin!(full);
-            let ended = loop {
-                tokio::select! {
-                    order = self.queue.recv() => match order {
-                        Some(Order::Send(finished, at)) => batch.push((finished, at)),
-                        Some(Order::Flush(done)) => {
-                            waiting.push(done);
-                            break false;
-                        }
-                        None => break true,
-                    },
-                    () = &mut full => break false,
+        let (mut batch, mut flushes) = (Vec::new(), Vec::new());
+        while let Some(order) = self.queue.recv().await {
+            order.sort(&mut batch, &mut flushes);
+            let until = Instant::now() + self.every;
+            let mut is_over = false;
+            while !is_over && flushes.is_empty() && batch.len() < AT_ONCE {
+                match self.queue.try_recv() {
+                    Ok(order) => order.sort(&mut batch, &mut flushes),
+                    Err(TryRecvError::Disconnected) => is_over = true,
+                    Err(TryRecvError::Empty) if Instant::now() >= until => break,
+                    // Looked at now and then, so that nobody who has a span need wake anybody.
+                    Err(TryRecvError::Empty) => tokio::time::sleep(GATHER).await,
                 }
-                if batch.len() >= AT_ONCE {
-                    break false;
-                }
-            };
+            }
             if !batch.is_empty() {
                 self.send(std::mem::take(&mut batch)).await;
             }
-            for done in waiting.drain(..) {
+            for done in flushes.drain(..) {
                 let _: Result<(), ()> = done.send(());
-            }
-            if ended {
-                return;
             }
         }
     }
