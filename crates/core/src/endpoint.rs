@@ -261,9 +261,23 @@ impl Endpoint {
         self.0.removed.load(Ordering::Acquire)
     }
 
-    pub(crate) fn update(&self, instance: Instance) {
+    /// What tells it from others of its service.
+    pub(crate) fn key(&self) -> (&str, &Address) {
+        (&self.0.id, &self.0.address)
+    }
+
+    pub(crate) fn is_at(&self, instance: &Instance) -> bool {
+        self.key() == (&*instance.id, &instance.address)
+    }
+
+    /// Takes in what the registry says of it now, and says whether that is anything new.
+    pub(crate) fn update(&self, instance: Instance) -> bool {
+        if **self.0.instance.load() == instance {
+            return false;
+        }
         self.0.weight.store(instance.weight, Ordering::Relaxed);
         self.0.instance.store(Arc::new(instance));
+        true
     }
 
     pub(crate) fn remove(&self) {

@@ -1,6 +1,7 @@
 //! The endpoints of one service at one time.
 
-use std::collections::HashMap;
+use std::cell::Cell;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
@@ -54,33 +55,19 @@ impl Endpoints {
     /// snapshot. Of several instances with one id and address, the first counts.
     #[must_use]
     pub fn reconcile(&self, instances: impl IntoIterator<Item = Instance>, now: Moment) -> Self {
-        let key = |id: &Arc<str>, address: &Address| (id.clone(), address.clone());
-        // `None` once it is in the list.
-        let mut known: HashMap<_, _> =
-            self.iter().map(|endpoint| (key(endpoint.id(), endpoint.address()), Some(endpoint))).collect();
-        let (mut list, mut changed) = (Vec::with_capacity(self.len()), false);
-        for instance in instances {
-            match known.insert(key(&instance.id, &instance.address), None) {
-                Some(None) => {}
-                Some(Some(endpoint)) => {
-                    changed |= self.get(list.len()) != Some(endpoint);
-                    if *endpoint.instance() != instance {
-                        changed = true;
-                        endpoint.update(instance);
-                    }
-                    list.push(endpoint.clone());
-                }
-                None => {
-                    changed = true;
-                    list.push(Endpoint::counted(self.0.service.clone(), instance, now, self.0.moves.clone()));
-                }
-            }
+        let (mut list, mut updated) = (Vec::with_capacity(self.len()), false);
+        let mut instances = instances.into_iter().peekable();
+        // As long as everything is where it was, nothing is looked up.
+        while let Some(endpoint) = self.get(list.len())
+            && let Some(instance) = instances.next_if(|instance| endpoint.is_at(instance))
+        {
+            updated |= endpoint.update(instance);
+            list.push(endpoint.clone());
         }
-        for endpoint in known.into_values().flatten() {
-            changed = true;
-            endpoint.remove();
+        if list.len() < self.len() || instances.peek().is_some() {
+            updated |= self.place(instances, &mut list, now);
         }
-        if !changed {
+        if !updated && *list == **self {
             return self.clone();
         }
         Self(Arc::new(Snapshot {
@@ -91,6 +78,34 @@ impl Endpoints {
             slots: Slots::default(),
             kept: self.0.kept.clone(),
         }))
+    }
+
+    /// Adds `instances` to a list that begins as this one does, and says whether one that stays says anything new.
+    fn place(&self, instances: impl Iterator<Item = Instance>, list: &mut Vec<Endpoint>, now: Moment) -> bool {
+        let (listed, rest) = self.split_at(list.len());
+        // `None` once it is in the list.
+        let mut known: HashMap<(&str, &Address), Cell<Option<&Endpoint>>> = HashMap::with_capacity(self.len());
+        known.extend(listed.iter().map(|endpoint| (endpoint.key(), Cell::new(None))));
+        known.extend(rest.iter().map(|endpoint| (endpoint.key(), Cell::new(Some(endpoint)))));
+        let (mut joined, mut updated) = (HashSet::new(), false);
+        for instance in instances {
+            match known.get(&(&*instance.id, &instance.address)).map(Cell::take) {
+                Some(None) => {}
+                Some(Some(endpoint)) => {
+                    updated |= endpoint.update(instance);
+                    list.push(endpoint.clone());
+                }
+                None => {
+                    if joined.insert((instance.id.clone(), instance.address.clone())) {
+                        list.push(Endpoint::counted(self.0.service.clone(), instance, now, self.0.moves.clone()));
+                    }
+                }
+            }
+        }
+        for endpoint in known.into_values().filter_map(Cell::into_inner) {
+            endpoint.remove();
+        }
+        updated
     }
 
     /// The service whose endpoints these are.
@@ -191,6 +206,42 @@ mod tests {
         let one = Endpoints::none("s").reconcile([instance("a", 1), second.clone()], Moment::MIN);
         assert_eq!((one.len(), one[0].weight()), (1, 1));
         assert!(one.reconcile([instance("a", 1), second], Moment::MIN).is(&one));
+    }
+
+    proptest::proptest! {
+        /// Ids and weights, in order: the first of each id counts, who was there before keeps the handle, and only a
+        /// difference makes another snapshot.
+        #[test]
+        fn whatever_comes_after_what_the_snapshot_is_what_was_said(
+            all in proptest::collection::vec(proptest::collection::vec((0_u16..9, 1_u32..3), 0..9), 1..9),
+        ) {
+            let mut current = Endpoints::none("s");
+            for (step, said) in all.into_iter().enumerate() {
+                let mut model: Vec<(u16, u32)> = Vec::new();
+                for (port, weight) in &said {
+                    if model.iter().all(|(known, _)| known != port) {
+                        model.push((*port, *weight));
+                    }
+                }
+                let shown = |endpoints: &Endpoints| -> Vec<_> {
+                    endpoints.iter().map(|endpoint| (endpoint.address().port().unwrap(), endpoint.weight())).collect()
+                };
+                let before = shown(&current);
+                let instances = said.iter().map(|(port, weight)| {
+                    let mut instance = instance("x", *port);
+                    instance.weight = *weight;
+                    instance
+                });
+                let next = current.reconcile(instances, Moment::from_nanos(step as u64));
+                proptest::prop_assert_eq!(shown(&next), &*model);
+                proptest::prop_assert_eq!(next.is(&current), before == model);
+                for old in current.iter() {
+                    let stays = model.iter().any(|(port, _)| old.address().port() == Some(*port));
+                    proptest::prop_assert_eq!((old.is_removed(), next.contains(old)), (!stays, stays));
+                }
+                current = next;
+            }
+        }
     }
 
     #[test]
