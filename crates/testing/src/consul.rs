@@ -177,6 +177,37 @@ impl Consul {
         self.ask(Method::PUT, path, body).await
     }
 
+    /// Puts services `s-0`, `s-1`, … into its catalog, each with as many instances `s-0-1`, `s-0-2`, … as asked for, one on
+    /// each of the nodes `n-1`, `n-2`, …; all pass a check of their own.
+    ///
+    /// # Panics
+    ///
+    /// When it does not take them.
+    pub async fn fill(&self, services: usize, instances: usize) {
+        let node = |instance| json!({"Node": {"Verb": "set", "Node": {"Node": format!("n-{instance}"), "Address": address(instance)}}});
+        let nodes: Vec<_> = (1..=instances).map(node).collect();
+        let members = (0..services).flat_map(|service| (1..=instances).flat_map(move |i| Self::member(service, i)));
+        for operations in nodes.chunks(OPERATIONS).chain(members.collect::<Vec<_>>().chunks(OPERATIONS)) {
+            let answer = self.put("/v1/txn", &Value::from(operations).to_string()).await;
+            assert_eq!(answer.status, 200, "{}", answer.text());
+        }
+    }
+
+    /// What puts one instance into the catalog, for `/v1/txn`.
+    #[must_use]
+    pub fn member(service: usize, instance: usize) -> [Value; 2] {
+        let (node, id) = (format!("n-{instance}"), format!("s-{service}-{instance}"));
+        [
+            json!({"Service": {"Verb": "set", "Node": node, "Service": {
+                "ID": id, "Service": format!("s-{service}"), "Address": address(instance), "Port": 80,
+                "Meta": {"version": "2", "team": "orders"}, "Tags": ["a", "b"],
+            }}}),
+            json!({"Check": {"Verb": "set", "Check": {
+                "Node": node, "CheckID": format!("check-{id}"), "Name": "check", "Status": "passing", "ServiceID": id,
+            }}}),
+        ]
+    }
+
     async fn ask(&self, method: Method, path: &str, body: &str) -> Answer {
         let token = self.token.as_deref().map(|token| ("x-consul-token", token));
         request(self.http, method, path, token.as_slice(), body.to_owned()).await.expect("an answer from Consul")
@@ -188,6 +219,13 @@ impl Drop for Consul {
         self.process = None;
         let _ = std::fs::remove_dir_all(&self.folder);
     }
+}
+
+/// How many a transaction holds.
+const OPERATIONS: usize = 64;
+
+fn address(instance: usize) -> String {
+    format!("10.0.{}.{}", instance / 250, instance % 250 + 1)
 }
 
 fn merge(into: &mut Value, from: Value) {

@@ -4,6 +4,7 @@
 //! indexes move with every change of a check or a service. What changed they do not say, so every parked watch asks then.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use futures::{StreamExt, stream};
 use tokio::sync::watch;
@@ -30,7 +31,9 @@ struct Listener {
 
 /// Beats that may follow each other at once, and how often they may after that: each makes every parked watch ask.
 const BURST: u32 = 2;
-const EVERY: std::time::Duration = std::time::Duration::from_secs(1);
+const EVERY: Duration = Duration::from_secs(1);
+/// How long the second of the two queries may take to see what the first saw.
+const GATHER: Duration = Duration::from_millis(25);
 
 // === impl Pulse ===
 
@@ -61,7 +64,15 @@ async fn run(client: Arc<Client>, beat: watch::Sender<()>) {
             Some(()) = changes.next() => {}
             () = beat.closed() => return,
         }
-        tokio::time::sleep(pace.take(client.config.clock.now())).await;
+        // One change moves both indexes, and a burst moves them often: one beat for all of it.
+        let gather = tokio::time::sleep(pace.take(client.config.clock.now()).max(GATHER));
+        tokio::pin!(gather);
+        loop {
+            tokio::select! {
+                Some(()) = changes.next() => {}
+                () = &mut gather => break,
+            }
+        }
         beat.send_replace(());
         if late {
             tokio::time::sleep(EVERY).await;
