@@ -24,6 +24,32 @@
 //! **Position decides scope.** A circuit breaker above discovery guards the service as a whole; below balance it guards each
 //! endpoint by itself. The same holds for limits and timeouts.
 //!
+//! # What a request costs
+//!
+//! CPU of the proxy per request, in µs, saturated over loopback on two cores, with [`serve`] on one runtime per core, the
+//! median of five interleaved rounds of a second; in brackets with mimalloc. The program is `portcullis-bench`, built by
+//! `cargo build --profile dist -p portcullis-bench [--features mimalloc]`; each line is one run, and only figures of one
+//! line can be compared: the machine itself varies by a third.
+//!
+//! | | portcullis | nginx 1.22 | HAProxy 2.6 | Envoy | bytes relayed, no HTTP |
+//! |---|---|---|---|---|---|
+//! | HTTP/1.1, 128 B | 15.2 (14.5) | 13.6 | 13.7 | 27.2 | 10.0 |
+//! | HTTP/1.1, 16 KiB | 16.8 (16.8) | 18.5 | 18.4 | 30.1 | 11.4 |
+//! | HTTP/1.1, 64 KiB up and down | 53.9 (51.6) | 66.9 | 52.6 | 68.1 | 36.7 |
+//! | a connection for each request | 33.6 (31.4) | 27.7 | 28.7 | 62.6 | |
+//! | HTTP/2 to HTTP/1.1 | 11.1 (10.7) | 16.8 | 9.2 | 22.5 | |
+//! | gRPC | 14.7 (14.0) | 33.6 | 8.5 | 25.6 | |
+//! | all six layers, HS256 | 19.8 (19.5) | | 25.9 | 45.3, tokens cached | |
+//! | the same, tokens not cached | (21.3) | | 25.9 | 57.2 | |
+//! | all six layers, RS256 | 20.3 (19.9) | | 46.2 | 46.8, tokens cached | |
+//! | the same, tokens not cached | (36.9) | | 46.2 | 74.8 | |
+//!
+//! The four policies together cost 1.0 to 1.4 µs more than discovery, balance and forward alone (16.0 and 16.4 beside 15.0
+//! in one run). Memory under the first load is 6 MB (14), nginx's 12; under the third 23 (35), nginx's 16.
+//!
+//! Where others are ahead it is with HTTP/2, which is hyper's and h2's: nearly half of the instructions of such a request
+//! are theirs, as callgrind counts them.
+//!
 //! # Features
 //!
 //! Each layer is a feature of its own name, on by default. Off by default: `gateway` ([`Gateway`](gateway::Gateway), the
