@@ -1,5 +1,7 @@
 //! What happened: numbers for metrics and the page, and the last events.
 
+mod times;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
@@ -9,14 +11,8 @@ use arc_swap::ArcSwap;
 use http::{Method, StatusCode};
 use portcullis_core::{Endpoint, GrpcCode, SlotKey, WallClock};
 
-/// Where histograms change bucket, in seconds: finely first, for the page, and from [`FINE`] on as OpenTelemetry has it for
-/// `http.server.request.duration`.
-pub(crate) const BOUNDS: [f64; 19] = [
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5,
-    10.0,
-];
-/// So many bounds lie below those of OpenTelemetry.
-pub(crate) const FINE: usize = 5;
+pub(crate) use self::times::{BOUNDS, FINE, Histogram, Times};
+
 /// So many series at most; whatever else comes is counted in one.
 const MAX_SERIES: usize = 2_000;
 /// So many seconds of history are kept.
@@ -73,13 +69,6 @@ pub(crate) struct Series {
     down: AtomicU64,
 }
 
-/// A [`Histogram`] as it was at one time.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Times {
-    pub(crate) buckets: [u64; BOUNDS.len() + 1],
-    pub(crate) seconds: f64,
-}
-
 /// A [`Series`] as it was at one time.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Reading {
@@ -108,13 +97,6 @@ pub(crate) struct Answered {
 pub(crate) struct Moved {
     pub(crate) up: AtomicU64,
     pub(crate) down: AtomicU64,
-}
-
-/// How long things took.
-#[derive(Default)]
-pub(crate) struct Histogram {
-    buckets: [AtomicU64; BOUNDS.len() + 1],
-    nanos: AtomicU64,
 }
 
 static ANSWERED: LazyLock<SlotKey<Answered>> = LazyLock::new(SlotKey::new);
@@ -282,39 +264,6 @@ impl Series {
             up: self.up.load(Ordering::Relaxed),
             down: self.down.load(Ordering::Relaxed),
         }
-    }
-}
-
-// === impl Histogram ===
-
-impl Histogram {
-    pub(crate) fn record(&self, took: Duration) {
-        let seconds = took.as_secs_f64();
-        let bucket = BOUNDS.iter().position(|&bound| seconds <= bound).unwrap_or(BOUNDS.len());
-        self.buckets[bucket].fetch_add(1, Ordering::Relaxed);
-        self.nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-    }
-
-    pub(crate) fn read(&self) -> Times {
-        Times {
-            buckets: std::array::from_fn(|index| self.buckets[index].load(Ordering::Relaxed)),
-            seconds: self.nanos.load(Ordering::Relaxed) as f64 / 1e9,
-        }
-    }
-}
-
-// === impl Times ===
-
-impl Times {
-    pub(crate) fn count(&self) -> u64 {
-        self.buckets.iter().sum()
-    }
-
-    pub(crate) fn add(&mut self, other: &Self) {
-        for (sum, add) in self.buckets.iter_mut().zip(other.buckets) {
-            *sum += add;
-        }
-        self.seconds += other.seconds;
     }
 }
 

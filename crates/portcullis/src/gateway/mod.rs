@@ -15,6 +15,8 @@
 //!        ▼
 //!     upstream
 //! ```
+//!
+//! Who wants to know how a request fared on its way, for a log or for spans, leaves an [`Observer`] in its extensions.
 
 mod answer;
 mod matches;
