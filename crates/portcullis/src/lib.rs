@@ -45,7 +45,8 @@
 //! | the same, tokens not cached | (36.9) | | 46.2 | 74.8 | |
 //!
 //! The four policies together cost 1.0 to 1.4 µs more than discovery, balance and forward alone (16.0 and 16.4 beside 15.0
-//! in one run). Memory under the first load is 6 MB (14), nginx's 12; under the third 23 (35), nginx's 16.
+//! in one run). Memory under the first load is 6 MB (14), nginx's 12; under the third 18, nginx's 14, and at its
+//! peak 20 beside 27.
 //!
 //! Where others are ahead it is with HTTP/2, which is hyper's and h2's: nearly half of the instructions of such a request
 //! are theirs, as callgrind counts them.

@@ -101,7 +101,7 @@ pub(crate) enum Cut {
 
 /// Room for a head, and a small body with it.
 const ROOM: usize = 4096;
-const MOST_ROOM: usize = 64 * 1024;
+const MOST_ROOM: usize = 32 * 1024;
 
 // === impl H1 ===
 
