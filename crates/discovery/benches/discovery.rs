@@ -1,7 +1,8 @@
 //! What finding a service costs a request, and what a change costs.
 //!
-//! `lookup` compares the layer with the service below it alone and with one that writes the value it was handed: what is
-//! left is the looking up. `change` applies one change to 10,000 endpoints.
+//! `lookup` compares the layer with the service below it alone, with one that writes the value it was handed, and with one
+//! that reads the request's name before: what is left is the looking up. `beside changes` does so while another thread
+//! applies one change after the other to 10,000 endpoints. `change` applies one to 10,000.
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "a bench")]
 
@@ -16,7 +17,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use http::{Request, Response};
 use http_body_util::Empty;
 use portcullis_core::{Carried, Destination, Endpoints, Instance, Moment};
-use portcullis_discovery::{DiscoveryLayer, FixedRegistry};
+use portcullis_discovery::{DiscoveryLayer, EmbeddedRegistry, FixedRegistry, Health, Registry, ServiceDefinition};
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -59,6 +60,25 @@ impl Service<Request<()>> for Write {
     }
 }
 
+/// As [`Write`], but looks first what the request asks for.
+#[derive(Clone)]
+struct ReadAndWrite(Write);
+
+impl Service<Request<()>> for ReadAndWrite {
+    type Response = Response<Empty<Bytes>>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<()>) -> Self::Future {
+        black_box(Destination::of(request.extensions()).map(Destination::as_str));
+        self.0.call(request)
+    }
+}
+
 fn instances(count: usize) -> impl Iterator<Item = Instance> + Clone {
     (0..count).map(|i| {
         let address = [10, (i >> 16) as u8, (i >> 8) as u8, i as u8];
@@ -93,7 +113,8 @@ fn lookup(criterion: &mut Criterion) {
     let _in_runtime = runtime.enter();
     rounds(criterion, "lookup/bare", Back);
     let written = Endpoints::none("orders-7").reconcile(instances(10), Moment::MIN);
-    rounds(criterion, "lookup/write", Write(written));
+    rounds(criterion, "lookup/write", Write(written.clone()));
+    rounds(criterion, "lookup/read and write", ReadAndWrite(Write(written)));
     for count in [10, 1_000, 100_000] {
         let mut registry = FixedRegistry::new();
         for service in 0..16 {
@@ -108,6 +129,32 @@ fn lookup(criterion: &mut Criterion) {
         rounds(criterion, &format!("lookup/{count}"), layer.layer(Back));
         rounds(criterion, &format!("lookup/always/{count}"), layer.service("orders-7").layer(Back));
     }
+}
+
+fn disturbed(criterion: &mut Criterion) {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let _in_runtime = runtime.enter();
+    let registry = EmbeddedRegistry::new();
+    let members: Vec<_> = runtime.block_on(async {
+        let definitions = instances(10_000).map(|instance| ServiceDefinition::of("orders-7", instance));
+        futures::future::try_join_all(definitions.map(|definition| registry.register(definition))).await.unwrap()
+    });
+    let layer = DiscoveryLayer::new(registry);
+    layer.follow("orders-7");
+    runtime.block_on(layer.ready());
+    let changing = runtime.spawn(async move {
+        loop {
+            for health in [Health::Critical, Health::Passing] {
+                members[5_000].report(health, "").await.unwrap();
+                tokio::task::yield_now().await;
+            }
+        }
+    });
+    let answers = || layer.status()[0].answers;
+    let before = answers();
+    rounds(criterion, "lookup/10000 beside changes", layer.layer(Back));
+    println!("{} changes were applied meanwhile", answers() - before);
+    changing.abort();
 }
 
 fn change(criterion: &mut Criterion) {
@@ -151,5 +198,5 @@ fn change(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, lookup, change);
+criterion_group!(benches, lookup, disturbed, change);
 criterion_main!(benches);

@@ -50,7 +50,8 @@ pub struct HealthCheck {
     /// The registry forgets the instance when it was critical for that long. Registries have a minimum; Consul's is a
     /// minute, looked at every half.
     pub deregister_critical_after: Option<Duration>,
-    /// Passes in a row until it counts as well; 0 is the same as 1.
+    /// Passes in a row until it counts as well; 0 is the same as 1. Consul 1.8.7 takes this and the next from a service's
+    /// registration and does not heed them.
     pub successes_before_passing: u32,
     /// Failures in a row until it counts as critical; 0 is the same as 1.
     pub failures_before_critical: u32,

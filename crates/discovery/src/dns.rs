@@ -215,3 +215,148 @@ impl fmt::Debug for DnsRegistry {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hickory_resolver::proto::op::{Message, Metadata, OpCode};
+    use hickory_resolver::proto::rr::rdata::{A, AAAA, SRV};
+    use hickory_resolver::proto::rr::{Name, Record};
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, UdpSocket};
+
+    /// What a script says to a question: records with their times to live, or a code.
+    type Said = Result<Vec<(u32, RData)>, ResponseCode>;
+
+    /// A server on one port, over UDP and TCP; over UDP it truncates what has more than four records.
+    struct Server {
+        address: SocketAddr,
+        over_tcp: Arc<AtomicUsize>,
+    }
+
+    impl Server {
+        async fn start(script: fn(&str, RecordType) -> Said) -> Self {
+            let (udp, tcp) = loop {
+                let udp = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+                if let Ok(tcp) = TcpListener::bind(udp.local_addr().unwrap()).await {
+                    break (udp, tcp);
+                }
+            };
+            let (address, over_tcp) = (udp.local_addr().unwrap(), Arc::<AtomicUsize>::default());
+            tokio::spawn(async move {
+                let mut asked = [0; 1500];
+                while let Ok((length, from)) = udp.recv_from(&mut asked).await {
+                    udp.send_to(&answer(&asked[..length], script, 4), from).await.unwrap();
+                }
+            });
+            let counted = over_tcp.clone();
+            tokio::spawn(async move {
+                while let Ok((mut stream, _)) = tcp.accept().await {
+                    counted.fetch_add(1, Ordering::Relaxed);
+                    tokio::spawn(async move {
+                        while let Ok(length) = stream.read_u16().await {
+                            let mut asked = vec![0; length.into()];
+                            stream.read_exact(&mut asked).await.unwrap();
+                            let answer = answer(&asked, script, usize::MAX);
+                            stream.write_u16(answer.len() as u16).await.unwrap();
+                            stream.write_all(&answer).await.unwrap();
+                        }
+                    });
+                }
+            });
+            Self { address, over_tcp }
+        }
+
+        fn of(&self, records: Records) -> DnsRegistry {
+            DnsRegistry::new(records).unwrap().server(self.address).unwrap()
+        }
+    }
+
+    fn answer(asked: &[u8], script: fn(&str, RecordType) -> Said, most: usize) -> Vec<u8> {
+        let asked = Message::from_vec(asked).unwrap();
+        let query = asked.queries[0].clone();
+        let said = script(&query.name().to_utf8(), query.query_type());
+        let mut answer = Message::response(asked.metadata.id, OpCode::Query);
+        let metadata: &mut Metadata = &mut answer.metadata;
+        (metadata.recursion_desired, metadata.recursion_available) = (true, true);
+        metadata.response_code = said.as_ref().err().copied().unwrap_or(ResponseCode::NoError);
+        metadata.truncation = said.as_ref().is_ok_and(|records| records.len() > most);
+        let records = said.unwrap_or_default().into_iter().take(most);
+        answer.add_answers(records.map(|(ttl, data)| Record::from_rdata(query.name().clone(), ttl, data)));
+        answer.add_query(query);
+        answer.to_vec().unwrap()
+    }
+
+    fn v4(last: u8) -> RData {
+        RData::A(A::new(10, 0, 0, last))
+    }
+
+    fn srv(priority: u16, weight: u16, port: u16, target: &str) -> RData {
+        RData::SRV(SRV::new(priority, weight, port, Name::from_utf8(target).unwrap()))
+    }
+
+    fn shown(instances: &[Instance]) -> Vec<(String, u32, u32)> {
+        instances.iter().map(|i| (i.address.to_string(), i.priority, i.weight)).collect()
+    }
+
+    const LOOPBACK: RData = RData::AAAA(AAAA(std::net::Ipv6Addr::LOCALHOST));
+
+    #[tokio::test]
+    async fn srv_records_carry_priority_weight_and_port_and_their_targets_both_families() {
+        let server = Server::start(|name, of| match (name, of) {
+            ("orders.", RecordType::SRV) => {
+                Ok(vec![(300, srv(20, 5, 82, "b.")), (300, srv(10, 0, 81, "a.")), (300, srv(10, 7, 83, "b."))])
+            }
+            ("a.", RecordType::A) => Ok(vec![(60, v4(1))]),
+            ("a.", RecordType::AAAA) => Ok(vec![(90, LOOPBACK)]),
+            ("b.", RecordType::A) => Ok(vec![(120, v4(2))]),
+            _ => Ok(Vec::new()),
+        })
+        .await;
+        let (found, ttl) = server.of(Records::Srv).ask("orders.").await.unwrap();
+        let expected = [("10.0.0.1:81", 10, 1), ("10.0.0.2:83", 10, 7), ("[::1]:81", 10, 1), ("10.0.0.2:82", 20, 5)];
+        assert_eq!(shown(&found), expected.map(|(at, priority, weight)| (at.to_owned(), priority, weight)));
+        assert_eq!(ttl, Duration::from_secs(60), "the least of all that were believed");
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_believed_for_its_time_to_live_within_floor_and_ceiling() {
+        let server = Server::start(|name, of| match (name, of) {
+            ("gone.", _) => Err(ResponseCode::NXDomain),
+            (name, RecordType::A) => Ok(vec![(name.trim_end_matches('.').parse().unwrap(), v4(1))]),
+            _ => Ok(Vec::new()),
+        })
+        .await;
+        let dns = server.of(Records::Addresses { port: 80 });
+        for (name, seconds) in [("0.", 5), ("1.", 5), ("42.", 42), ("86400.", 300), ("gone.", 300)] {
+            assert_eq!(dns.ask(name).await.unwrap().1, Duration::from_secs(seconds), "{name}");
+        }
+        let (_, ttl) = dns.clone().floor(Duration::from_secs(600)).ask("42.").await.unwrap();
+        assert_eq!(ttl, Duration::from_secs(600));
+        assert_eq!(dns.ask("gone.").await.unwrap().0, [], "a sound none");
+    }
+
+    #[tokio::test]
+    async fn what_is_truncated_comes_over_tcp_and_half_an_answer_is_a_failure() {
+        let server = Server::start(|name, of| match (name, of) {
+            ("many.", RecordType::A) => Ok((0..200).map(|i| (30, v4(i))).collect()),
+            ("few.", RecordType::A) => Ok(vec![(30, v4(1))]),
+            ("half.", RecordType::A) => Ok(vec![(30, v4(1))]),
+            ("half.", RecordType::AAAA) => Err(ResponseCode::ServFail),
+            ("split.", RecordType::SRV) => Ok(vec![(30, srv(1, 1, 80, "few.")), (30, srv(1, 1, 80, "half."))]),
+            ("refused.", _) => Err(ResponseCode::Refused),
+            _ => Ok(Vec::new()),
+        })
+        .await;
+        let dns = server.of(Records::Addresses { port: 80 });
+        assert_eq!(dns.ask("few.").await.unwrap().0.len(), 1);
+        assert_eq!(server.over_tcp.load(Ordering::Relaxed), 0);
+        assert_eq!(dns.ask("many.").await.unwrap().0.len(), 200);
+        assert!(server.over_tcp.load(Ordering::Relaxed) > 0);
+        for wrong in ["half.", "refused."] {
+            assert!(dns.ask(wrong).await.unwrap_err().is_unavailable(), "{wrong}");
+        }
+        assert!(server.of(Records::Srv).ask("split.").await.unwrap_err().is_unavailable());
+    }
+}

@@ -38,7 +38,8 @@ pub(crate) struct Watches {
     writing: Mutex<()>,
 }
 
-type Table = HashMap<Arc<str>, Arc<Watched>>;
+/// Seeded, and small: what a caller who finds collisions can slow down is bounded by the number of services.
+type Table = HashMap<Arc<str>, Arc<Watched>, foldhash::fast::RandomState>;
 
 /// One service's watch.
 pub(crate) struct Watched {

@@ -2,93 +2,20 @@
 #![cfg(feature = "consul")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
 
-use std::convert::Infallible;
+mod support;
+
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::{Request, Response};
-use http_body_util::Full;
-use portcullis_core::{Carried, Endpoints, Protocol, Scheme};
+use portcullis_core::{Protocol, Scheme};
 use portcullis_discovery::consul::RsConsul;
 use portcullis_discovery::{
-    Always, ConsulConfig, ConsulRegistry, DiscoveryLayer, Health, HealthCheck, Registry, ServiceDefinition,
+    ConsulConfig, ConsulRegistry, DiscoveryLayer, Health, HealthCheck, Registry, ServiceDefinition,
 };
 use portcullis_testing::{Backend, Consul};
 use serde_json::{Value, json};
-use tower::{Service, ServiceExt};
-use tower_layer::Layer;
 
-fn config(consul: &Consul) -> ConsulConfig {
-    ConsulConfig::new(&consul.url()).unwrap()
-}
-
-fn registry(consul: &Consul) -> ConsulRegistry {
-    ConsulRegistry::new(config(consul)).unwrap()
-}
-
-fn at(port: u16) -> SocketAddr {
-    SocketAddr::from(([127, 0, 0, 1], port))
-}
-
-/// An instance that is well from the start, without a check.
-fn definition(service: &str, id: &str, port: u16) -> ServiceDefinition {
-    ServiceDefinition::new(service, id, at(port))
-}
-
-/// Waits until `what` holds, up to ten seconds.
-async fn until(mut what: impl AsyncFnMut() -> bool) {
-    let held = tokio::time::timeout(Duration::from_secs(10), async {
-        while !what().await {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    });
-    held.await.expect("it to happen within ten seconds");
-}
-
-/// Sends a request through the layer and says which endpoints it was given; none if it was refused.
-async fn seen(layer: &DiscoveryLayer<impl portcullis_discovery::Name<()> + Clone>) -> Vec<String> {
-    let mut service = layer.layer(tower::service_fn(async |request: Request<()>| {
-        let mut ids: Vec<_> = Endpoints::of(request.extensions()).unwrap().iter().map(|e| e.id().to_string()).collect();
-        ids.sort();
-        let mut response = Response::new(Full::<Bytes>::default());
-        response.extensions_mut().insert(ids);
-        Ok::<_, Infallible>(response)
-    }));
-    let response = service.ready().await.unwrap().call(Request::new(())).await.unwrap();
-    response.extensions().get::<Vec<String>>().cloned().unwrap_or_default()
-}
-
-/// Requests that flow through a layer all the while, a thousand a second at most.
-struct Flow(tokio::task::JoinHandle<()>, Arc<[AtomicUsize; 2]>);
-
-impl Flow {
-    fn start(layer: &DiscoveryLayer<Always>) -> Self {
-        let service = layer.layer(tower::service_fn(async |_: Request<()>| {
-            Ok::<_, Infallible>(Response::new(Full::<Bytes>::default()))
-        }));
-        let counts = Arc::<[AtomicUsize; 2]>::default();
-        let counted = counts.clone();
-        let flowing = tokio::spawn(async move {
-            loop {
-                let response = service.clone().oneshot(Request::new(())).await.unwrap();
-                counted[usize::from(!response.status().is_success())].fetch_add(1, Ordering::Relaxed);
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        });
-        Self(flowing, counts)
-    }
-
-    /// Says what happened to them, and fails if any was refused.
-    fn end(self, what: &str) {
-        self.0.abort();
-        let [passed, refused] = [0, 1].map(|i| self.1[i].load(Ordering::Relaxed));
-        println!("{what}: {passed} requests passed, {refused} were refused");
-        assert!(passed > 0 && refused == 0);
-    }
-}
+use self::support::{Flow, config, definition, registry, seen, until};
 
 #[tokio::test]
 async fn registered_seen_failing_gone_back_deregistered() {
@@ -158,6 +85,41 @@ async fn parked_watches_see_changes_as_well() {
         tokio::time::sleep(Duration::from_millis(1100)).await;
     }
     assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+}
+
+/// How many connections are open to a port of the loopback interface.
+#[cfg(target_os = "linux")]
+fn connections(port: u16) -> usize {
+    let (table, remote) = (std::fs::read_to_string("/proc/net/tcp").unwrap(), format!("0100007F:{port:04X}"));
+    table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|f| f[2] == remote && f[3] == "01")
+        .count()
+}
+
+#[tokio::test]
+async fn more_services_than_an_agent_allows_connections_neither_break_it_nor_starve() {
+    const SERVICES: usize = 400;
+    let consul = Consul::start().await;
+    consul.fill(SERVICES, 2).await;
+    let layer = DiscoveryLayer::new(registry(&consul));
+    for service in 0..SERVICES {
+        layer.follow(&format!("s-{service}"));
+    }
+    layer.ready().await;
+    let endpoints = |service: usize| layer.follow(&format!("s-{service}")).unwrap().len();
+    // The agent allows 200; these are the last that came and the first.
+    for service in (SERVICES - 5..SERVICES).chain(0..5) {
+        assert_eq!(endpoints(service), 2);
+        let body = format!(r#"{{"Node":"n-1","ServiceID":"s-{service}-1"}}"#);
+        consul.put("/v1/catalog/deregister", &body).await;
+        until(async || endpoints(service) == 1).await;
+        #[cfg(target_os = "linux")]
+        assert!((100..200).contains(&connections(consul.address().port())), "of the agent's 200");
+    }
+    let failures: u64 = layer.status().iter().map(|status| status.failures).sum();
+    assert_eq!(failures, 0);
 }
 
 #[tokio::test]
@@ -258,7 +220,7 @@ async fn a_token_that_may_not_read_is_not_an_empty_service() {
     let layer = DiscoveryLayer::new(reader).service("orders");
     until(async || seen(&layer).await == ["a"]).await;
     let flow = Flow::start(&layer);
-    // The policy loses nodes, then everything; the token goes.
+    // The policy loses nodes, then everything.
     for rules in [r#"service_prefix "" { policy = "read" }"#, ""] {
         consul.put(&format!("/v1/acl/policy/{}", text(&made["ID"])), &policy(rules)).await;
         consul.put("/v1/agent/service/register", r#"{"Name":"orders","ID":"a","Port":1,"Tags":["x"]}"#).await;
@@ -273,8 +235,14 @@ async fn a_token_that_may_not_read_is_not_an_empty_service() {
     });
     patience.await.unwrap();
     flow.end("a token that lost its rights");
+    // The token goes, and the service with it: that is not heard of.
+    let flow = Flow::start(&layer);
+    let revoked = consul.delete(&format!("/v1/acl/token/{}", text(&token["AccessorID"]))).await;
+    assert_eq!(revoked.status, 200, "{}", revoked.text());
     consul.put("/v1/agent/service/deregister/a", "").await;
-    until(async || seen(&layer).await.is_empty()).await;
+    until(async || layer.status()[0].failing.as_ref().is_some_and(|(_, error)| error.is_denied())).await;
+    assert_eq!(seen(&layer).await, ["a"]);
+    flow.end("a token revoked");
 }
 
 #[tokio::test]
@@ -412,7 +380,9 @@ async fn a_cluster_without_a_leader_empties_no_pool() {
 async fn a_storm_of_registrations_ends_exactly() {
     let consul = Consul::start().await;
     let layer = DiscoveryLayer::new(registry(&consul)).service("orders");
-    layer.follow("orders");
+    consul.put("/v1/agent/service/register", r#"{"Name":"orders","ID":"0","Address":"127.0.0.1","Port":1000}"#).await;
+    until(async || seen(&layer).await == ["0"]).await;
+    let flow = Flow::start(&layer);
     let consul = &consul;
     let storm = (0..500).map(|i| async move {
         let body = format!(r#"{{"Name":"orders","ID":"{i}","Address":"127.0.0.1","Port":{}}}"#, 1000 + i);
@@ -426,8 +396,40 @@ async fn a_storm_of_registrations_ends_exactly() {
     let mut even: Vec<_> = (0..500).step_by(2).map(|i| i.to_string()).collect();
     even.sort();
     until(async || seen(&layer).await == even).await;
+    flow.end("a storm of 500 instances");
     let status = &layer.status()[0];
     assert!(status.answers < 200 && status.failures == 0, "{} answers, {} failures", status.answers, status.failures);
+}
+
+#[tokio::test]
+async fn a_million_bytes_are_read_and_more_than_allowed_are_a_failure() {
+    let consul = Consul::start().await;
+    let small = config(&consul).max_body(1_500_000);
+    let layer = DiscoveryLayer::new(ConsulRegistry::new(small).unwrap()).service("orders");
+    let long = "x".repeat(500);
+    let register = async |id: usize| {
+        let meta: serde_json::Map<_, _> = (0..50).map(|i| (format!("k{i}"), long.as_str().into())).collect();
+        let body = json!({"Name": "orders", "ID": id.to_string(), "Port": 1000 + id, "Meta": meta});
+        assert_eq!(consul.put("/v1/agent/service/register", &body.to_string()).await.status, 200);
+    };
+    for id in 0..40 {
+        register(id).await;
+    }
+    until(async || seen(&layer).await.len() == 40).await;
+    let said = consul.get("/v1/health/service/orders?passing").await.body.len();
+    assert!((1_000_000..1_500_000).contains(&said), "{said} bytes");
+    let flow = Flow::start(&layer);
+    for id in 40..70 {
+        register(id).await;
+    }
+    until(async || layer.status()[0].failing.as_ref().is_some_and(|(_, error)| error.is_unavailable())).await;
+    let kept = seen(&layer).await.len();
+    assert!((40..70).contains(&kept), "{kept}");
+    for id in 1..70 {
+        consul.put(&format!("/v1/agent/service/deregister/{id}"), "").await;
+    }
+    until(async || seen(&layer).await == ["0"]).await;
+    flow.end("an answer of more bytes than allowed");
 }
 
 #[tokio::test]

@@ -2,12 +2,16 @@
 #![cfg(feature = "consul")]
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests")]
 
+mod support;
+
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 use std::time::Duration;
 
+use futures::StreamExt;
 use portcullis_core::Instance;
 use portcullis_discovery::consul::Consistency;
-use portcullis_discovery::{ConsulConfig, ConsulRegistry, Error, Registry, Watch};
+use portcullis_discovery::{ConsulConfig, ConsulRegistry, DiscoveryLayer, Error, Registry, Watch};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -229,13 +233,64 @@ async fn every_option_reaches_the_agent_encoded() {
 }
 
 #[tokio::test]
-async fn a_watch_may_be_dropped_at_any_time() {
-    let agent = Agent::start(|number, _| (number % 2 == 0).then(|| ok(3, "", &instances(&["a"])))).await;
-    let registry = ConsulRegistry::new(agent.config()).unwrap();
-    for millis in 0..60 {
-        let mut watch = registry.watch(&"orders".into());
-        let _ = tokio::time::timeout(Duration::from_millis(millis), watch.next()).await;
+async fn a_watch_dropped_at_any_await_gives_everything_back() {
+    // Every watch gets one answer; what blocks after that blocks for ever.
+    let agent = Agent::start(|_, target| (!target.contains("index=")).then(|| ok(3, "", &instances(&["a"])))).await;
+    // One place for queries that block: a watch that kept it would park all that come after.
+    let registry = ConsulRegistry::new(agent.config().connections(1)).unwrap();
+    let blocked = || agent.asked().iter().filter(|target| target.contains("index=3&")).count();
+    let mut reached = 0;
+    for polls in 0..30 {
+        let (mut watch, mut left) = (registry.watch(&"orders".into()), polls);
+        let polled = std::future::poll_fn(|cx| {
+            while left > 0 {
+                left -= 1;
+                if watch.poll_next_unpin(cx).is_pending() {
+                    return Poll::Pending;
+                }
+            }
+            Poll::Ready(())
+        });
+        let all = tokio::time::timeout(Duration::from_millis(50), polled).await;
+        reached = if all.is_ok() { polls } else { reached };
+        drop(watch);
+        let (mut next_watch, before) = (registry.watch(&"orders".into()), blocked());
+        assert_eq!(next(&mut next_watch).await.unwrap(), ["a"], "after {polls} polls");
+        let waiting = tokio::spawn(async move { next_watch.next().await.is_some() });
+        support::until(async || blocked() > before).await;
+        waiting.abort();
+        assert!(waiting.await.is_err());
     }
-    let mut watch = registry.watch(&"orders".into());
-    while next(&mut watch).await.is_err() {}
+    assert!(reached > 4, "dropped at {reached} awaits only");
+}
+
+#[tokio::test]
+async fn an_answer_that_drips_empties_no_pool_and_is_given_up_in_time() {
+    let agent = Agent::start(|number, _| match number {
+        0 => Some(ok(5, "", &instances(&["a"]))),
+        1 => Some("drip".to_owned()),
+        2 => Some(ok(6, "", &instances(&["b"]))),
+        _ => None,
+    })
+    .await;
+    // A blocking query: a second, its sixteenth, and the margin of 0.3 s.
+    let registry = ConsulRegistry::new(agent.config().wait(Duration::from_secs(1))).unwrap();
+    let layer = DiscoveryLayer::new(registry).service("orders");
+    support::until(async || support::seen(&layer).await == ["a"]).await;
+    let (start, flow) = (tokio::time::Instant::now(), support::Flow::start(&layer));
+    support::until(async || layer.status()[0].failures == 1).await;
+    let given_up = start.elapsed();
+    assert!((Duration::from_millis(1_000)..Duration::from_millis(2_500)).contains(&given_up), "{given_up:?}");
+    support::until(async || support::seen(&layer).await == ["b"]).await;
+    flow.end("an answer that drips");
+}
+
+#[tokio::test]
+async fn a_service_that_changes_all_the_time_is_asked_for_at_a_bounded_rate() {
+    let agent = Agent::start(|number, _| Some(ok(1 + number as u64, "", &instances(&["a"])))).await;
+    let mut watch = agent.watch();
+    let all_the_time = async { while next(&mut watch).await.is_ok() {} };
+    assert!(tokio::time::timeout(Duration::from_secs(2), all_the_time).await.is_err());
+    let asked = agent.asked().len();
+    assert!((9..=8 + 2 * 4 + 2).contains(&asked), "asked {asked} times in two seconds");
 }

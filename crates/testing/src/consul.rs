@@ -177,6 +177,15 @@ impl Consul {
         self.ask(Method::PUT, path, body).await
     }
 
+    /// Has its HTTP interface remove something.
+    ///
+    /// # Panics
+    ///
+    /// When it does not answer.
+    pub async fn delete(&self, path: &str) -> Answer {
+        self.ask(Method::DELETE, path, "").await
+    }
+
     /// Puts services `s-0`, `s-1`, … into its catalog, each with as many instances `s-0-1`, `s-0-2`, … as asked for, one on
     /// each of the nodes `n-1`, `n-2`, …; all pass a check of their own.
     ///

@@ -306,3 +306,30 @@ impl Membership for Handle {
         self.ask(Command::Report(health, note))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(check: HealthCheck) -> Value {
+        document_of(&check, "c".into())
+    }
+
+    #[test]
+    fn a_check_says_all_that_was_asked_for_in_the_agents_words() {
+        let check = HealthCheck::http("https://a/health").interval(Duration::from_secs(2)).in_a_row(2, 3);
+        let check = check.timeout(Duration::from_millis(300)).initial(Health::Warning);
+        let check = check.deregister_critical_after(Duration::from_secs(600));
+        let expected = json!({
+            "CheckID": "c", "Name": "c", "HTTP": "https://a/health", "TLSSkipVerify": false, "Interval": "2000ms",
+            "Timeout": "300ms", "Status": "warning", "SuccessBeforePassing": 2, "FailuresBeforeCritical": 3,
+            "DeregisterCriticalServiceAfter": "600000ms",
+        });
+        assert_eq!(said(check), expected);
+        let (tcp, grpc) = (said(HealthCheck::tcp("a:1")), said(HealthCheck::grpc("a:1/s")));
+        assert_eq!((&tcp["TCP"], &tcp["Status"], &tcp["Timeout"]), (&json!("a:1"), &json!("critical"), &Value::Null));
+        assert_eq!((&grpc["GRPC"], &grpc["GRPCUseTLS"]), (&json!("a:1/s"), &json!(false)));
+        let ttl = said(HealthCheck::ttl(Duration::from_secs(15)).in_a_row(2, 2));
+        assert_eq!(ttl, json!({"CheckID": "c", "Name": "c", "TTL": "15000ms", "Status": "critical"}));
+    }
+}
