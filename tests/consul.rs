@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use portcullis::discovery::{ConsulConfig, ConsulRegistry, HealthCheck, Registration, Registry, ServiceDefinition};
 use portcullis::gateway::{Gateway, Route};
+use portcullis::serve::Server;
 use portcullis_testing::{Backend, Consul, client};
 
 fn registry(consul: &Consul) -> ConsulRegistry {
@@ -86,4 +87,49 @@ async fn an_agent_that_stands_still_for_ten_seconds_disturbs_nobody() {
     assert!(answers > 100);
     until(gateway, "served as before", |answer| answer.status == 200).await;
     drop(registrations);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_instance_that_deregisters_before_its_listener_stops_fails_nobody() {
+    let consul = Consul::start().await;
+    let registry = registry(&consul);
+    let stays = Backend::start("stays").await;
+    let _kept = register(&registry, &stays).await;
+    let server = Server::bind(([127, 0, 0, 1], 0)).unwrap();
+    let definition = ServiceDefinition::new("orders", "leaves", server.local_addr().unwrap());
+    let registration = registry.register(definition).await.unwrap();
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let signal = async move {
+        let _ = stopped.await;
+        registration.deregister().await.unwrap();
+    };
+    let answer = tower::service_fn(async |_: http::Request<hyper::body::Incoming>| {
+        let response = http::Response::builder().header("x-backend", "leaves");
+        Ok::<_, std::convert::Infallible>(response.body(http_body_util::Full::<bytes::Bytes>::from("x")).unwrap())
+    });
+    let leaving = tokio::spawn(server.graceful(signal, Duration::from_secs(10)).serve(answer));
+
+    let gateway = gateway(registry).await;
+    until(gateway, "served by both", |answer| answer.header("x-backend") == "leaves").await;
+    until(gateway, "served by both", |answer| answer.header("x-backend") == "stays").await;
+    let callers: Vec<_> = (0..4)
+        .map(|_| {
+            tokio::spawn(async move {
+                let (mut served, mut last) = (0, String::new());
+                for _ in 0..500 {
+                    let answer = client::get(gateway, "/orders", &[]).await.unwrap();
+                    assert_eq!(answer.status, 200, "after {served}: {}", answer.text());
+                    last = answer.header("x-backend").to_owned();
+                    served += 1;
+                }
+                last
+            })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    stop.send(()).unwrap();
+    leaving.await.unwrap().unwrap();
+    for caller in callers {
+        assert_eq!(caller.await.unwrap(), "stays");
+    }
 }

@@ -95,7 +95,8 @@ pub enum Health {
 
 /// A registered instance.
 ///
-/// [`deregister`](Self::deregister) it first when shutting down, go on serving what still arrives, then drain. Dropping
+/// [`deregister`](Self::deregister) it first when shutting down, go on serving what still arrives, then drain: with
+/// Portcullis' server that is `.graceful(async { stop.await; registration.deregister().await.ok(); }, deadline)`. Dropping
 /// the handle deregisters as well, as far as the registry can do that without being awaited: the embedded registry always,
 /// Consul as long as the runtime lives. What is left after a crash is for
 /// [`deregister_critical_after`](HealthCheck::deregister_critical_after).

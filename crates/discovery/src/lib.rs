@@ -53,6 +53,21 @@
 //! | age of what was known while the source fails | for ever | [`max_age`](DiscoveryLayer::max_age) |
 //! | services at once | [`DEFAULT_SERVICES`], 2048 | [`services`](DiscoveryLayer::services) |
 //!
+//! # What it costs
+//!
+//! Two quiet cores, `cargo bench -p portcullis-discovery --all-features --bench discovery`; the same at 10, 1,000 and
+//! 100,000 endpoints, and without an allocation but that of the value:
+//!
+//! | what | time |
+//! |---|---|
+//! | looking up a fixed name, beside writing the value | 37 ns |
+//! | looking up the request's `Destination`, beside reading it and writing the value | 37 ns |
+//! | the same, beside writing the value only | 47 ns |
+//! | the same while another thread applies changes to the 10,000 endpoints | 5 ns more |
+//! | applying one change to 10,000 endpoints: one comes or goes, one weighs more, nothing differs | 1.0, 0.44, 0.43 ms |
+//!
+//! How soon a change in Consul counts, and what its failures do to requests, is told in the module `consul`.
+//!
 //! # When something fails
 //!
 //! | what | the request |

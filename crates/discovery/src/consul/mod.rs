@@ -20,9 +20,9 @@
 //! An agent allows one address 200 connections, and a query that blocks takes one of them over HTTP/1.1. So the first
 //! [`connections`](ConsulConfig::connections) watches, 128 by default, have one each and hear of a change at once. The
 //! others are parked: two queries more tell that *something* changed, whereupon every parked watch asks, 32 at a time. They
-//! hear of an isolated change when that round is over; under churn there is one round a second at most, and without a
-//! signal each asks every 15 to 30 s. While nothing changes, parked watches cost nothing. A parked watch takes the place of
-//! one that ends.
+//! hear of an isolated change when that round is over, which takes 0.15 to 0.2 s with 1,000 services; under churn there is
+//! one round a second at most, and without a signal each asks every 15 to 30 s. While nothing changes, parked watches cost
+//! nothing. A parked watch takes the place of one that ends.
 //!
 //! Over TLS the agent speaks HTTP/2: eight connections carry 1,600 watches, and none of those is parked.
 //!
@@ -36,6 +36,36 @@
 //! A task for each registration reports for its TTL checks, three times in each, and compares every 10 s whether the agent
 //! still knows the instance; if it forgot, it is registered anew, with its maintenance. Whoever deregisters an instance by
 //! hand while its process runs will see it come back. The task ends with the [`Registration`].
+//!
+//! # What was measured
+//!
+//! Consul 1.8.7, two cores, agent and watches on one machine; `cargo bench -p portcullis-discovery --all-features --bench
+//! consul`. From sending the change to the agent to the first request that respects it:
+//!
+//! | services of ten instances | p50 | p90 | p99 | memory of all watches | processor while nothing changes |
+//! |---|---|---|---|---|---|
+//! | 128 | 2.4 ms | 2.6 ms | 3.6 ms | 8 MiB | none |
+//! | 1,000 | 89 ms | 164 ms | 190 ms | 48 MiB | none |
+//!
+//! # What failures do to requests
+//!
+//! Requests that flowed meanwhile, a thousand a second at most, and how many of them were refused; `cargo test -p
+//! portcullis-discovery --all-features --test consul --test scripted -- --nocapture` prints them anew. Against Consul
+//! 1.8.7, but for the answer that drips, which a scripted agent gives:
+//!
+//! | the agent | passed | refused | the endpoints |
+//! |---|---|---|---|
+//! | is killed and comes back empty | 130 | 0 | stay until the service appears again, then exactly what it shows |
+//! | stands still, for 20 s with `PAUSE=20` | 13,170 | 0 | stay; seen after at most the wait, its sixteenth and the margin |
+//! | loses its leader, in a cluster of three | 976 | 0 | stay; a leader comes back and they follow again |
+//! | takes the token's rights | 130 | 0 | stay, the failure is said to be a denial |
+//! | revokes the token | 6 | 0 | stay, although the instance goes meanwhile |
+//! | answers with more than is allowed | 155 | 0 | stay until the answer is small enough |
+//! | answers byte by byte | 739 | 0 | stay; given up at the deadline, then asked anew |
+//! | sees 500 instances come and half of them go | 237 | 0 | end exactly as they are, after fewer than 200 answers |
+//!
+//! What only newer agents say (that results were filtered, where an instance is) and namespaces and partitions, which need
+//! Consul Enterprise, were tried against a scripted agent only.
 //!
 //! # Defaults
 //!

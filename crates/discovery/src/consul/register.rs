@@ -311,8 +311,8 @@ impl Membership for Handle {
 mod tests {
     use super::*;
 
-    fn said(check: HealthCheck) -> Value {
-        document_of(&check, "c".into())
+    fn said(check: &HealthCheck) -> Value {
+        document_of(check, "c".into())
     }
 
     #[test]
@@ -325,11 +325,11 @@ mod tests {
             "Timeout": "300ms", "Status": "warning", "SuccessBeforePassing": 2, "FailuresBeforeCritical": 3,
             "DeregisterCriticalServiceAfter": "600000ms",
         });
-        assert_eq!(said(check), expected);
-        let (tcp, grpc) = (said(HealthCheck::tcp("a:1")), said(HealthCheck::grpc("a:1/s")));
+        assert_eq!(said(&check), expected);
+        let (tcp, grpc) = (said(&HealthCheck::tcp("a:1")), said(&HealthCheck::grpc("a:1/s")));
         assert_eq!((&tcp["TCP"], &tcp["Status"], &tcp["Timeout"]), (&json!("a:1"), &json!("critical"), &Value::Null));
         assert_eq!((&grpc["GRPC"], &grpc["GRPCUseTLS"]), (&json!("a:1/s"), &json!(false)));
-        let ttl = said(HealthCheck::ttl(Duration::from_secs(15)).in_a_row(2, 2));
+        let ttl = said(&HealthCheck::ttl(Duration::from_secs(15)).in_a_row(2, 2));
         assert_eq!(ttl, json!({"CheckID": "c", "Name": "c", "TTL": "15000ms", "Status": "critical"}));
     }
 }
