@@ -114,6 +114,23 @@ async fn trailers_pass_both_ways_and_forbidden_ones_do_not() {
     assert_eq!(body, "2\r\nok\r\n0\r\nx-check: 2\r\n\r\n");
 }
 
+/// hyper reads trailers up to the first empty line, but goes on behind the first whole one: what lies in between is
+/// neither sent on nor taken for a request.
+#[tokio::test]
+async fn what_hides_among_trailers_is_no_request() {
+    let upstream = Upstream::bind().await;
+    let mut client = client(&upstream.forward()).await;
+    client.send("POST /a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\nGET /b HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    client.send("GET /c HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let mut server = upstream.accept().await;
+    for (line, body) in [("POST /a ", "0\r\n\r\n"), ("GET /c ", "")] {
+        let (head, sent) = server.message().await;
+        assert!(head.starts_with(line) && sent == body, "{head}{sent}");
+        server.send(OK).await;
+        client.message().await;
+    }
+}
+
 #[tokio::test]
 async fn a_client_that_expects_100_gets_it_and_the_upstream_gets_the_body() {
     let upstream = Upstream::bind().await;

@@ -134,16 +134,20 @@ impl Reader {
 }
 
 impl<'a> Lines<'a> {
-    /// The next line without its end.
-    fn next(&mut self) -> Result<&'a [u8], Option<&'static str>> {
+    /// The next line without its end, whatever is in it.
+    fn raw(&mut self) -> Result<&'a [u8], Option<&'static str>> {
         let rest = &self.bytes[self.at..];
         let end = rest.iter().position(|byte| *byte == b'\n').ok_or(None)?;
         self.at += end + 1;
-        let line = match rest[..end].strip_suffix(b"\r") {
-            Some(line) => line,
-            None if self.reader == Reader::Lenient => &rest[..end],
-            None => return Err(Some("bare line feed")),
-        };
+        match rest[..end].strip_suffix(b"\r") {
+            Some(line) => Ok(line),
+            None if self.reader == Reader::Lenient => Ok(&rest[..end]),
+            None => Err(Some("bare line feed")),
+        }
+    }
+
+    fn next(&mut self) -> Result<&'a [u8], Option<&'static str>> {
+        let line = self.raw()?;
         if line.iter().any(|byte| matches!(byte, b'\r' | b'\0')) {
             return Err(Some("control character"));
         }
@@ -175,18 +179,32 @@ impl<'a> Lines<'a> {
         }
     }
 
+    /// hyper looks for the end of the trailers by `CR LF CR LF`, and then reads in between up to the first empty line, also
+    /// if that is a bare line feed: the rest is lost. See `what_hides_among_trailers_is_no_request`.
+    fn trailers(&mut self) -> Result<Fields, Option<&'static str>> {
+        let rest = &self.bytes[self.at..];
+        if self.reader == Reader::Strict || rest.starts_with(b"\r\n") {
+            return self.fields();
+        }
+        let end = rest.windows(4).position(|window| window == b"\r\n\r\n").ok_or(None)? + 4;
+        let trailers = Lines { bytes: &rest[..end], at: 0, reader: self.reader }.fields()?;
+        self.at += end;
+        Ok(trailers)
+    }
+
     fn chunks(&mut self) -> Result<(Vec<u8>, Fields), Option<&'static str>> {
         let mut body = Vec::new();
         loop {
-            let line = std::str::from_utf8(self.next()?).map_err(|_| Some("chunk size"))?;
-            let size = match (line.split_once(';'), self.reader) {
-                (Some((size, _)), Reader::Lenient) => size.trim_end_matches([' ', '\t']),
-                (Some(_), Reader::Strict) => return Err(Some("chunk extension")),
-                (None, _) => line,
+            let line = self.raw()?;
+            let size = match self.reader {
+                Reader::Strict => line,
+                // What an extension says goes no further, so it may be anything; and hyper overlooks spaces.
+                Reader::Lenient => line.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii_end(),
             };
+            let size = std::str::from_utf8(size).map_err(|_| Some("chunk size"))?;
             let size = number(size, 16).ok_or(Some("chunk size"))?;
             if size == 0 {
-                return Ok((body, self.fields()?));
+                return Ok((body, self.trailers()?));
             }
             body.extend_from_slice(self.take(size)?);
             if !self.next()?.is_empty() {
