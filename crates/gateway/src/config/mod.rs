@@ -1,20 +1,42 @@
 //! From a file to what it means, or to everything that is wrong with it.
 
-mod check;
+mod auth;
+mod balance;
+mod breaker;
+mod limit;
+mod listener;
 mod mistake;
 mod model;
+mod operate;
+mod plain;
 mod read;
+mod registry;
+mod route;
+mod secret;
+mod section;
+mod service;
 
 use std::path::Path;
 
 use serde_json::{Value as Json, json};
 use toml::de::DeTable;
 
+pub use self::auth::*;
+pub use self::balance::*;
+pub use self::breaker::*;
+pub use self::limit::*;
+pub use self::listener::*;
 use self::mistake::Notes;
 pub use self::mistake::{Mistake, Mistakes};
 pub use self::model::*;
-pub use self::read::{At, Blob, Bytes, Map, Rate, Secret, Share};
+pub use self::operate::*;
+pub use self::plain::{Bytes, Map, Rate, Share};
+pub use self::read::At;
 use self::read::{Reader, Value};
+pub use self::registry::*;
+pub use self::route::*;
+pub use self::secret::{Blob, Secret};
+pub use self::service::*;
 
 /// The largest file that is read.
 pub const MAX_FILE: u64 = 4 << 20;

@@ -1,0 +1,71 @@
+//! When an endpoint is kept away from.
+
+use std::num::NonZeroU16;
+use std::time::Duration;
+
+use super::mistake::Notes;
+use super::plain::Share;
+use super::read::At;
+use super::section::section;
+
+section! {
+    /// When an endpoint is kept away from.
+    pub struct Breaker {
+        /// Whether there is one at all.
+        enabled: bool = true,
+        /// Opens after so many failures in a row; 0 does not look at that.
+        failures: u16 = 5,
+        /// How long it stays open.
+        open_for: Duration = Duration::from_secs(60),
+        /// How long it may stay open at most when it opens again and again, twice as long each time.
+        open_limit: Option<Duration>,
+        /// How many requests at a time see how things are, after that.
+        probes: NonZeroU16 = NonZeroU16::MIN,
+        /// How many of them must succeed for it to close.
+        successes: NonZeroU16 = NonZeroU16::MIN,
+        /// When such a request is taken for lost.
+        probe_timeout: Duration = Duration::from_secs(10),
+        /// Opens when this share of the calls in the window failed.
+        failure_rate: Option<At<Share>>,
+        /// Opens when this share of the calls in the window was slow.
+        slow_rate: Option<At<Share>>,
+        /// From when on a call is slow.
+        slow_after: Option<At<Duration>>,
+        /// The window: so many calls. Either this or `window`.
+        window_calls: Option<At<u16>>,
+        /// The window: so long.
+        window: Option<At<Duration>>,
+        /// Does not look at shares of fewer calls than this.
+        at_least: u32 = 20,
+    }
+}
+
+impl Breaker {
+    pub(super) fn check(&self, notes: &mut Notes<'_>) {
+        let has_window = self.window.is_some() || self.window_calls.is_some();
+        for rate in [&self.failure_rate, &self.slow_rate].into_iter().flatten() {
+            if !has_window {
+                notes.push(&rate.span, "a share of what is not said", "add window = \"10s\" or window_calls = 100");
+            }
+        }
+        match (&self.slow_rate, &self.slow_after) {
+            (Some(rate), None) => notes.push(&rate.span, "not said what is slow", "add slow_after = \"1s\""),
+            (None, Some(after)) => notes.push(&after.span, "not said how many may be slow", "add slow_rate = 0.5"),
+            _ => {}
+        }
+        if let (Some(window), Some(_)) = (&self.window, &self.window_calls) {
+            notes.push(&window.span, "both window and window_calls", "keep one of them");
+        }
+        let seconds = self.window.as_ref().map(|window| (&window.span, window.as_secs_f64()));
+        if let Some((span, _)) = seconds.filter(|(_, seconds)| !(0.1..=3600.0).contains(seconds)) {
+            notes.push(span, "a window lasts 100 ms to an hour", "such as window = \"10s\"");
+        }
+        if let Some(calls) = self.window_calls.as_ref().filter(|calls| !(1..=1000).contains(&***calls)) {
+            notes.push(&calls.span, "a window holds 1 to 1000 calls", "such as window_calls = 100");
+        }
+        if has_window && self.failure_rate.is_none() && self.slow_rate.is_none() {
+            let span = self.window.as_ref().map(|at| &at.span).or(self.window_calls.as_ref().map(|at| &at.span));
+            notes.push(span.unwrap_or(&(0..0)), "a window that opens nothing", "add failure_rate = 0.5");
+        }
+    }
+}

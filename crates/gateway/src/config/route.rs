@@ -1,0 +1,318 @@
+//! Which requests go where.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use http::{HeaderName, HeaderValue, Method, StatusCode};
+
+use super::auth::{AuthMode, RouteAuth};
+use super::balance::Retry;
+use super::mistake::Notes;
+use super::model::{Config, known};
+use super::plain::{Bytes, Map};
+use super::read::At;
+use super::section::{section, shorthand, words};
+
+section! {
+    /// Which requests go where.
+    pub struct Route {
+        /// For logs and metrics, instead of the path.
+        name: Option<String>,
+        /// Host names, such as "api.example.com" or "*.example.com". Any, by default.
+        hosts: Vec<At<String>>,
+        /// A path: "/a", with parameters "/a/{id}", with a rest "/a/{*rest}", which also takes "/a" and "/a/".
+        path: Option<At<String>>,
+        /// gRPC: a service, and perhaps a method, instead of a path.
+        grpc: Option<Grpc>,
+        /// Methods; any, by default. GET takes HEAD along.
+        methods: Vec<Method>,
+        /// Headers a request must have: a value, or a table that says what of it.
+        headers: Map<Matches>,
+        /// Query parameters a request must have.
+        query: Map<Matches>,
+        /// The service, or several with weights.
+        to: Vec<Backend>,
+        /// Sends the caller elsewhere instead.
+        redirect: Option<Redirect>,
+        /// Answers at once instead.
+        respond: Option<Respond>,
+        /// Takes this from the beginning of the path before it is sent on.
+        strip_prefix: Option<At<String>>,
+        /// Puts this before the path, after that.
+        add_prefix: Option<At<String>>,
+        /// What is asked of callers, instead of the default.
+        auth: Option<RouteAuth>,
+        /// Names of limits that hold here, instead of the default ones. An empty list: none.
+        limits: Option<Vec<At<String>>>,
+        /// Answers 504 to what takes longer, other attempts included.
+        timeout: Option<Duration>,
+        /// How large a request's body may be.
+        max_body: Option<Bytes>,
+        /// What becomes of paths that are not in normal form.
+        paths: Paths = Paths::Refuse,
+        /// Changes to the request's headers.
+        request_headers: Edits,
+        /// Changes to the response's headers.
+        response_headers: Edits,
+        /// Lets pages of other origins call.
+        cors: Option<Cors>,
+        /// When another endpoint is tried, instead of what the service says.
+        retry: Option<Retry>,
+    }
+}
+
+section! {
+    /// A gRPC service and method.
+    pub struct Grpc {
+        /// The service with its package, such as "shop.v1.Orders".
+        service: At<String>,
+        /// The method; all, by default.
+        method: Option<At<String>>,
+    }
+}
+
+shorthand! {
+    /// What of a value must be so: text must be equal.
+    pub struct Matches(MatchesTable);
+    String, |text| MatchesTable { exact: Some(text), prefix: None, present: None }
+}
+
+section! {
+    /// What of a value must be so. Several keys must all hold.
+    pub struct MatchesTable {
+        /// It is this.
+        exact: Option<String>,
+        /// It begins so.
+        prefix: Option<String>,
+        /// Whether it is there at all.
+        present: Option<bool>,
+    }
+}
+
+shorthand! {
+    /// A service and its share of a route's requests.
+    pub struct Backend(BackendTable);
+    At<String>, |service| BackendTable { service, weight: 1 }
+}
+
+section! {
+    /// A service and its share of a route's requests.
+    pub struct BackendTable {
+        /// Its name.
+        service: At<String>,
+        /// Its share, relative to the others.
+        weight: u32 = 1,
+    }
+}
+
+words! {
+    /// What becomes of paths that are not in normal form.
+    pub enum Paths {
+        /// 400.
+        Refuse = "refuse",
+        /// 308 to the normal form.
+        Redirect = "redirect",
+        /// As they are.
+        Pass = "pass",
+    }
+}
+
+section! {
+    /// Sends the caller elsewhere.
+    pub struct Redirect {
+        /// The status.
+        status: At<u16> = At::of(302),
+        /// "http" or "https", instead of the one that was used.
+        scheme: Option<At<String>>,
+        /// A host, perhaps with a port, instead of the one that was asked for.
+        host: Option<At<String>>,
+        /// A path, instead of the one that was asked for.
+        path: Option<At<String>>,
+    }
+}
+
+section! {
+    /// Answers at once.
+    pub struct Respond {
+        /// The status.
+        status: StatusCode = StatusCode::OK,
+        /// The body.
+        body: String = String::new(),
+        /// What the body is.
+        content_type: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8"),
+    }
+}
+
+section! {
+    /// Changes to headers.
+    pub struct Edits {
+        /// Replaces all of that name.
+        set: Map<HeaderValue>,
+        /// Adds one beside those of that name.
+        add: Map<HeaderValue>,
+        /// Removes all of that name.
+        remove: Vec<HeaderName>,
+    }
+}
+
+section! {
+    /// Lets pages of other origins call ([the fetch standard](https://fetch.spec.whatwg.org/#http-cors-protocol)).
+    pub struct Cors {
+        /// Origins, such as `https://app.example.com`, or "*".
+        origins: Vec<At<String>>,
+        /// Methods, beside those that need no leave.
+        methods: Vec<Method>,
+        /// Headers a page may send, or "*".
+        headers: Vec<String>,
+        /// Headers a page may read.
+        expose: Vec<HeaderName>,
+        /// Lets pages send cookies and credentials. Not with the origin "*".
+        credentials: bool = false,
+        /// How long a browser may remember the answer.
+        max_age: Duration = Duration::from_secs(600),
+    }
+}
+
+impl Route {
+    pub(super) fn check(&self, span: &Range<usize>, config: &Config, notes: &mut Notes<'_>) {
+        let answers = [!self.to.is_empty(), self.redirect.is_some(), self.respond.is_some()];
+        match answers.iter().filter(|&&answer| answer).count() {
+            0 => notes.push(span, "the route leads nowhere", "add to = \"<service>\", redirect or respond"),
+            1 => {}
+            _ => notes.push(span, "the route leads to several things", "keep one of to, redirect and respond"),
+        }
+        for BackendTable { service, .. } in self.to.iter().map(|backend| &backend.0) {
+            known(service, &config.services, "service", notes);
+        }
+        if self.to.len() > 1 && self.to.iter().all(|backend| backend.0.weight == 0) {
+            notes.push(span, "all weights are 0", "give one of them another");
+        }
+        match (&self.path, &self.grpc) {
+            (None, None) => {
+                notes.push(span, "the route has no path", "add path = \"/{*rest}\", which takes everything")
+            }
+            (Some(path), Some(_)) => notes.push(&path.span, "both path and grpc", "keep one of them"),
+            (Some(path), None) if !path.starts_with('/') => {
+                notes.push(
+                    &path.span,
+                    format!("{:?} does not begin with a slash", **path),
+                    format!("such as \"/{}\"", **path),
+                );
+            }
+            (Some(_), None) => {}
+            (None, Some(grpc)) => {
+                let names = [Some(&grpc.service), grpc.method.as_ref()];
+                for name in names.into_iter().flatten().filter(|name| name.is_empty() || name.contains(['/', '{', '}']))
+                {
+                    notes.push(&name.span, format!("{:?} is no name", **name), "such as \"shop.v1.Orders\"");
+                }
+            }
+        }
+        for host in &self.hosts {
+            let name = host.strip_prefix("*.").unwrap_or(host);
+            if name.is_empty() || name.contains(['*', ':', '/']) || !name.is_ascii() {
+                notes.push(
+                    &host.span,
+                    format!("{:?} is no host name", **host),
+                    "such as \"api.example.com\" or \"*.example.com\", without a port",
+                );
+            }
+        }
+        for name in self.headers.keys().chain(self.request_headers.set.keys()).chain(self.request_headers.add.keys()) {
+            header(name, span, notes);
+        }
+        for name in self.response_headers.set.keys().chain(self.response_headers.add.keys()) {
+            header(name, span, notes);
+        }
+        for limit in self.limits.iter().flatten() {
+            known(limit, &config.limits, "limit", notes);
+        }
+        for prefix in [&self.strip_prefix, &self.add_prefix].into_iter().flatten() {
+            if !prefix.starts_with('/') {
+                notes.push(
+                    &prefix.span,
+                    format!("{:?} does not begin with a slash", **prefix),
+                    format!("such as \"/{}\"", **prefix),
+                );
+            }
+        }
+        if let Some(auth) = &self.auth {
+            for provider in &auth.0.providers {
+                known(provider, &config.auth.providers, "provider", notes);
+            }
+            if auth.0.mode != AuthMode::None && config.auth.providers.is_empty() {
+                notes.push(
+                    span,
+                    "the route asks who is calling, and there is no way to tell",
+                    "add [auth.providers.<name>]",
+                );
+            }
+        }
+        if self.to.is_empty() {
+            let asks = self.auth.as_ref().is_some_and(|auth| auth.0.mode != AuthMode::None);
+            if asks || self.limits.as_ref().is_some_and(|limits| !limits.is_empty()) {
+                notes.push(
+                    span,
+                    "redirects and fixed answers are given before anybody is asked or counted",
+                    "remove auth and limits",
+                );
+            }
+        }
+        if let Some(redirect) = &self.redirect {
+            redirect.check(notes);
+        }
+        if let Some(cors) = &self.cors {
+            cors.check(span, notes);
+        }
+    }
+}
+
+fn header(name: &str, span: &Range<usize>, notes: &mut Notes<'_>) {
+    if name.parse::<http::HeaderName>().is_err() {
+        notes.push(span, format!("{name:?} is no name of a header"), "such as \"x-tenant\"");
+    }
+}
+
+impl Redirect {
+    pub(super) fn check(&self, notes: &mut Notes<'_>) {
+        if ![301, 302, 303, 307, 308].contains(&*self.status) {
+            notes.push(&self.status.span, format!("{} is no redirect", *self.status), "one of 301, 302, 303, 307, 308");
+        }
+        if let Some(scheme) = self.scheme.as_ref().filter(|scheme| !["http", "https"].contains(&scheme.as_str())) {
+            notes.push(&scheme.span, format!("{:?} is no scheme", **scheme), "\"http\" or \"https\"");
+        }
+        if let Some(host) = self.host.as_ref().filter(|host| host.parse::<http::uri::Authority>().is_err()) {
+            notes.push(&host.span, format!("{:?} is no host", **host), "such as \"example.com\"");
+        }
+        if let Some(path) =
+            self.path.as_ref().filter(|path| !path.starts_with('/') || path.parse::<http::uri::PathAndQuery>().is_err())
+        {
+            notes.push(&path.span, format!("{:?} is no path", **path), "such as \"/new\"");
+        }
+    }
+}
+
+impl Cors {
+    pub(super) fn check(&self, span: &Range<usize>, notes: &mut Notes<'_>) {
+        if self.origins.is_empty() {
+            notes.push(span, "cors without an origin", "add origins = [\"https://app.example.com\"]");
+        }
+        for origin in &self.origins {
+            if **origin == "*" {
+                if self.credentials {
+                    notes.push(
+                        &origin.span,
+                        "every origin, with credentials",
+                        "name the origins, or set credentials = false",
+                    );
+                }
+            } else if !origin.contains("://") || origin.ends_with('/') {
+                notes.push(
+                    &origin.span,
+                    format!("{:?} is no origin", **origin),
+                    "such as \"https://app.example.com\", without a path",
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! What stands elsewhere: secrets, keys and certificates.
+
+use std::path::{Path, PathBuf};
+use std::{fmt, fs};
+
+use serde_json::{Value as Json, json};
+use toml::de::DeValue;
+
+use super::mistake::Notes;
+use super::read::{At, Node, Reader, Value};
+
+/// A secret, from the environment or a file, or as it stands. It is never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret {
+    source: Source,
+    value: String,
+}
+
+/// The contents of a file, or of a variable of the environment.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Blob {
+    source: Source,
+    bytes: Vec<u8>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    Literal,
+    Environment(String),
+    File(PathBuf),
+}
+
+// === impl Reader ===
+
+impl Reader<'_> {
+    /// `{ env = "NAME" }` or `{ file = "path" }`.
+    fn elsewhere(&mut self, node: &Node<'_>) -> Option<(Source, Vec<u8>)> {
+        let table = node.get_ref().as_table()?;
+        self.keys(table, &["env", "file"]);
+        match (table.get("env"), table.get("file")) {
+            (Some(name), None) => {
+                let text = self.text(name, "the name of a variable of the environment")?;
+                let Some(value) = (self.environment)(text) else {
+                    let help = format!("export {text}=… before the start");
+                    self.notes.push(&name.span(), format!("{text} is not set in the environment"), help);
+                    return None;
+                };
+                Some((Source::Environment(text.to_owned()), value.into_bytes()))
+            }
+            (None, Some(path)) => {
+                let text = self.text(path, "a path")?;
+                self.file(path, text)
+            }
+            _ => {
+                self.notes.push(
+                    &node.span(),
+                    "not clear where to read it",
+                    "say one of env = \"NAME\" and file = \"path\"",
+                );
+                None
+            }
+        }
+    }
+
+    fn file(&mut self, node: &Node<'_>, path: &str) -> Option<(Source, Vec<u8>)> {
+        const LARGEST: u64 = 16 << 20;
+        let path = self.folder.join(path);
+        let read = fs::metadata(&path).and_then(|about| {
+            if about.len() > LARGEST {
+                return Err(std::io::Error::other("larger than 16 MiB"));
+            }
+            fs::read(&path)
+        });
+        match read {
+            Ok(bytes) => Some((Source::File(path), bytes)),
+            Err(error) => {
+                let help = "the path is relative to the file's own folder, and must be readable for this user";
+                self.notes.push(&node.span(), format!("cannot read {}: {error}", path.display()), help);
+                None
+            }
+        }
+    }
+}
+
+// === impl Secret ===
+
+impl Secret {
+    /// The secret itself.
+    #[must_use]
+    pub fn reveal(&self) -> &str {
+        &self.value
+    }
+
+    /// Whether it stands in the file itself.
+    #[must_use]
+    pub fn is_literal(&self) -> bool {
+        self.source == Source::Literal
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Secret").field(&self.source).finish()
+    }
+}
+
+impl Value for Secret {
+    fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
+        if let Some(text) = node.get_ref().as_str() {
+            return Some(Self { source: Source::Literal, value: text.to_owned() });
+        }
+        if !node.get_ref().is_table() {
+            reader.wrong(node, "a secret: { env = \"NAME\" }, { file = \"path\" }, or text");
+            return None;
+        }
+        let (source, bytes) = reader.elsewhere(node)?;
+        let text = String::from_utf8(bytes).ok().map(|text| text.trim_end_matches(['\r', '\n']).to_owned());
+        let Some(value) = text.filter(|text| !text.is_empty()) else {
+            reader.notes.push(&node.span(), "the secret is empty or not text", "put it there in UTF-8");
+            return None;
+        };
+        Some(Self { source, value })
+    }
+
+    fn schema() -> Json {
+        json!({ "anyOf": [elsewhere_schema(), { "type": "string" }] })
+    }
+
+    fn show(&self) -> Json {
+        self.source.show()
+    }
+}
+
+fn elsewhere_schema() -> Json {
+    let one = |key: &str| {
+        json!({
+            "type": "object", "properties": { key: { "type": "string" } },
+            "required": [key], "additionalProperties": false,
+        })
+    };
+    json!({ "anyOf": [one("env"), one("file")] })
+}
+
+impl Source {
+    fn show(&self) -> Json {
+        match self {
+            Self::Literal => json!("***"),
+            Self::Environment(name) => json!({ "env": name }),
+            Self::File(path) => json!({ "file": path.display().to_string() }),
+        }
+    }
+}
+
+// === impl Blob ===
+
+impl Blob {
+    /// What is in it.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The file it was read from.
+    #[must_use]
+    pub fn path(&self) -> Option<&Path> {
+        match &self.source {
+            Source::File(path) => Some(path),
+            Source::Environment(_) | Source::Literal => None,
+        }
+    }
+}
+
+impl fmt::Debug for Blob {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Blob").field(&self.source).finish()
+    }
+}
+
+impl Value for Blob {
+    fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
+        let (source, bytes) = match node.get_ref() {
+            DeValue::String(path) => reader.file(node, path)?,
+            DeValue::Table(_) => reader.elsewhere(node)?,
+            _ => {
+                reader.wrong(node, "a path, { file = \"path\" } or { env = \"NAME\" }");
+                return None;
+            }
+        };
+        Some(Self { source, bytes })
+    }
+
+    fn schema() -> Json {
+        json!({ "anyOf": [{ "type": "string" }, elsewhere_schema()] })
+    }
+
+    fn show(&self) -> Json {
+        self.source.show()
+    }
+}
+
+/// Notes what is no PEM with a section of this name.
+pub(super) fn pem(blob: &At<Blob>, what: &str, notes: &mut Notes<'_>) {
+    let text = String::from_utf8_lossy(blob.bytes());
+    if !text.lines().any(|line| line.starts_with("-----BEGIN ") && line.trim_end().ends_with(&format!("{what}-----"))) {
+        notes.push(
+            &blob.span,
+            format!("there is no {what} in it"),
+            format!("it must hold PEM: -----BEGIN {what}-----"),
+        );
+    }
+}

@@ -1,0 +1,196 @@
+//! Services behind the gateway.
+
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::ops::Range;
+use std::time::Duration;
+
+use portcullis_core::Address;
+
+use super::balance::{Balance, Retry};
+use super::breaker::Breaker;
+use super::mistake::Notes;
+use super::model::known;
+use super::plain::Map;
+use super::read::At;
+use super::registry::Registry;
+use super::secret::{Blob, pem};
+use super::section::{section, shorthand, words};
+
+section! {
+    /// A service behind the gateway.
+    pub struct Service {
+        /// Its instances, when they are known. Either this or `registry`.
+        endpoints: Vec<Endpoint>,
+        /// The registry that knows its instances.
+        registry: Option<At<String>>,
+        /// What the registry calls it, instead of its name here.
+        registered_as: Option<String>,
+        /// How an endpoint is picked.
+        balance: Balance,
+        /// When an endpoint is kept away from.
+        breaker: Breaker,
+        /// When another endpoint is tried.
+        retry: Retry,
+        /// How long things may take.
+        timeouts: Timeouts,
+        /// The connections to its endpoints.
+        pool: Pool,
+        /// How endpoints that speak TLS are verified.
+        tls: UpstreamTls,
+        /// Asks endpoints how they are, for registries that do not.
+        health: Option<Health>,
+        /// Speaks TLS to all endpoints listed here.
+        https: bool = false,
+        /// What endpoints listed here speak: "auto" is HTTP/2 for gRPC and HTTP/1.1 otherwise.
+        protocol: Protocol = Protocol::Auto,
+        /// The Host endpoints see: "keep" what the caller asked for, "endpoint" their own address, or a name.
+        host: String = String::from("keep"),
+    }
+}
+
+shorthand! {
+    /// One instance: an address, or a table that says more.
+    pub struct Endpoint(EndpointTable);
+    At<Address>, |address| EndpointTable { address, weight: 1, priority: 0, zone: None }
+}
+
+section! {
+    /// One instance of a service.
+    pub struct EndpointTable {
+        /// Where it listens.
+        address: At<Address>,
+        /// Its share of the traffic.
+        weight: u32 = 1,
+        /// Lower goes first.
+        priority: u32 = 0,
+        /// The zone it runs in.
+        zone: Option<String>,
+    }
+}
+
+words! {
+    /// What endpoints speak.
+    pub enum Protocol {
+        /// HTTP/1.1 and HTTP/2.
+        Auto = "auto",
+        /// HTTP/1.1.
+        Http1 = "http1",
+        /// HTTP/2.
+        Http2 = "http2",
+    }
+}
+
+section! {
+    /// How long things may take.
+    pub struct Timeouts {
+        /// To have a connection.
+        connect: Option<Duration>,
+        /// From the end of the request to the head of the response.
+        response: Option<Duration>,
+        /// From the first byte to the last, other attempts included.
+        total: Option<Duration>,
+        /// Without a byte in either direction.
+        idle: Option<Duration>,
+    }
+}
+
+section! {
+    /// The connections to a service's endpoints.
+    pub struct Pool {
+        /// Idle connections kept for each endpoint.
+        max_idle: Option<NonZeroUsize>,
+        /// Connections for each endpoint.
+        max_connections: Option<NonZeroUsize>,
+        /// How long an idle connection is kept.
+        idle_timeout: Option<Duration>,
+    }
+}
+
+section! {
+    /// How endpoints that speak TLS are verified.
+    pub struct UpstreamTls {
+        /// Authorities to believe instead of the system's, as PEM.
+        ca: Option<At<Blob>>,
+        /// A certificate to show, as PEM.
+        certificate: Option<At<Blob>>,
+        /// Its private key, as PEM.
+        key: Option<At<Blob>>,
+        /// The name that their certificate must be for, instead of their address.
+        name: Option<String>,
+    }
+}
+
+section! {
+    /// Asks endpoints how they are.
+    pub struct Health {
+        /// How they are asked.
+        kind: HealthKind = HealthKind::Http,
+        /// HTTP: the path to get; any 2xx is well. gRPC: the name of the service to ask for.
+        path: Option<String>,
+        /// How often.
+        interval: Duration = Duration::from_secs(10),
+        /// How long an answer may take.
+        timeout: Duration = Duration::from_secs(2),
+        /// How many bad answers in a row make an endpoint sick.
+        unhealthy: NonZeroU32 = NonZeroU32::new(3).unwrap_or(NonZeroU32::MIN),
+        /// How many good answers in a row make it well again.
+        healthy: NonZeroU32 = NonZeroU32::new(2).unwrap_or(NonZeroU32::MIN),
+    }
+}
+
+words! {
+    /// How endpoints are asked.
+    pub enum HealthKind {
+        /// A GET that must be answered with 2xx.
+        Http = "http",
+        /// A connection that must come about.
+        Tcp = "tcp",
+        /// grpc.health.v1.Health/Check, which must say SERVING.
+        Grpc = "grpc",
+    }
+}
+
+impl Service {
+    pub(super) fn check(&self, name: &str, span: &Range<usize>, registries: &Map<At<Registry>>, notes: &mut Notes<'_>) {
+        match (&self.registry, self.endpoints.first()) {
+            (Some(registry), None) => known(registry, registries, "registry", notes),
+            (Some(registry), Some(_)) => {
+                notes.push(&registry.span, "both endpoints and a registry", "keep one of them");
+            }
+            (None, Some(_)) => {}
+            (None, None) => {
+                let what = format!("the service {name:?} has neither endpoints nor a registry");
+                notes.push(span, what, "add endpoints = [\"127.0.0.1:9001\"] or registry = \"<name>\"");
+            }
+        }
+        for (index, endpoint) in self.endpoints.iter().enumerate() {
+            let address = &endpoint.0.address;
+            if self.endpoints[..index].iter().any(|other| *other.0.address == **address) {
+                notes.push(&address.span, format!("{} is listed twice", **address), "use weight to give it more");
+            }
+        }
+        if self.host != "keep" && self.host != "endpoint" && http::HeaderValue::from_str(&self.host).is_err() {
+            notes.push(
+                span,
+                format!("the service {name:?} has a host that is none"),
+                "\"keep\", \"endpoint\" or a name",
+            );
+        }
+        self.breaker.check(notes);
+        self.tls.check(notes);
+    }
+}
+
+impl UpstreamTls {
+    pub(super) fn check(&self, notes: &mut Notes<'_>) {
+        for certificate in [&self.ca, &self.certificate].into_iter().flatten() {
+            pem(certificate, "CERTIFICATE", notes);
+        }
+        match (&self.certificate, &self.key) {
+            (Some(_), Some(key)) => pem(key, "PRIVATE KEY", notes),
+            (Some(one), None) => notes.push(&one.span, "a certificate without its key", "set tls.key"),
+            (None, Some(one)) => notes.push(&one.span, "a key without its certificate", "set tls.certificate"),
+            (None, None) => {}
+        }
+    }
+}
