@@ -23,8 +23,10 @@ use crate::pick::{Asked, Pick, mix};
 use crate::policy::{Policy, Reason};
 use crate::replay::{BoxError, Keeper, Replay};
 use crate::served::{Failed, Served};
+use crate::spare::Spare;
 use crate::sticky::Token;
 use crate::view::Nobody;
+use crate::waiting::Place;
 use crate::watch::{Attempt, Watch};
 
 pin_project! {
@@ -66,22 +68,27 @@ pin_project! {
 struct Call<S: Service<Request<Replay<B>>>, P: Pick, B> {
     shared: Arc<Shared<P>>,
     service: S,
-    /// The request of the next attempt.
-    next: Option<(Parts, Replay<B>)>,
-    /// The request's head for attempts after that; `None` when there will be none.
-    head: Option<Parts>,
+    /// The request's head for another attempt; `None` when there will be none.
+    spare: Option<Spare>,
     keeper: Keeper<B>,
     route: Option<Route>,
-    dialect: Dialect,
     repeats: bool,
     attempt: Option<Attempt<P>>,
+    /// The endpoint the caller's cookie leads to.
+    token: Option<Token>,
+    trouble: Option<Box<Trouble<S::Response, S::Error, P, B>>>,
+}
+
+/// What only calls need that wait, whose attempts are timed, or that are attempted again.
+struct Trouble<T, E, P: Pick, B> {
+    /// The request of the next attempt.
+    next: Option<(Parts, Replay<B>)>,
+    dialect: Dialect,
     timeout: Option<(Moment, Pin<Box<Sleep>>)>,
     failed: Vec<Failed>,
     /// What the attempt before came to, until there is another.
-    last: Option<Last<S::Response, S::Error, P>>,
-    waits_until: Option<Moment>,
-    /// The endpoint the caller's cookie leads to.
-    token: Option<Token>,
+    last: Option<Last<T, E, P>>,
+    waits: Option<(Moment, Place)>,
 }
 
 enum Last<T, E, P: Pick> {
@@ -123,7 +130,6 @@ where
         let (parts, body) = request.into_parts();
         let route = Route::of(&parts.extensions).filter(|route| route.policy::<Policy>().is_some()).cloned();
         let policy = policy_of(route.as_ref(), &shared);
-        let (dialect, repeats) = (Dialect::of(&parts.headers), policy.repeats(&parts.method));
         let (body, keeper) = match policy.attempts {
             0 | 1 => (Replay::new(body), Keeper::none()),
             _ => {
@@ -131,24 +137,11 @@ where
                 Replay::keep(body, policy.replay)
             }
         };
+        let repeats = policy.repeats(&parts.method);
         let token = policy.sticky.as_ref().and_then(|sticky| sticky.read(&parts.headers));
-        let mut call = Call {
-            shared,
-            service,
-            next: Some((parts, body)),
-            head: None,
-            keeper,
-            route,
-            dialect,
-            repeats,
-            attempt: None,
-            timeout: None,
-            failed: Vec::new(),
-            last: None,
-            waits_until: None,
-            token,
-        };
-        let state = State::of(call.pick());
+        let mut call =
+            Call { shared, service, spare: None, keeper, route, repeats, attempt: None, token, trouble: None };
+        let state = State::of(call.pick(parts, body));
         Self { state, call: Some(call) }
     }
 }
@@ -170,25 +163,28 @@ where
                 (Project::Calling { future }, Some(call)) => match future.poll(cx) {
                     Poll::Ready(result) => call.end(result),
                     Poll::Pending => {
-                        let Some((_, timeout)) = &mut call.timeout else { return Poll::Pending };
+                        let timeout = call.trouble.as_mut().and_then(|trouble| trouble.timeout.as_mut());
+                        let Some((_, timeout)) = timeout else { return Poll::Pending };
                         ready!(timeout.as_mut().poll(cx));
                         call.time_out()
                     }
                 },
                 (Project::Pausing { pause }, _) => {
                     ready!(pause.as_mut().poll(cx));
-                    Next::Ready
+                    Some(Next::Ready)
                 }
                 (Project::Readying, Some(call)) => match ready!(call.service.poll_ready(cx)) {
-                    Ok(()) => call.pick(),
-                    Err(error) => Next::Return(Err(error)),
+                    Ok(()) => call.go_on(),
+                    Err(error) => Some(Next::Return(Err(error))),
                 },
                 (Project::Passing { future } | Project::Calling { future }, None) => {
-                    Next::Return(ready!(future.poll(cx)).map(|response| response.map(Body::new)))
+                    Some(Next::Return(ready!(future.poll(cx)).map(|response| response.map(Body::new))))
                 }
                 (Project::Answered { answer }, _) => return answer.take().map_or(Poll::Pending, Poll::Ready),
-                (Project::Passing { .. } | Project::Readying, _) => return Poll::Pending,
+                (Project::Passing { .. } | Project::Readying, _) => None,
             };
+            // `None` cannot be: the state says what there is.
+            let Some(next) = next else { return Poll::Pending };
             if let Next::Return(answer) = next {
                 this.state.set(State::Answered { answer: None });
                 *this.call = None;
@@ -233,111 +229,143 @@ where
     R: http_body::Body<Data = Bytes>,
 {
     /// Picks an endpoint and calls it. The service is ready.
-    fn pick(&mut self) -> NextOf<S, P, R, B> {
-        let Some((parts, _)) = &self.next else { return self.nobody(Nobody::Empty) };
-        let Some(endpoints) = Endpoints::of(&parts.extensions) else { return self.nobody(Nobody::Empty) };
-        let tried: Vec<Endpoint> = self.failed.iter().map(|failed| failed.endpoint.clone()).collect();
+    fn pick(&mut self, mut parts: Parts, body: Replay<B>) -> NextOf<S, P, R, B> {
+        let Some(endpoints) = Endpoints::of(&parts.extensions) else { return self.nobody(Nobody::Empty, parts, body) };
         let policy = policy_of(self.route.as_ref(), &self.shared);
-        let (permit, began) = match self.shared.choose(endpoints, policy, Asked::of_parts(parts), &tried) {
+        let tried = self.trouble.as_ref().map_or(&[][..], |trouble| &trouble.failed);
+        let (permit, began) = match self.shared.choose(endpoints, policy, Asked::of_parts(&parts), tried) {
             Ok(chosen) => chosen,
-            Err(nobody) => return self.nobody(nobody),
+            Err(nobody) => return self.nobody(nobody, parts, body),
         };
-        let Some((mut parts, body)) = self.next.take() else { return self.nobody(Nobody::Empty) };
-        (self.last, self.waits_until) = (None, None);
-        let policy = policy_of(self.route.as_ref(), &self.shared);
-        if self.failed.len() + 1 < usize::from(policy.attempts) && self.head.is_none() {
-            self.head = Some(parts.clone());
+        if self.spare.is_none() && tried.len() + 1 < usize::from(policy.attempts) {
+            self.spare = Some(Spare::of(&parts));
+        }
+        if let Some(trouble) = &mut self.trouble {
+            (trouble.last, trouble.waits) = (None, None);
         }
         if let Some(limit) = policy.attempt_timeout {
             let now = self.shared.clock.now();
             let deadline = Deadline::of(&parts.extensions).map_or(now + limit, |caller| caller.0.min(now + limit));
             HeadDeadline(deadline).attach(&mut parts.extensions);
-            self.timeout = Some((deadline, Box::pin(sleep(deadline.since(now)))));
+            let trouble = self.trouble();
+            trouble.dialect = Dialect::of(&parts.headers);
+            trouble.timeout = Some((deadline, Box::pin(sleep(deadline.since(now)))));
         }
         self.attempt = Some(Attempt::begin(permit.endpoint(), &self.shared.pick, began, &self.shared.clock));
         permit.attach(&mut parts.extensions);
         Next::Call(self.service.call(Request::from_parts(parts, body)))
     }
 
-    fn nobody(&mut self, nobody: Nobody) -> NextOf<S, P, R, B> {
-        match self.last.take() {
-            Some(Last::Result(result, attempt)) => return Next::Return(self.finish(result, attempt)),
-            Some(Last::TimedOut) => return Next::Return(Ok(timed_out().into_response(self.dialect))),
-            None => {}
+    /// Picks for the request that waits.
+    fn go_on(&mut self) -> Option<NextOf<S, P, R, B>> {
+        let (parts, body) = self.trouble.as_mut()?.next.take()?;
+        Some(self.pick(parts, body))
+    }
+
+    #[cold]
+    fn nobody(&mut self, nobody: Nobody, parts: Parts, body: Replay<B>) -> NextOf<S, P, R, B> {
+        if let Some(trouble) = &mut self.trouble {
+            match trouble.last.take() {
+                Some(Last::Result(result, attempt)) => return Next::Return(self.finish(result, attempt)),
+                Some(Last::TimedOut) => return Next::Return(Ok(timed_out().into_response(trouble.dialect))),
+                None => {}
+            }
         }
+        if let Nobody::Refused(until) = nobody
+            && let Some(pause) = self.pause(until, &parts)
+        {
+            self.trouble().next = Some((parts, body));
+            return Next::Pause(pause);
+        }
+        Next::Return(Ok(self.refuse(nobody, &parts)))
+    }
+
+    /// How long to wait before looking again for somebody who admits, if the request may wait.
+    fn pause(&mut self, until: Moment, parts: &Parts) -> Option<Duration> {
         let now = self.shared.clock.now();
+        let longest = self.shared.wait?;
+        let waits = self.trouble.as_ref().and_then(|trouble| trouble.waits.as_ref());
+        let end = match waits {
+            Some((end, _)) => *end,
+            None => {
+                let end = Deadline::of(&parts.extensions).map_or(now + longest, |caller| caller.0.min(now + longest));
+                let place = self.shared.waiting.take()?;
+                self.trouble().waits = Some((end, place));
+                end
+            }
+        };
+        (now < end).then(|| until.min(end).since(now).clamp(Duration::from_millis(1), LOOKS))
+    }
+
+    fn refuse(&self, nobody: Nobody, parts: &Parts) -> Answer<R, P> {
         let (reason, until) = match nobody {
             Nobody::Empty => ("no-endpoints", None),
             Nobody::Refused(until) => ("none-admits", Some(until)),
             Nobody::Preferred => ("preferred-not-available", None),
         };
-        if let (Some(until), Some(longest)) = (until, self.shared.wait) {
-            let end = self.deadline().map_or(now + longest, |deadline| deadline.min(now + longest));
-            let end = *self.waits_until.get_or_insert(end);
-            if now < end {
-                return Next::Pause(until.min(end).since(now).clamp(Duration::from_millis(1), LOOKS));
-            }
-        }
-        let service = self.next.as_ref().and_then(|(parts, _)| Endpoints::of(&parts.extensions));
-        tracing::debug!(service = service.map(|endpoints| &**endpoints.service()), reason, "refused");
+        let service = Endpoints::of(&parts.extensions).map(|endpoints| &**endpoints.service());
+        tracing::debug!(service, reason, "refused");
         let mut rejection = Rejection::new(Layer::Balance, StatusCode::SERVICE_UNAVAILABLE, reason);
         if let Some(until) = until.filter(|until| *until != Moment::MAX) {
-            rejection = rejection.with_retry_after(until.since(now));
+            rejection = rejection.with_retry_after(until.since(self.shared.clock.now()));
         }
-        Next::Return(Ok(rejection.into_response(self.dialect)))
+        rejection.into_response(Dialect::of(&parts.headers))
     }
 
     /// An attempt has come to a response, or an error.
-    fn end(&mut self, result: Result<Response<R>, S::Error>) -> NextOf<S, P, R, B> {
-        let Some(mut attempt) = self.attempt.take() else { return self.nobody(Nobody::Empty) };
+    fn end(&mut self, result: Result<Response<R>, S::Error>) -> Option<NextOf<S, P, R, B>> {
+        let mut attempt = self.attempt.take()?;
         let policy = policy_of(self.route.as_ref(), &self.shared);
         let reason = match &result {
             Ok(response) => policy.judge(Head::of(response), self.repeats).or_else(|| self.given_up(response)),
             Err(_) => policy.error(self.repeats),
         };
-        match reason.and_then(|reason| Some((reason, self.again(reason, attempt.endpoint())?))) {
-            Some((reason, next)) => {
-                self.failed.push(Failed { endpoint: attempt.endpoint().clone(), reason });
-                match &result {
-                    Ok(response) => attempt.settle(response, &self.shared.classify, &self.shared.wall),
-                    Err(_) => attempt.fail(self.shared.classify.error()),
-                }
-                self.last = Some(Last::Result(result, attempt));
-                next
-            }
-            None => Next::Return(self.finish(result, attempt)),
+        let Some((reason, next)) = reason.and_then(|reason| Some((reason, self.again(reason, attempt.endpoint())?)))
+        else {
+            return Some(Next::Return(self.finish(result, attempt)));
+        };
+        match &result {
+            Ok(response) => attempt.settle(response, &self.shared.classify, &self.shared.wall),
+            Err(_) => attempt.fail(self.shared.classify.error()),
         }
+        let trouble = self.trouble();
+        trouble.failed.push(Failed { endpoint: attempt.endpoint().clone(), reason });
+        trouble.last = Some(Last::Result(result, attempt));
+        Some(next)
     }
 
     /// An inner layer that keeps the attempt's time may be the first to say that it is over.
     fn given_up(&self, response: &Response<R>) -> Option<Reason> {
-        let (until, _) = self.timeout.as_ref().filter(|_| self.repeats)?;
+        let (until, _) = self.trouble.as_ref()?.timeout.as_ref().filter(|_| self.repeats)?;
         let rejection = response.extensions().get::<Rejection>()?;
         let late = rejection.status() == StatusCode::GATEWAY_TIMEOUT && rejection.side() == Side::Upstream;
         (late && self.shared.clock.now() >= *until).then_some(Reason::TimedOut)
     }
 
-    fn time_out(&mut self) -> NextOf<S, P, R, B> {
-        let Some(mut attempt) = self.attempt.take() else { return self.nobody(Nobody::Empty) };
+    fn time_out(&mut self) -> Option<NextOf<S, P, R, B>> {
+        let mut attempt = self.attempt.take()?;
         let again = self.repeats.then(|| self.again(Reason::TimedOut, attempt.endpoint())).flatten();
         attempt.fail(Outcome::Failure);
-        let Some(next) = again else { return Next::Return(Ok(timed_out().into_response(self.dialect))) };
-        self.failed.push(Failed { endpoint: attempt.endpoint().clone(), reason: Reason::TimedOut });
-        self.last = Some(Last::TimedOut);
-        next
+        let trouble = self.trouble();
+        let Some(next) = again else { return Some(Next::Return(Ok(timed_out().into_response(trouble.dialect)))) };
+        trouble.failed.push(Failed { endpoint: attempt.endpoint().clone(), reason: Reason::TimedOut });
+        trouble.last = Some(Last::TimedOut);
+        Some(next)
     }
 
     /// Makes the next attempt's request, if there is to be one.
     fn again(&mut self, reason: Reason, failed: &Endpoint) -> Option<NextOf<S, P, R, B>> {
+        let spare = self.spare.as_ref()?;
         let policy = policy_of(self.route.as_ref(), &self.shared);
-        let attempts = self.failed.len() + 1;
+        let attempts = self.trouble.as_ref().map_or(0, |trouble| trouble.failed.len()) + 1;
         if attempts >= usize::from(policy.attempts) {
             return None;
         }
-        let endpoints = self.head.as_ref().and_then(|head| Endpoints::of(&head.extensions));
+        let endpoints = spare.baggage.get::<Endpoints>();
         let elsewhere = reason == Reason::Unsent && endpoints.is_some_and(|endpoints| endpoints.len() > attempts);
         let wait = if elsewhere { Duration::ZERO } else { policy.wait(attempts, mix(fastrand::u64(..))) };
-        if self.deadline().is_some_and(|deadline| self.shared.clock.now() + wait >= deadline) {
+        let deadline = spare.baggage.get().map(|Deadline(moment)| *moment);
+        if deadline.is_some_and(|deadline| self.shared.clock.now() + wait >= deadline) {
             return None;
         }
         if !self.keeper.is_whole() {
@@ -349,8 +377,9 @@ where
         }
         // Last: from here on the attempt before reads no more.
         let body = self.keeper.again()?;
-        let head = if attempts + 1 < usize::from(policy.attempts) { self.head.clone() } else { self.head.take() };
-        self.next = Some((head?, body));
+        let last = attempts + 1 >= usize::from(policy.attempts);
+        let spare = if last { self.spare.take() } else { self.spare.clone() };
+        self.trouble().next = Some((spare?.into_parts(), body));
         tracing::debug!(endpoint = &**failed.id(), ?reason, "tries another endpoint");
         Some(if wait.is_zero() { Next::Ready } else { Next::Pause(wait) })
     }
@@ -370,7 +399,8 @@ where
                     response.headers_mut().append(header::SET_COOKIE, cookie);
                 }
                 if self.shared.leaves_served {
-                    let failed = std::mem::take(&mut self.failed);
+                    let trouble = self.trouble.as_mut();
+                    let failed = trouble.map(|trouble| std::mem::take(&mut trouble.failed)).unwrap_or_default();
                     response.extensions_mut().insert(Served::new(attempt.endpoint().clone(), failed));
                 }
                 let watch = attempt.watch(&response, &self.shared.classify, &self.shared.wall);
@@ -383,9 +413,17 @@ where
         }
     }
 
-    fn deadline(&self) -> Option<Moment> {
-        let of = |parts: &Parts| Deadline::of(&parts.extensions).map(|Deadline(moment)| *moment);
-        self.head.as_ref().or(self.next.as_ref().map(|next| &next.0)).and_then(of)
+    fn trouble(&mut self) -> &mut Trouble<Response<R>, S::Error, P, B> {
+        self.trouble.get_or_insert_with(|| {
+            Box::new(Trouble {
+                next: None,
+                dialect: Dialect::Http,
+                timeout: None,
+                failed: Vec::new(),
+                last: None,
+                waits: None,
+            })
+        })
     }
 }
 

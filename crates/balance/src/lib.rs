@@ -126,7 +126,7 @@
 //! |---|---|---|
 //! | panic threshold | 50 % | [`BalanceLayer::panic_threshold`] |
 //! | over-provisioning of a priority | 140 % | [`BalanceLayer::overprovisioning`] |
-//! | waiting when none admits | none | [`BalanceLayer::wait`] |
+//! | waiting when none admits; how many may | none; 1024 | [`BalanceLayer::wait`], [`BalanceLayer::waiting`] |
 //! | zone, slow start | off | [`BalanceLayer::zone`], [`BalanceLayer::slow_start`] |
 //! | retry budget | 20 % + 10/s over 10 s | [`BalanceLayer::budget`] |
 //! | attempts, back-off, replay, subset, stickiness | see there | [`Policy`] |
@@ -174,11 +174,13 @@ mod ring_hash;
 mod round_robin;
 mod served;
 mod shape;
+mod spare;
 mod sticky;
 mod table;
 #[cfg(test)]
 mod testing;
 mod view;
+mod waiting;
 mod watch;
 
 pub use budget::Budget;
@@ -207,12 +209,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response};
-use portcullis_core::{Body, Carried, Classify, Clock, Endpoint, Endpoints, Permit, SlotKey, Standard, WallClock};
+use portcullis_core::{Body, Carried, Classify, Clock, Endpoints, Permit, SlotKey, Standard, WallClock};
 use tower_layer::Layer;
 use tower_service::Service;
 
 use crate::shape::Shape;
 use crate::view::{Choice, Chosen, Nobody, Viewed};
+use crate::waiting::Waiting;
 
 /// Applies [`Balance`]. All services made from one layer share one state.
 pub struct BalanceLayer<P> {
@@ -225,12 +228,16 @@ pub struct Balance<S, P> {
     shared: Arc<Shared<P>>,
 }
 
+/// How many may wait at a time.
+const WAITING: usize = 1024;
+
 struct Shared<P> {
     pick: Arc<P>,
     shape: Shape,
     policy: Policy,
     budget: Budget,
     wait: Option<Duration>,
+    waiting: Waiting,
     leaves_served: bool,
     classify: Arc<dyn Classify>,
     clock: Clock,
@@ -252,6 +259,7 @@ impl<P: Pick> BalanceLayer<P> {
                 policy: Policy::new(),
                 budget: Budget::default(),
                 wait: None,
+                waiting: Waiting::new(WAITING),
                 leaves_served: true,
                 classify: Arc::new(Standard::default()),
                 clock: Clock::system(),
@@ -325,6 +333,14 @@ impl<P: Pick> BalanceLayer<P> {
         self
     }
 
+    /// How many requests may [wait](Self::wait) at a time, over all services of the layer; more are refused at once, so
+    /// that what is held in memory is bounded. Default 1024.
+    #[must_use]
+    pub fn waiting(mut self, most: usize) -> Self {
+        self.change().waiting = Waiting::new(most);
+        self
+    }
+
     /// Whether [`Served`] is left in the extensions of responses. Default yes; it costs what one value costs there.
     #[must_use]
     pub fn leaves_served(mut self, yes: bool) -> Self {
@@ -354,7 +370,7 @@ impl<P: Pick> BalanceLayer<P> {
     }
 
     /// The choice alone, for those who speak no `tower`: the right to call one of `endpoints`, or `None` when none admits.
-    /// The caller counts the call itself, with [`Endpoint::begin`].
+    /// The caller counts the call itself, with [`begin`](portcullis_core::Endpoint::begin).
     #[must_use]
     pub fn choose(&self, endpoints: &Endpoints, asked: Asked<'_>) -> Option<Permit> {
         self.shared.choose(endpoints, &self.shared.policy, asked, &[]).ok().map(|chosen| chosen.0)
@@ -396,6 +412,7 @@ impl<P> Clone for Shared<P> {
             policy: self.policy.clone(),
             budget: self.budget.clone(),
             wait: self.wait,
+            waiting: self.waiting.clone(),
             leaves_served: self.leaves_served,
             classify: self.classify.clone(),
             clock: self.clock.clone(),
@@ -412,7 +429,7 @@ impl<P: Pick> Shared<P> {
         endpoints: &Endpoints,
         policy: &Policy,
         asked: Asked<'_>,
-        tried: &[Endpoint],
+        tried: &[Failed],
     ) -> Result<Chosen, Nobody> {
         let whole = Choice { pick: &*self.pick, shape: &self.shape, subset: None, asked, tried, clock: &self.clock };
         if let Some(prefer) = asked.extensions.get::<Prefer>() {

@@ -10,6 +10,7 @@ use http::{Extensions, HeaderMap, Method, Request, Uri};
 use portcullis_core::{Clock, Endpoint, Endpoints, Moment, Outcome, SlotKey};
 
 use crate::group::Group;
+use crate::served::Failed;
 use crate::view::Choice;
 
 /// Picks one endpoint for a request. One value serves all services of a layer, on all threads, without locks.
@@ -65,7 +66,7 @@ pub struct Candidates<'a> {
     endpoints: &'a Endpoints,
     group: &'a Group,
     asked: Asked<'a>,
-    tried: &'a [Endpoint],
+    tried: &'a [Failed],
     panic: bool,
     clock: &'a Clock,
     now: OnceCell<Moment>,
@@ -118,8 +119,8 @@ where
 }
 
 macro_rules! through_a_pointer {
-    ($($pointer:ty),*) => {$(
-        impl<P: Pick + ?Sized> Pick for $pointer {
+    ($($pointer:ty $(, $of:ident)?;)*) => {$(
+        impl $(<$of: Pick + ?Sized>)? Pick for $pointer {
             fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
                 (**self).pick(among)
             }
@@ -143,28 +144,10 @@ macro_rules! through_a_pointer {
     )*};
 }
 
-through_a_pointer!(Arc<P>);
-
-impl Pick for Box<dyn Pick> {
-    fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
-        (**self).pick(among)
-    }
-
-    fn observe(&self, endpoint: &Endpoint, call: &Call) {
-        (**self).observe(endpoint, call);
-    }
-
-    fn observes(&self) -> bool {
-        (**self).observes()
-    }
-
-    fn wants_all(&self) -> bool {
-        (**self).wants_all()
-    }
-
-    fn point(&self, asked: Asked<'_>) -> Option<u64> {
-        (**self).point(asked)
-    }
+// Not every `Box`: one of a closure is a closure.
+through_a_pointer! {
+    Arc<P>, P;
+    Box<dyn Pick>;
 }
 
 // === impl Call ===
@@ -230,7 +213,7 @@ impl<'a> Candidates<'a> {
     pub fn usable(&self, index: usize) -> bool {
         let endpoint = &self[index];
         let admits = || self.panic || endpoint.gate().peek(|| self.now()).is_ok();
-        !self.tried.contains(endpoint) && !self.is_skipped(index) && admits()
+        !self.tried.iter().any(|failed| failed.endpoint == *endpoint) && !self.is_skipped(index) && admits()
     }
 
     /// One at random, each as often as its weight says.

@@ -10,6 +10,7 @@ use portcullis_core::{Clock, Endpoint, Endpoints, Moment, Permit, Refused, Slots
 
 use crate::group::Group;
 use crate::pick::{Asked, Candidates, Pick};
+use crate::served::Failed;
 use crate::shape::{Member, Shape, Split, Subset, WHOLE};
 
 /// What a snapshot, or a subset of it, offers just now.
@@ -52,7 +53,7 @@ pub(crate) struct Choice<'a, P: ?Sized> {
     pub(crate) shape: &'a Shape,
     pub(crate) subset: Option<&'a Subset>,
     pub(crate) asked: Asked<'a>,
-    pub(crate) tried: &'a [Endpoint],
+    pub(crate) tried: &'a [Failed],
     pub(crate) clock: &'a Clock,
 }
 
@@ -85,11 +86,18 @@ const CLOSED: Duration = Duration::from_millis(5);
 impl<P: Pick + ?Sized> Choice<'_, P> {
     /// This very endpoint, if it may be picked.
     pub(crate) fn enter(&self, endpoint: &Endpoint) -> Option<Chosen> {
-        if endpoint.weight() == 0 || self.tried.contains(endpoint) {
+        if endpoint.weight() == 0 || self.has_tried(endpoint) {
             return None;
         }
         let permit = endpoint.permit(|| self.clock.now()).ok()?;
         Some((permit, self.pick.observes().then(|| self.clock.now())))
+    }
+}
+
+impl<P: ?Sized> Choice<'_, P> {
+    /// Whether the endpoint has failed this request.
+    fn has_tried(&self, endpoint: &Endpoint) -> bool {
+        self.tried.iter().any(|failed| failed.endpoint == *endpoint)
     }
 }
 
@@ -268,7 +276,7 @@ impl View {
             && among.random_below(PROBES) == 0
             && let Some(i) = self.rationed.get(among.random_below(self.rationed.len()))
             && let endpoint = &endpoints[*i as usize]
-            && !choice.tried.contains(endpoint)
+            && !choice.has_tried(endpoint)
             && let Ok(permit) = endpoint.permit(now)
         {
             return Ok((permit, observed()));
@@ -276,7 +284,7 @@ impl View {
         for _ in 0..ASKED {
             let Some(i) = pick.pick(&among).filter(|i| *i < among.len()) else { break };
             let endpoint = &among[i];
-            if choice.tried.contains(endpoint) {
+            if choice.has_tried(endpoint) {
                 among.skip(i);
                 continue;
             }
@@ -311,7 +319,7 @@ impl View {
         let mut earliest = None;
         for again in [false, true] {
             for endpoint in order.iter().map(|i| &endpoints[*i as usize]) {
-                if choice.tried.contains(endpoint) != again {
+                if choice.has_tried(endpoint) != again {
                     continue;
                 }
                 match endpoint.permit(|| now) {

@@ -69,6 +69,19 @@ pub struct PeerTls {
     certificates: Arc<[Bytes]>,
 }
 
+/// A copy of what a request carries, for another request in its place. It allocates nothing as long as only layers of ours
+/// left something.
+#[derive(Clone, Debug)]
+pub struct Baggage(Packed);
+
+#[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "what is common is not to allocate")]
+enum Packed {
+    Ours(Carrier),
+    /// Empty, or with values of others.
+    Any(Extensions),
+}
+
 #[expect(unnameable_types, reason = "what travels is this crate's choice, and so is the carrier")]
 mod sealed {
     use super::{Deadline, Destination, Endpoints, HeadDeadline, Identity, PeerAddress, PeerTls, Permit, Route};
@@ -121,6 +134,41 @@ carried! {
     permit: Permit,
 }
 
+// === impl Baggage ===
+
+impl Baggage {
+    /// Copies what is in `extensions`.
+    #[must_use]
+    pub fn of(extensions: &Extensions) -> Self {
+        Self(match extensions.get::<Carrier>() {
+            Some(carrier) if extensions.len() == 1 => Packed::Ours(carrier.clone()),
+            _ => Packed::Any(extensions.clone()),
+        })
+    }
+
+    /// The value that was left, if any.
+    #[must_use]
+    pub fn get<T: Carried>(&self) -> Option<&T> {
+        match &self.0 {
+            Packed::Ours(carrier) => T::field(carrier).as_ref(),
+            Packed::Any(extensions) => T::of(extensions),
+        }
+    }
+
+    /// What was copied, for another request.
+    #[must_use]
+    pub fn into_extensions(self) -> Extensions {
+        match self.0 {
+            Packed::Ours(carrier) => {
+                let mut extensions = Extensions::new();
+                extensions.insert(carrier);
+                extensions
+            }
+            Packed::Any(extensions) => extensions,
+        }
+    }
+}
+
 // === impl Destination ===
 
 impl Destination {
@@ -162,6 +210,22 @@ impl PeerTls {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn baggage_is_all_that_was_left() {
+        let mut extensions = Extensions::new();
+        assert!(Baggage::of(&extensions).into_extensions().is_empty());
+        Destination::new("a").attach(&mut extensions);
+        for others in [0, 1] {
+            let baggage = Baggage::of(&extensions);
+            assert_eq!(baggage.get(), Some(&Destination::new("a")));
+            assert_eq!(baggage.get::<Deadline>(), None);
+            let copied = baggage.clone().into_extensions();
+            assert_eq!((copied.len(), Destination::of(&copied)), (1 + others, Destination::of(&extensions)));
+            assert_eq!(copied.get(), extensions.get::<u8>());
+            extensions.insert(7_u8);
+        }
+    }
 
     #[test]
     fn values_share_one_entry() {

@@ -1,0 +1,160 @@
+//! A request's head, kept in little room for another attempt.
+
+use bytes::{BufMut, Bytes};
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
+use portcullis_core::Baggage;
+
+/// A request's head, kept for another attempt that most requests never need: one allocation, where a copy of the head
+/// makes one for each of its maps, and one for each value that came in memory of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct Spare {
+    method: Method,
+    uri: Uri,
+    version: Version,
+    headers: Headers,
+    pub(crate) baggage: Baggage,
+}
+
+/// Headers one after the other: the length of the name, the length and a mark of the value, the name, the value.
+#[derive(Clone)]
+struct Headers {
+    text: Bytes,
+    /// Values that are not worth copying.
+    long: Vec<HeaderValue>,
+}
+
+/// Values from this length on are shared.
+const LONG: usize = 1024;
+/// Marks of a value, beside its length.
+const IS_LONG: u32 = 1 << 31;
+const IS_SENSITIVE: u32 = 1 << 30;
+const LENGTHS: usize = size_of::<u16>() + size_of::<u32>();
+
+// === impl Spare ===
+
+impl Spare {
+    pub(crate) fn of(parts: &Parts) -> Self {
+        Self {
+            method: parts.method.clone(),
+            uri: parts.uri.clone(),
+            version: parts.version,
+            headers: Headers::of(&parts.headers),
+            baggage: Baggage::of(&parts.extensions),
+        }
+    }
+
+    pub(crate) fn into_parts(self) -> Parts {
+        let (mut parts, ()) = Request::new(()).into_parts();
+        parts.method = self.method;
+        parts.uri = self.uri;
+        parts.version = self.version;
+        parts.headers = self.headers.into_map();
+        parts.extensions = self.baggage.into_extensions();
+        parts
+    }
+}
+
+// === impl Headers ===
+
+impl Headers {
+    fn of(headers: &HeaderMap) -> Self {
+        let length = |value: &HeaderValue| if value.len() < LONG { value.len() } else { 0 };
+        let lengths = headers.iter().map(|(name, value)| LENGTHS + name.as_str().len() + length(value));
+        let (mut text, mut long) = (Vec::with_capacity(lengths.sum()), Vec::new());
+        for (name, value) in headers {
+            // Neither name is longer: `http` sees to it.
+            text.put_u16(name.as_str().len() as u16);
+            if value.len() < LONG {
+                let mark = if value.is_sensitive() { IS_SENSITIVE } else { 0 };
+                text.put_u32(value.len() as u32 | mark);
+                text.put_slice(name.as_str().as_bytes());
+                text.put_slice(value.as_bytes());
+            } else {
+                text.put_u32(IS_LONG);
+                text.put_slice(name.as_str().as_bytes());
+                long.push(value.clone());
+            }
+        }
+        Self { text: text.into(), long }
+    }
+
+    fn into_map(self) -> HeaderMap {
+        let (mut text, mut long) = (self.text, self.long.into_iter());
+        let mut headers = HeaderMap::new();
+        while let Some((lengths, _)) = text.split_first_chunk::<LENGTHS>() {
+            let [a, b, c, d, e, f] = *lengths;
+            let (name, mark) = (usize::from(u16::from_be_bytes([a, b])), u32::from_be_bytes([c, d, e, f]));
+            let _ = text.split_to(LENGTHS);
+            let name = HeaderName::from_bytes(&text.split_to(name));
+            let value = if mark & IS_LONG != 0 {
+                long.next()
+            } else {
+                let value = HeaderValue::from_maybe_shared(text.split_to((mark & !IS_SENSITIVE) as usize));
+                value.ok().map(|mut value| {
+                    value.set_sensitive(mark & IS_SENSITIVE != 0);
+                    value
+                })
+            };
+            // What was a header is one again.
+            if let (Ok(name), Some(value)) = (name, value) {
+                headers.append(name, value);
+            }
+        }
+        headers
+    }
+}
+
+/// The values may be secrets.
+impl std::fmt::Debug for Headers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Headers").field("size", &self.text.len()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use portcullis_core::{Carried, Destination};
+
+    #[test]
+    fn a_head_comes_back_as_it_was() {
+        let mut secret = HeaderValue::from_static("Bearer 1");
+        secret.set_sensitive(true);
+        let mut request = Request::put("https://a.example:8443/b?c=d")
+            .version(Version::HTTP_2)
+            .header("accept", "x")
+            .header("x-own", HeaderValue::from_bytes(b"\xe9\t ").unwrap())
+            .header("accept", "y")
+            .header("x-none", "")
+            .header("x-long", "l".repeat(LONG))
+            .header("x-just-not", "s".repeat(LONG - 1))
+            .header("authorization", secret)
+            .body(())
+            .unwrap();
+        Destination::new("s").attach(request.extensions_mut());
+        request.extensions_mut().insert(7_u8);
+        let parts = request.into_parts().0;
+        let spare = Spare::of(&parts);
+        assert!(!format!("{spare:?}").contains("Bearer"));
+        for again in [spare.clone().into_parts(), spare.into_parts()] {
+            assert_eq!(
+                (&again.method, &again.uri, again.version, &again.headers),
+                (&parts.method, &parts.uri, parts.version, &parts.headers)
+            );
+            assert_eq!(again.headers.get_all("accept").iter().collect::<Vec<_>>(), ["x", "y"]);
+            assert!(again.headers["authorization"].is_sensitive() && !again.headers["x-long"].is_sensitive());
+            assert_eq!(Destination::of(&again.extensions).map(Destination::as_str), Some("s"));
+            assert_eq!(again.extensions.get(), Some(&7_u8));
+        }
+    }
+
+    #[test]
+    fn a_head_is_kept_in_one_allocation() {
+        let mut request = Request::get("/").header("x-own", "1".to_owned()).header("accept", "2").body(()).unwrap();
+        Destination::new("s").attach(request.extensions_mut());
+        let parts = request.into_parts().0;
+        drop(parts.uri.clone());
+        assert_eq!(allocation_counter::measure(|| drop(Spare::of(&parts))).count_total, 1);
+    }
+}
