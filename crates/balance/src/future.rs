@@ -76,7 +76,7 @@ struct Call<S: Service<Request<Replay<B>>>, P: Pick, B> {
     attempt: Option<Attempt<P>>,
     /// The endpoint the caller's cookie leads to.
     token: Option<Token>,
-    trouble: Option<Box<Trouble<S::Response, S::Error, P, B>>>,
+    trouble: Option<Box<TroubleOf<S, P, B>>>,
 }
 
 /// What only calls need that wait, whose attempts are timed, or that are attempted again.
@@ -104,6 +104,8 @@ enum Next<F, T> {
     Return(T),
 }
 
+type TroubleOf<S, P, B> =
+    Trouble<<S as Service<Request<Replay<B>>>>::Response, <S as Service<Request<Replay<B>>>>::Error, P, B>;
 type Answer<R, P> = Response<Body<R, Watch<P>>>;
 type NextOf<S, P, R, B> =
     Next<<S as Service<Request<Replay<B>>>>::Future, Result<Answer<R, P>, <S as Service<Request<Replay<B>>>>::Error>>;
@@ -413,7 +415,7 @@ where
         }
     }
 
-    fn trouble(&mut self) -> &mut Trouble<Response<R>, S::Error, P, B> {
+    fn trouble(&mut self) -> &mut TroubleOf<S, P, B> {
         self.trouble.get_or_insert_with(|| {
             Box::new(Trouble {
                 next: None,

@@ -1,5 +1,6 @@
 //! Whoever answers soonest, as far as is known.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -20,9 +21,14 @@ use crate::pick::{Call, Candidates, Pick};
 /// * **Reading changes nothing**: no lock, no write.
 #[derive(Clone, Debug)]
 pub struct PeakEwma {
-    key: SlotKey<Estimate>,
-    decay: Duration,
-    penalty: Duration,
+    /// Of each endpoint.
+    key: SlotKey<Arc<Estimate>>,
+    /// The same by position in a snapshot: a pick among very many would else wait for memory several times for each.
+    listed: SlotKey<Box<[Arc<Estimate>]>>,
+    /// By how much an estimate fades in a millisecond.
+    rate: f32,
+    /// In seconds.
+    penalty: f32,
     choices: usize,
 }
 
@@ -70,13 +76,14 @@ impl PeakEwma {
     /// Remembers for ten seconds; five seconds of penalty; three choices.
     #[must_use]
     pub fn new() -> Self {
-        Self { key: SlotKey::new(), decay: DECAY, penalty: PENALTY, choices: CHOICES }
+        let (key, listed) = (SlotKey::new(), SlotKey::new());
+        Self { key, listed, rate: 0.0, penalty: 0.0, choices: CHOICES }.decay(DECAY).penalty(PENALTY)
     }
 
     /// After how long without a call an estimate is worth 1/e. Default 10 s; not below a millisecond.
     #[must_use]
     pub fn decay(mut self, decay: Duration) -> Self {
-        self.decay = decay.max(Duration::from_millis(1));
+        self.rate = 1e-3 / decay.max(Duration::from_millis(1)).as_secs_f32();
         self
     }
 
@@ -84,7 +91,7 @@ impl PeakEwma {
     /// count failures.
     #[must_use]
     pub fn penalty(mut self, penalty: Duration) -> Self {
-        self.penalty = penalty;
+        self.penalty = penalty.as_secs_f32();
         self
     }
 
@@ -95,15 +102,18 @@ impl PeakEwma {
         self
     }
 
-    fn known(&self, endpoint: &Endpoint, now: Moment) -> Option<Known> {
-        let estimate = endpoint.existing_slot(&self.key)?;
+    fn estimate<'a>(&self, endpoint: &'a Endpoint) -> &'a Arc<Estimate> {
+        endpoint.slot(&self.key, Arc::default)
+    }
+
+    fn known(&self, estimate: &Estimate, now: u32) -> Option<Known> {
         let word = estimate.latency.load(Ordering::Relaxed);
         if word == 0 {
             return None;
         }
         let failures = f32::from_bits(estimate.failures.load(Ordering::Relaxed));
-        let cost = latency_of(word) + failures * self.penalty.as_secs_f32();
-        Some(Known { cost, confidence: fade(age(word, now), self.decay) })
+        let cost = latency_of(word) + failures * self.penalty;
+        Some(Known { cost, confidence: fade(age(word, now), self.rate) })
     }
 }
 
@@ -115,9 +125,10 @@ impl Default for PeakEwma {
 
 impl Pick for PeakEwma {
     fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
-        let now = among.now();
+        let now = stamp(among.now());
+        let estimates = among.of_all(&self.listed, |all| all.iter().map(|one| self.estimate(one).clone()).collect());
         let look = |i: usize| Looked {
-            known: self.known(&among[i], now),
+            known: self.known(&estimates[among.position(i)], now),
             load: among[i].in_flight() as f32 / among.relative_weight(i) + 1.0,
         };
         let one = among.sample();
@@ -134,7 +145,7 @@ impl Pick for PeakEwma {
     }
 
     fn observe(&self, endpoint: &Endpoint, call: &Call) {
-        endpoint.slot(&self.key, Estimate::default).learn(call, self.decay);
+        self.estimate(endpoint).learn(call, self.rate);
     }
 
     fn observes(&self) -> bool {
@@ -165,9 +176,10 @@ impl Known {
 // === impl Estimate ===
 
 impl Estimate {
-    fn learn(&self, call: &Call, decay: Duration) {
+    fn learn(&self, call: &Call, rate: f32) {
         let rest = call.retry_after.map(|rest| rest.min(MAX_REST));
         let latency = call.latency.max(rest.unwrap_or_default()).as_secs_f32();
+        let now = stamp(call.now);
         let mut word = self.latency.load(Ordering::Relaxed);
         loop {
             let next = match word {
@@ -176,11 +188,11 @@ impl Estimate {
                 _ if latency >= latency_of(word) => latency,
                 _ if call.outcome == Outcome::Ignored && rest.is_none() => return,
                 _ => {
-                    let old = fade(age(word, call.now), decay);
+                    let old = fade(age(word, now), rate);
                     old * latency_of(word) + (1.0 - old) * latency
                 }
             };
-            let next = u64::from(stamp(call.now)) << 32 | u64::from(next.max(f32::MIN_POSITIVE).to_bits());
+            let next = u64::from(now) << 32 | u64::from(next.max(f32::MIN_POSITIVE).to_bits());
             match self.latency.compare_exchange_weak(word, next, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => break,
                 Err(seen) => word = seen,
@@ -192,7 +204,7 @@ impl Estimate {
             _ => return,
         };
         // By time, but no call counts for less than one in 32: a burst must show before time has passed.
-        let old = if word == 0 { 1.0 } else { fade(age(word, call.now), decay) };
+        let old = if word == 0 { 1.0 } else { fade(age(word, now), rate) };
         let weight = (1.0 - old).max(1.0 / 32.0);
         let learn = |bits: u32| {
             let share = f32::from_bits(bits);
@@ -211,19 +223,17 @@ fn stamp(now: Moment) -> u32 {
     (now.as_nanos() / 1_000_000) as u32
 }
 
-fn age(word: u64, now: Moment) -> Duration {
+/// In milliseconds.
+fn age(word: u64, now: u32) -> u32 {
     // The clock of another thread may be a little behind.
-    let age = stamp(now).wrapping_sub((word >> 32) as u32);
-    Duration::from_millis(u64::from(if age > u32::MAX / 2 { 0 } else { age }))
+    let age = now.wrapping_sub((word >> 32) as u32);
+    if age > u32::MAX / 2 { 0 } else { age }
 }
 
-/// e^(-age/decay), within 1 % of one.
-fn fade(age: Duration, decay: Duration) -> f32 {
-    if age.is_zero() {
-        return 1.0;
-    }
-    let x = age.as_secs_f32() / decay.as_secs_f32();
-    1.0 / (1.0 + x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * (1.0 + x / 4.0))))
+/// e^(-age × rate), within 1 % of one.
+fn fade(age: u32, rate: f32) -> f32 {
+    let x = age as f32 * rate;
+    1.0 / (1.0 + x * (1.0 + x * (1.0 / 2.0 + x * (1.0 / 6.0 + x * (1.0 / 24.0)))))
 }
 
 #[cfg(test)]
@@ -241,7 +251,7 @@ mod tests {
     }
 
     fn known(policy: &PeakEwma, set: &Set, index: usize, at: u64) -> Option<Known> {
-        policy.known(&set[index], Moment::from_nanos(at * 1_000_000))
+        policy.known(policy.estimate(&set[index]), stamp(Moment::from_nanos(at * 1_000_000)))
     }
 
     #[test]
@@ -310,7 +320,7 @@ mod tests {
     fn fading_is_near_the_exponential() {
         for tenths in 0..30_u64 {
             let x = tenths as f32 / 10.0;
-            let near = fade(Duration::from_millis(tenths * 1000), Duration::from_secs(10));
+            let near = fade(tenths as u32 * 1000, PeakEwma::new().rate);
             assert!((near - (-x).exp()).abs() < 0.012, "{x}");
         }
     }

@@ -280,6 +280,21 @@ impl<'a> Candidates<'a> {
         self.group.slots().get_or_init(key, derive)
     }
 
+    /// What the policy with this key derived from the whole snapshot, whatever its gates do, by
+    /// [position](Self::position).
+    pub(crate) fn of_all<T: Send + Sync + 'static>(
+        &self,
+        key: &SlotKey<T>,
+        derive: impl FnOnce(&[Endpoint]) -> T,
+    ) -> &'a T {
+        self.endpoints.slot(key, || derive(self.endpoints))
+    }
+
+    /// Where in the snapshot it stands.
+    pub(crate) fn position(&self, index: usize) -> usize {
+        self.group.position(index)
+    }
+
     /// What the policy with this key keeps for the service from one set of endpoints to the next.
     pub fn kept<T: Send + Sync + 'static>(&self, key: &SlotKey<T>, make: impl FnOnce() -> T) -> &'a T {
         self.endpoints.kept(key, make)
@@ -320,7 +335,7 @@ impl Index<usize> for Candidates<'_> {
     type Output = Endpoint;
 
     fn index(&self, index: usize) -> &Endpoint {
-        &self.endpoints[self.group.position(index)]
+        &self.endpoints[self.position(index)]
     }
 }
 

@@ -389,6 +389,33 @@ async fn a_request_may_wait_for_somebody_to_admit() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn only_so_many_wait_and_who_gives_up_makes_room() {
+    let set = endpoints(1);
+    let opens = Clock::system().now() + Duration::from_millis(500);
+    close(&set[0], opens);
+    let layer = BalanceLayer::new(RoundRobin::new()).wait(Duration::from_secs(1)).waiting(2);
+    let (service, mut calls) = service(&layer);
+    let call = || {
+        let set = set.clone();
+        Box::pin(service.clone().oneshot(request(&set)))
+    };
+    let (mut first, mut second) = (call(), call());
+    assert!(futures::poll!(&mut first).is_pending() && futures::poll!(&mut second).is_pending());
+    let refused = call().await.unwrap();
+    assert_eq!(refused.extensions().get::<Rejection>().unwrap().reason(), "none-admits");
+    assert_eq!(refused.headers()["retry-after"], "1");
+    drop(second);
+    let mut third = call();
+    assert!(futures::poll!(&mut third).is_pending(), "there is room again");
+    let answers = async {
+        calls.next().await.answer(ok());
+        calls.next().await.answer(ok());
+    };
+    let (first, third, ()) = futures::join!(first, third, answers);
+    assert_eq!([first, third].map(|response| response.unwrap().status()), [StatusCode::OK; 2]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn below_the_panic_threshold_gates_are_not_obeyed() {
     let set = endpoints(10);
     set[..5].iter().for_each(|endpoint| close(endpoint, Moment::MAX));

@@ -75,7 +75,6 @@ pub struct PeerTls {
 pub struct Baggage(Packed);
 
 #[derive(Clone, Debug)]
-#[expect(clippy::large_enum_variant, reason = "what is common is not to allocate")]
 enum Packed {
     Ours(Carrier),
     /// Empty, or with values of others.

@@ -90,7 +90,15 @@ pub struct Endpoint(Arc<Inner>);
 #[must_use = "the request is counted until this is dropped"]
 pub struct InFlight(Endpoint);
 
+/// What every pick reads and every request writes: with the counts of handles it fills one line of a cache, and what the
+/// endpoint is stands elsewhere. Of very many endpoints this is what a pick waits for.
 struct Inner {
+    load: Load,
+    gate: Gate,
+    about: Box<About>,
+}
+
+struct About {
     service: Arc<str>,
     id: Arc<str>,
     address: Address,
@@ -99,17 +107,19 @@ struct Inner {
     removed: std::sync::atomic::AtomicBool,
     joined: Moment,
     slots: Slots,
-    gate: Gate,
-    load: Load,
+    /// Of what was begun, what was no request.
+    other: AtomicU64,
 }
+
+/// An endpoint without a handle yet. First all that join are described, then their handles are made, so that these lie side
+/// by side.
+pub(crate) struct Joining(Inner);
 
 /// What began and what ended, so that a request costs two additions and not three.
 #[derive(Default)]
 struct Load {
     begun: AtomicU64,
     ended: AtomicU64,
-    /// Of those begun, what was no request.
-    other: AtomicU64,
 }
 
 // === impl Instance ===
@@ -202,69 +212,54 @@ impl Endpoint {
     /// An endpoint that belongs to no snapshot, for tests and fixed upstreams.
     #[must_use]
     pub fn new(service: impl Into<Arc<str>>, instance: Instance) -> Self {
-        Self::counted(service.into(), instance, Moment::MIN, Arc::default())
-    }
-
-    pub(crate) fn counted(service: Arc<str>, instance: Instance, joined: Moment, moves: Arc<AtomicU64>) -> Self {
-        Self(Arc::new(Inner {
-            service,
-            id: instance.id.clone(),
-            address: instance.address.clone(),
-            weight: AtomicU32::new(instance.weight),
-            instance: ArcSwap::from_pointee(instance),
-            removed: false.into(),
-            joined,
-            slots: Slots::default(),
-            gate: Gate::counted(moves),
-            load: Load::default(),
-        }))
+        Joining::new(service.into(), instance, Moment::MIN, Arc::default()).into_endpoint()
     }
 
     /// The service it is an instance of.
     #[must_use]
     pub fn service(&self) -> &Arc<str> {
-        &self.0.service
+        &self.0.about.service
     }
 
     /// Its id, unique within the service.
     #[must_use]
     pub fn id(&self) -> &Arc<str> {
-        &self.0.id
+        &self.0.about.id
     }
 
     /// Where it listens.
     #[must_use]
     pub fn address(&self) -> &Address {
-        &self.0.address
+        &self.0.about.address
     }
 
     /// What the registry last said of it.
     #[must_use]
     pub fn instance(&self) -> Arc<Instance> {
-        self.0.instance.load_full()
+        self.0.about.instance.load_full()
     }
 
     /// Its current weight.
     #[must_use]
     pub fn weight(&self) -> u32 {
-        self.0.weight.load(Ordering::Relaxed)
+        self.0.about.weight.load(Ordering::Relaxed)
     }
 
     /// When it was first seen; a slow start counts from here.
     #[must_use]
     pub fn joined(&self) -> Moment {
-        self.0.joined
+        self.0.about.joined
     }
 
     /// Whether the registry no longer shows it. Requests under way may finish; pools close what is idle.
     #[must_use]
     pub fn is_removed(&self) -> bool {
-        self.0.removed.load(Ordering::Acquire)
+        self.0.about.removed.load(Ordering::Acquire)
     }
 
     /// What tells it from others of its service.
     pub(crate) fn key(&self) -> (&str, &Address) {
-        (&self.0.id, &self.0.address)
+        (&self.0.about.id, &self.0.about.address)
     }
 
     pub(crate) fn is_at(&self, instance: &Instance) -> bool {
@@ -273,16 +268,16 @@ impl Endpoint {
 
     /// Takes in what the registry says of it now, and says whether that is anything new.
     pub(crate) fn update(&self, instance: Instance) -> bool {
-        if **self.0.instance.load() == instance {
+        if **self.0.about.instance.load() == instance {
             return false;
         }
-        self.0.weight.store(instance.weight, Ordering::Relaxed);
-        self.0.instance.store(Arc::new(instance));
+        self.0.about.weight.store(instance.weight, Ordering::Relaxed);
+        self.0.about.instance.store(Arc::new(instance));
         true
     }
 
     pub(crate) fn remove(&self) {
-        self.0.removed.store(true, Ordering::Release);
+        self.0.about.removed.store(true, Ordering::Release);
     }
 
     /// Its door.
@@ -329,7 +324,7 @@ impl Endpoint {
     /// How many requests were begun since it was first seen.
     #[must_use]
     pub fn requests(&self) -> u64 {
-        let other = self.0.load.other.load(Ordering::Acquire);
+        let other = self.0.about.other.load(Ordering::Acquire);
         self.0.load.begun.load(Ordering::Relaxed).wrapping_sub(other)
     }
 
@@ -342,19 +337,19 @@ impl Endpoint {
     /// Counts it as busy until the returned value is dropped, with what a request has become, such as a tunnel.
     pub fn busy(&self) -> InFlight {
         let busy = self.begin();
-        self.0.load.other.fetch_add(1, Ordering::Release);
+        self.0.about.other.fetch_add(1, Ordering::Release);
         busy
     }
 
     /// What the layer with this key keeps here, made when it is first asked for. It lives as long as the endpoint.
     pub fn slot<T: Send + Sync + 'static>(&self, key: &SlotKey<T>, make: impl FnOnce() -> T) -> &T {
-        self.0.slots.get_or_init(key, make)
+        self.0.about.slots.get_or_init(key, make)
     }
 
     /// What the layer with this key keeps here, if anything yet.
     #[must_use]
     pub fn existing_slot<T: Send + Sync + 'static>(&self, key: &SlotKey<T>) -> Option<&T> {
-        self.0.slots.get(key)
+        self.0.about.slots.get(key)
     }
 
     /// A number that tells it from every other living endpoint, for keys of maps.
@@ -376,12 +371,35 @@ impl Eq for Endpoint {}
 impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Endpoint")
-            .field("service", &self.0.service)
-            .field("id", &self.0.id)
-            .field("address", &format_args!("{}", self.0.address))
+            .field("service", &self.0.about.service)
+            .field("id", &self.0.about.id)
+            .field("address", &format_args!("{}", self.0.about.address))
             .field("in_flight", &self.in_flight())
             .field("gate", &self.0.gate)
             .finish_non_exhaustive()
+    }
+}
+
+// === impl Joining ===
+
+impl Joining {
+    pub(crate) fn new(service: Arc<str>, instance: Instance, joined: Moment, moves: Arc<AtomicU64>) -> Self {
+        let about = About {
+            service,
+            id: instance.id.clone(),
+            address: instance.address.clone(),
+            weight: AtomicU32::new(instance.weight),
+            instance: ArcSwap::from_pointee(instance),
+            removed: false.into(),
+            joined,
+            slots: Slots::default(),
+            other: AtomicU64::new(0),
+        };
+        Self(Inner { load: Load::default(), gate: Gate::counted(moves), about: Box::new(about) })
+    }
+
+    pub(crate) fn into_endpoint(self) -> Endpoint {
+        Endpoint(Arc::new(self.0))
     }
 }
 
@@ -419,6 +437,11 @@ mod tests {
         for text in ["", "orders", "orders:", ":80", "or ders:80", "orders:99999", "::1:80:", "unix:", "a/b:80"] {
             assert!(text.parse::<Address>().is_err(), "{text:?}");
         }
+    }
+
+    #[test]
+    fn what_a_pick_reads_fits_a_line() {
+        assert!(size_of::<Inner>() + 2 * size_of::<usize>() <= 56, "{}", size_of::<Inner>());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::endpoint::Joining;
 use crate::slots::{SlotKey, Slots};
 use crate::{Address, Endpoint, Instance, Moment};
 
@@ -32,6 +33,11 @@ struct Snapshot {
     moves: Arc<AtomicU64>,
     slots: Slots,
     kept: Arc<Slots>,
+}
+
+enum Place {
+    There(Endpoint),
+    New(Joining),
 }
 
 // === impl Endpoints ===
@@ -88,16 +94,18 @@ impl Endpoints {
         known.extend(listed.iter().map(|endpoint| (endpoint.key(), Cell::new(None))));
         known.extend(rest.iter().map(|endpoint| (endpoint.key(), Cell::new(Some(endpoint)))));
         let (mut joined, mut updated) = (HashSet::new(), false);
+        let mut places = Vec::new();
         for instance in instances {
             match known.get(&(&*instance.id, &instance.address)).map(Cell::take) {
                 Some(None) => {}
                 Some(Some(endpoint)) => {
                     updated |= endpoint.update(instance);
-                    list.push(endpoint.clone());
+                    places.push(Place::There(endpoint.clone()));
                 }
                 None => {
                     if joined.insert((instance.id.clone(), instance.address.clone())) {
-                        list.push(Endpoint::counted(self.0.service.clone(), instance, now, self.0.moves.clone()));
+                        let (service, moves) = (self.0.service.clone(), self.0.moves.clone());
+                        places.push(Place::New(Joining::new(service, instance, now, moves)));
                     }
                 }
             }
@@ -105,6 +113,10 @@ impl Endpoints {
         for endpoint in known.into_values().filter_map(Cell::into_inner) {
             endpoint.remove();
         }
+        list.extend(places.into_iter().map(|place| match place {
+            Place::There(endpoint) => endpoint,
+            Place::New(joining) => joining.into_endpoint(),
+        }));
         updated
     }
 

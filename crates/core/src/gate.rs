@@ -36,6 +36,12 @@ use crate::{Endpoint, Moment};
 pub struct Gate {
     /// See [`Word`]. Written under the lock, before the deadline that goes with it.
     word: AtomicU64,
+    /// Elsewhere, so that what every pick reads stays small.
+    rest: Box<Rest>,
+}
+
+/// What is looked at only while the gate is rationed, or moved.
+struct Rest {
     /// When a place may become free by time alone. Within one generation it never goes back while no place is left.
     deadline: AtomicU64,
     moves: Arc<std::sync::atomic::AtomicU64>,
@@ -141,9 +147,7 @@ impl Gate {
     pub(crate) fn counted(moves: Arc<std::sync::atomic::AtomicU64>) -> Self {
         Self {
             word: AtomicU64::new(Word::admits(Generation(0)).0),
-            deadline: AtomicU64::new(0),
-            moves,
-            book: Mutex::new(Book::default()),
+            rest: Box::new(Rest { deadline: AtomicU64::new(0), moves, book: Mutex::new(Book::default()) }),
         }
     }
 
@@ -203,7 +207,7 @@ impl Gate {
         if word.left() > 0 {
             return Ok(());
         }
-        let until = Moment::from_nanos(self.deadline.load(Ordering::Acquire));
+        let until = Moment::from_nanos(self.rest.deadline.load(Ordering::Acquire));
         // The deadline may be newer than the word, and belong to one that has places left.
         if now() < until && self.word().0 == word.0 { Err(Refused { until }) } else { Ok(()) }
     }
@@ -211,7 +215,7 @@ impl Gate {
     #[cold]
     fn enter_rationed(&self, word: Word, now: Moment) -> Result<Entry, Refused> {
         self.check(word, || now)?;
-        let book = &mut *lock(&self.book);
+        let book = &mut *lock(&self.rest.book);
         let generation = self.word().generation();
         let Some(ration) = strictest(&book.votes) else { return Ok(Entry { generation, kind: Kind::Free }) };
         if now < ration.until || ration.places == 0 {
@@ -241,7 +245,7 @@ impl Gate {
 
     #[cold]
     fn give_back(&self, id: u32) {
-        let book = &mut *lock(&self.book);
+        let book = &mut *lock(&self.rest.book);
         let Some(index) = book.out.iter().position(|out| out.id == id) else { return };
         book.out.swap_remove(index);
         if let Some(ration) = strictest(&book.votes).filter(|_| book.begun) {
@@ -266,17 +270,17 @@ impl Gate {
     /// Refuses everybody until `mover` [`admit`](Self::admit)s again, whatever it had said before.
     pub fn close_for(&self, mover: Mover) {
         let refuse = Ration { until: Moment::MAX, places: 0, every: Duration::MAX };
-        self.apply(&mut lock(&self.book), mover, Some(refuse));
+        self.apply(&mut lock(&self.rest.book), mover, Some(refuse));
     }
 
     /// Withdraws whatever `mover` had said.
     pub fn open_for(&self, mover: Mover) {
-        self.apply(&mut lock(&self.book), mover, None);
+        self.apply(&mut lock(&self.rest.book), mover, None);
     }
 
     /// As [`open_for`](Self::open_for), and forgets `mover`, which moves this gate no more.
     pub fn forget(&self, mover: Mover) {
-        let book = &mut *lock(&self.book);
+        let book = &mut *lock(&self.rest.book);
         let Some(vote) = book.votes.iter().position(|vote| vote.mover == mover) else { return };
         if book.votes.swap_remove(vote).ration.is_some() {
             self.move_on(book);
@@ -286,11 +290,11 @@ impl Gate {
     /// The last move `mover` made, for [`ration`](Self::ration) and [`admit`](Self::admit).
     #[must_use]
     pub fn last_move(&self, mover: Mover) -> Generation {
-        moved(&lock(&self.book).votes, mover)
+        moved(&lock(&self.rest.book).votes, mover)
     }
 
     fn cast(&self, mover: Mover, since: Generation, ration: Option<Ration>) -> Option<Generation> {
-        let book = &mut *lock(&self.book);
+        let book = &mut *lock(&self.rest.book);
         (moved(&book.votes, mover) == since).then(|| self.apply(book, mover, ration))
     }
 
@@ -312,13 +316,13 @@ impl Gate {
             None => self.word.store(Word::admits(next).0, Ordering::Release),
             Some(ration) => self.publish(Word::rationed(next, 0), ration.until),
         }
-        self.moves.fetch_add(1, std::sync::atomic::Ordering::Release);
+        self.rest.moves.fetch_add(1, std::sync::atomic::Ordering::Release);
     }
 
     /// The word first: one who sees the new deadline then sees the new word, too, and does not refuse by the old one.
     fn publish(&self, word: Word, deadline: Moment) {
         self.word.store(word.0, Ordering::Release);
-        self.deadline.store(deadline.as_nanos(), Ordering::Release);
+        self.rest.deadline.store(deadline.as_nanos(), Ordering::Release);
     }
 
     #[inline]

@@ -136,7 +136,7 @@ fn who_is_forgotten_objects_no_more() {
     assert!(!gate.admits());
     gate.forget(stays);
     assert!(gate.admits());
-    assert!(lock(&gate.book).votes.is_empty());
+    assert!(lock(&gate.rest.book).votes.is_empty());
     gate.forget(stays);
 }
 
