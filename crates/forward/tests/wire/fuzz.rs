@@ -5,6 +5,7 @@
 //! A case that fails says its bytes; they belong into [`CORPUS`].
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use http::Uri;
@@ -109,7 +110,7 @@ const BODIES: [&str; 11] = [
 /// What a single wrong byte is likely to be.
 const BYTES: &[u8] = b"\r\n\0 \t:,;0159afx/.\x0b\x7f\x80\"";
 
-fn pick<T: Copy>(random: &mut fastrand::Rng, from: &[T]) -> T {
+pub(crate) fn pick<T: Copy>(random: &mut fastrand::Rng, from: &[T]) -> T {
     from[random.usize(..from.len())]
 }
 
@@ -142,14 +143,7 @@ fn case(random: &mut fastrand::Rng, id: &mut usize) -> Vec<u8> {
         bytes.extend_from_slice(request(random, id, 1).as_bytes());
     }
     if random.u8(..) < 100 {
-        for _ in 0..random.usize(1..3) {
-            let (at, byte) = (random.usize(..bytes.len()), pick(random, BYTES));
-            match random.u8(..3) {
-                0 => bytes[at] = byte,
-                1 => bytes.insert(at, byte),
-                _ => _ = bytes.remove(at),
-            }
-        }
+        mutate(random, &mut bytes);
     }
     bytes
 }
@@ -218,6 +212,7 @@ fn is_same(sent: &Heard, heard: &Heard) -> bool {
 
 /// A forward with an upstream that listens closely, and what was sent lately.
 struct Trial {
+    socket: PathBuf,
     forward: Forward,
     seen: Seen,
     /// What took long to arrive may belong to a case before the last.
@@ -227,9 +222,9 @@ struct Trial {
 
 impl Trial {
     fn start() -> Self {
-        let path = std::env::temp_dir().join(format!("portcullis-{}-{}", std::process::id(), fastrand::u64(..)));
-        let listener = UnixListener::bind(&path).unwrap();
-        let forward = Forward::to(&format!("unix:{}", path.display())).unwrap();
+        let socket = socket();
+        let listener = UnixListener::bind(&socket).unwrap();
+        let forward = Forward::to(&format!("unix:{}", socket.display())).unwrap();
         let seen = Seen::default();
         let all = seen.clone();
         tokio::spawn(async move {
@@ -237,12 +232,12 @@ impl Trial {
                 tokio::spawn(all.clone().listen(io));
             }
         });
-        Self { forward, seen, sent: VecDeque::new(), through: 0 }
+        Self { socket, forward, seen, sent: VecDeque::new(), through: 0 }
     }
 
     /// Sends `bytes` over a connection of their own, and compares.
     async fn send(&mut self, bytes: &[u8]) {
-        self.sent.push_back(Reader::Lenient.all(bytes));
+        self.sent.push_back(Reader::Hyper.all(bytes));
         if self.sent.len() > 16 {
             self.sent.pop_front();
         }
@@ -269,6 +264,33 @@ impl Trial {
     }
 }
 
+impl Drop for Trial {
+    fn drop(&mut self) {
+        _ = std::fs::remove_file(&self.socket);
+    }
+}
+
+/// A path for a socket of one's own.
+pub(crate) fn socket() -> PathBuf {
+    std::env::temp_dir().join(format!("portcullis-{}-{}", std::process::id(), fastrand::u64(..)))
+}
+
+/// A few changed bytes.
+pub(crate) fn mutate(random: &mut fastrand::Rng, bytes: &mut Vec<u8>) {
+    for _ in 0..random.usize(1..3) {
+        let (at, byte) = (random.usize(..bytes.len()), pick(random, BYTES));
+        match random.u8(..3) {
+            0 => bytes[at] = byte,
+            1 => bytes.insert(at, byte),
+            _ => _ = bytes.remove(at),
+        }
+    }
+}
+
+pub(crate) fn number(name: &str, default: usize) -> usize {
+    std::env::var(name).map_or(default, |text| text.parse().expect(name))
+}
+
 #[tokio::test]
 async fn what_was_a_way_past_others_is_none_here() {
     let mut trial = Trial::start();
@@ -288,9 +310,8 @@ async fn what_was_a_way_past_others_is_none_here() {
 
 #[tokio::test]
 async fn nothing_is_smuggled() {
-    let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse::<usize>().ok());
-    let cases = number("PORTCULLIS_FUZZ_CASES").unwrap_or(4000);
-    let mut random = fastrand::Rng::with_seed(number("PORTCULLIS_FUZZ_SEED").unwrap_or(7) as u64);
+    let cases = number("PORTCULLIS_FUZZ_CASES", 4000);
+    let mut random = fastrand::Rng::with_seed(number("PORTCULLIS_FUZZ_SEED", 7) as u64);
     let (mut trial, mut next) = (Trial::start(), 0);
     for _ in 0..cases {
         let bytes = case(&mut random, &mut next);

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
 
 mod aborts;
+mod answers;
 mod connections;
 mod failures;
 mod fields;

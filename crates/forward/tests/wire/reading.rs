@@ -24,6 +24,8 @@ pub(crate) enum Reader {
     /// What the RFC lets a server overlook: bare line feeds, empty lines before a request, both framings at once; and a
     /// missing `Host` beside a target that names one, which §3.2 does not.
     Lenient,
+    /// The same, with trailers as hyper's server reads them.
+    Hyper,
 }
 
 /// What one look found.
@@ -34,6 +36,15 @@ pub(crate) enum Read {
     /// The beginning of one.
     More,
     Bad(&'static str),
+}
+
+/// One final answer, whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Said {
+    pub(crate) status: u16,
+    pub(crate) body: Vec<u8>,
+    /// Whether it would end only with the connection.
+    pub(crate) to_the_end: bool,
 }
 
 struct Lines<'a> {
@@ -62,10 +73,69 @@ impl Reader {
         all
     }
 
+    /// The final answer to `method` that `bytes` begin with, and how many bytes it took; `closed` if there will be no
+    /// more.
+    pub(crate) fn answer(
+        self,
+        method: &str,
+        bytes: &[u8],
+        closed: bool,
+    ) -> Result<(Said, usize), Option<&'static str>> {
+        let mut lines = Lines { bytes, at: 0, reader: self };
+        loop {
+            let mut first = lines.next()?;
+            while first.is_empty() && self != Self::Strict {
+                first = lines.next()?;
+            }
+            let first: String = first.iter().map(|byte| char::from(*byte)).collect();
+            let (version, rest) = first.split_once(' ').ok_or(Some("status line"))?;
+            let is_10 = version == "HTTP/1.0";
+            if !is_10 && version != "HTTP/1.1" {
+                return Err(Some("version"));
+            }
+            let code = rest.split(' ').next().unwrap_or_default();
+            let status = number(code, 10).filter(|_| code.len() == 3).ok_or(Some("status"))?;
+            let fields = lines.fields()?;
+            if (100..200).contains(&status) && status != 101 {
+                continue;
+            }
+            let all = |name: &str| -> Vec<&str> {
+                let lines = fields.iter().filter(|(have, _)| have == name).flat_map(|(_, value)| value.split(','));
+                lines.map(|part| part.trim_matches([' ', '\t'])).collect()
+            };
+            let (lengths, codings) = (all("content-length"), all("transfer-encoding"));
+            let mut numbers = lengths.iter().map(|length| number(length, 10));
+            let length = numbers.next();
+            if length == Some(None) || numbers.any(|other| Some(other) != length) {
+                return Err(Some("lengths"));
+            }
+            if !codings.is_empty() && (codings.len() > 1 || !codings[0].eq_ignore_ascii_case("chunked")) {
+                return Err(Some("codings"));
+            }
+            let (mut to_the_end, status) = (false, u16::try_from(status).unwrap_or_default());
+            let body = if method == "HEAD" || matches!(status, 101 | 204 | 304) {
+                Vec::new()
+            } else if !codings.is_empty() && is_10 {
+                return Err(Some("codings"));
+            } else if !codings.is_empty() {
+                lines.chunks()?.0
+            } else if let Some(length) = length.flatten() {
+                lines.take(length)?.to_vec()
+            } else {
+                to_the_end = true;
+                if !closed {
+                    return Err(None);
+                }
+                lines.take(bytes.len() - lines.at)?.to_vec()
+            };
+            return Ok((Said { status, body, to_the_end }, lines.at));
+        }
+    }
+
     fn request(self, bytes: &[u8]) -> Result<(Heard, usize), Option<&'static str>> {
         let mut lines = Lines { bytes, at: 0, reader: self };
         let mut first = lines.next()?;
-        while first.is_empty() && self == Self::Lenient {
+        while first.is_empty() && self != Self::Strict {
             first = lines.next()?;
         }
         let first = std::str::from_utf8(first).map_err(|_| Some("request line"))?;
@@ -77,7 +147,7 @@ impl Reader {
         }
         let http_10 = match version {
             "HTTP/1.1" => false,
-            "HTTP/1.0" if self == Self::Lenient => true,
+            "HTTP/1.0" if self != Self::Strict => true,
             _ => return Err(Some("version")),
         };
         let mut fields = lines.fields()?;
@@ -88,7 +158,7 @@ impl Reader {
         };
         let (host, lengths, codings) =
             (take(&mut fields, "host"), take(&mut fields, "content-length"), take(&mut fields, "transfer-encoding"));
-        let named = self == Self::Lenient && (http_10 || target.contains("://"));
+        let named = self != Self::Strict && (http_10 || target.contains("://"));
         let mut astray = host.len() > 1 || host.is_empty() && !named;
         if astray && self == Self::Strict {
             return Err(Some("host"));
@@ -141,7 +211,7 @@ impl<'a> Lines<'a> {
         self.at += end + 1;
         match rest[..end].strip_suffix(b"\r") {
             Some(line) => Ok(line),
-            None if self.reader == Reader::Lenient => Ok(&rest[..end]),
+            None if self.reader != Reader::Strict => Ok(&rest[..end]),
             None => Err(Some("bare line feed")),
         }
     }
@@ -183,7 +253,7 @@ impl<'a> Lines<'a> {
     /// if that is a bare line feed: the rest is lost. See `what_hides_among_trailers_is_no_request`.
     fn trailers(&mut self) -> Result<Fields, Option<&'static str>> {
         let rest = &self.bytes[self.at..];
-        if self.reader == Reader::Strict || rest.starts_with(b"\r\n") {
+        if self.reader != Reader::Hyper || rest.starts_with(b"\r\n") {
             return self.fields();
         }
         let end = rest.windows(4).position(|window| window == b"\r\n\r\n").ok_or(None)? + 4;
@@ -199,7 +269,9 @@ impl<'a> Lines<'a> {
             let size = match self.reader {
                 Reader::Strict => line,
                 // What an extension says goes no further, so it may be anything; and hyper overlooks spaces.
-                Reader::Lenient => line.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii_end(),
+                Reader::Lenient | Reader::Hyper => {
+                    line.split(|byte| *byte == b';').next().unwrap_or_default().trim_ascii_end()
+                }
             };
             let size = std::str::from_utf8(size).map_err(|_| Some("chunk size"))?;
             let size = number(size, 16).ok_or(Some("chunk size"))?;
