@@ -89,8 +89,11 @@ fn answer(random: &mut fastrand::Rng) -> Vec<u8> {
     bytes
 }
 
+/// What the upstream is to answer next, and whether the connection ends with it.
+type Told = Arc<Mutex<Option<(Vec<u8>, bool)>>>;
+
 /// Answers the first request with what it is told, then each with [`NEXT`].
-async fn say(mut io: UnixStream, told: Arc<Mutex<Option<(Vec<u8>, bool)>>>) {
+async fn say(mut io: UnixStream, told: Told) {
     let mut heard = Vec::new();
     while let Ok(1..) = io.read_buf(&mut heard).await {
         if !heard.ends_with(b"\r\n\r\n") {
@@ -120,7 +123,7 @@ async fn nothing_of_an_answer_becomes_another() {
     let mut random = fastrand::Rng::with_seed(number("PORTCULLIS_FUZZ_SEED", 7) as u64);
     let socket = socket();
     let listener = UnixListener::bind(&socket).unwrap();
-    let told: Arc<Mutex<Option<(Vec<u8>, bool)>>> = Arc::default();
+    let told: Told = Arc::default();
     let tells = told.clone();
     tokio::spawn(async move {
         while let Ok((io, _)) = listener.accept().await {
