@@ -65,6 +65,9 @@ struct Input {
     room: usize,
     /// Since the request began.
     heard: bool,
+    /// Whether a line has ended since a head was last looked for. A head that comes byte by byte is not read anew for
+    /// each of them.
+    line: bool,
 }
 
 /// The rest of a request whose answer came early.
@@ -115,7 +118,7 @@ impl H1 {
     ) -> Self {
         Self {
             io: Io::Whole(stream),
-            input: Input { buffer: BytesMut::new(), room: ROOM, heard: false },
+            input: Input { buffer: BytesMut::new(), room: ROOM, heard: false, line: false },
             sending: Sending::default(),
             deaf: false,
             decoder: Decoder::OVER,
@@ -157,18 +160,16 @@ impl H1 {
             }
         }
         loop {
-            if !self.input.buffer.is_empty() {
-                match Answered::read(&mut self.input.buffer, asked, headers).map_err(Broken::Malformed)? {
-                    Some(answered) => {
-                        self.decoder = answered.body;
-                        self.keep_alive = answered.keep_alive;
-                        return Poll::Ready(Ok(answered));
-                    }
-                    None if self.input.buffer.len() > self.max_head => {
-                        return Poll::Ready(Err(Broken::Malformed(Malformed("the head is too large"))));
-                    }
-                    None => {}
-                }
+            if std::mem::take(&mut self.input.line)
+                && let Some(answered) =
+                    Answered::read(&mut self.input.buffer, asked, headers).map_err(Broken::Malformed)?
+            {
+                self.decoder = answered.body;
+                self.keep_alive = answered.keep_alive;
+                return Poll::Ready(Ok(answered));
+            }
+            if self.input.buffer.len() > self.max_head {
+                return Poll::Ready(Err(Broken::Malformed(Malformed("the head is too large"))));
             }
             match ready!(self.input.poll_fill(io, cx)) {
                 Ok(0) => return Poll::Ready(Err(Broken::Closed(refused))),
@@ -315,6 +316,7 @@ impl Input {
         let free = self.buffer.capacity() - self.buffer.len();
         let count = ready!(pin!(io.read_buf(&mut self.buffer)).poll(cx))?;
         self.heard |= count > 0;
+        self.line |= self.buffer[self.buffer.len() - count..].contains(&b'\n');
         // As much as usually comes at once.
         self.room = if count == free { self.room * 2 } else { self.room.min((count * 4).next_power_of_two()) };
         self.room = self.room.clamp(ROOM, MOST_ROOM);
