@@ -234,8 +234,14 @@ impl Breaker {
         Some(Turn { from: State::Open, to: State::HalfOpen, reason: Reason::Probing, until: None, enforced: true })
     }
 
-    /// A call has ended. `random` is in 0..1.
+    /// Closed, and no failure since the last success.
     #[inline]
+    pub(crate) fn is_calm(&self) -> bool {
+        let word = self.word();
+        word.state() == State::Closed && word.count() == 0
+    }
+
+    /// A call has ended. `random` is in 0..1.
     pub(crate) fn record(
         &self,
         desk: Desk<'_>,
@@ -244,22 +250,6 @@ impl Breaker {
         random: impl FnOnce() -> f64,
     ) -> Option<Turn> {
         let seen = self.word();
-        let windows = self.calls.is_some() || self.time.is_some();
-        if call.outcome == Outcome::Success && !windows && seen.state() == State::Closed && seen.count() == 0 {
-            // Nothing to clear, nothing to write.
-            return None;
-        }
-        self.record_what_matters(desk, seen, call, now, random)
-    }
-
-    fn record_what_matters(
-        &self,
-        desk: Desk<'_>,
-        seen: Word,
-        call: Call,
-        now: impl Fn() -> Moment,
-        random: impl FnOnce() -> f64,
-    ) -> Option<Turn> {
         match call.outcome {
             Outcome::Success => {}
             Outcome::Failure => _ = self.failed.fetch_add(1, Relaxed),

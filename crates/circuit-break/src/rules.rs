@@ -229,6 +229,11 @@ impl Rules {
         }
     }
 
+    /// Whether a success says nothing to a breaker that has seen no failure.
+    pub(crate) fn are_brief(&self) -> bool {
+        self.calls.is_none() && self.time.is_none() && self.outliers.is_none()
+    }
+
     /// Whether how long a call took matters.
     pub(crate) fn time_calls(&self) -> bool {
         let slow = |window: &Option<Window>| window.is_some_and(|window| window.slow.is_some());

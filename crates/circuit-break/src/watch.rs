@@ -19,9 +19,23 @@ use crate::shared::{Alone, Guarded, Shared, Target};
 pub struct Watch<C: Classify> {
     line: Arc<Line<C>>,
     entered: Entered,
-    time: Time,
-    verdict: Verdict,
-    told: bool,
+    /// Nanoseconds, if they matter: when the call began, and once the head is there how long that took.
+    time: u64,
+    stage: Stage,
+}
+
+/// Where a call is. As wide as a word, since what is written as a byte is slow to be moved as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+enum Stage {
+    /// Its head is not there.
+    Waiting,
+    /// The end of the body tells.
+    AtEnd,
+    /// The trailers tell.
+    AtTrailers,
+    /// It was told how it went.
+    Told,
 }
 
 /// The ways to what a layer shares.
@@ -31,24 +45,20 @@ pub struct Watch<C: Classify> {
 pub(crate) struct Lines<C>([Arc<Line<C>>; LINES]);
 
 #[repr(align(128))]
-struct Line<C> {
+pub(crate) struct Line<C> {
     shared: Arc<Shared>,
     classify: Arc<C>,
+    /// Whether a success says nothing to a breaker that has seen no failure.
+    brief: bool,
+    /// Whether how long a call took matters.
+    timed: bool,
 }
 
-/// Where a call entered.
-enum Entered {
+/// Where a call entered. Who has one is to make a [`Watch`] of it at once: only that gives a place back.
+pub(crate) enum Entered {
     Whole(Entry),
     Alone(Arc<Alone>, Entry),
     Endpoint(Pass),
-}
-
-/// How long the head of a response takes, if that matters.
-#[derive(Clone, Copy)]
-enum Time {
-    Unknown,
-    Since(Moment),
-    Took(Duration),
 }
 
 const LINES: usize = 8;
@@ -57,8 +67,10 @@ const LINES: usize = 8;
 
 impl<C> Lines<C> {
     pub(crate) fn new(shared: Shared, classify: &Arc<C>) -> Self {
+        let (brief, timed) = (shared.parts.rules.are_brief(), shared.parts.rules.time_calls());
         let shared = Arc::new(shared);
-        Self(std::array::from_fn(|_| Arc::new(Line { shared: shared.clone(), classify: classify.clone() })))
+        let line = || Line { shared: shared.clone(), classify: classify.clone(), brief, timed };
+        Self(std::array::from_fn(|_| Arc::new(line())))
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
@@ -69,7 +81,7 @@ impl<C> Lines<C> {
         &self.0[0].classify
     }
 
-    fn here(&self) -> &Arc<Line<C>> {
+    pub(crate) fn here(&self) -> &Arc<Line<C>> {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         thread_local!(static HERE: Cell<usize> = const { Cell::new(usize::MAX) });
         let here = HERE.try_with(|here| {
@@ -82,67 +94,57 @@ impl<C> Lines<C> {
     }
 }
 
-impl<C: Classify> Lines<C> {
+// === impl Line ===
+
+impl<C: Classify> Line<C> {
+    /// The time, if how long calls take matters.
+    pub(crate) fn started(&self) -> Option<Moment> {
+        self.timed.then(|| self.shared.now())
+    }
+
     /// Takes over the right that a permit gave, or asks the endpoint's gate. `None` for a call that does not count.
-    pub(crate) fn adopt(&self, permit: &mut Permit) -> Result<Option<Watch<C>>, Refused> {
-        let line = self.here();
-        let shared = &*line.shared;
+    #[inline]
+    pub(crate) fn adopt(&self, permit: &mut Permit, started: Option<Moment>) -> Result<Option<Entered>, Refused> {
+        let shared = &*self.shared;
         if !shared.is_normal() && shared.is_told(&Target::Endpoint(permit.endpoint().clone()))? {
             return Ok(None);
         }
-        let time = line.start();
         // Where a breaker above has taken it, its place counts for both.
         let pass = permit.take_pass().or_else(|| permit.borrow_pass());
         let endpoint = permit.endpoint();
-        let pass = match pass {
+        Ok(Some(Entered::Endpoint(match pass {
             Some(pass) if pass.is_forced() => return Ok(None),
             Some(pass) => pass,
-            None => {
-                endpoint.pass(|| time.or_now(shared)).inspect_err(|_| shared.of_endpoint(endpoint).breaker.refuse())?
-            }
-        };
-        Ok(Some(line.watch(Entered::Endpoint(pass), time)))
+            None => endpoint
+                .pass(|| started.unwrap_or_else(|| shared.now()))
+                .inspect_err(|_| shared.of_endpoint(endpoint).breaker.refuse())?,
+        })))
     }
 
     /// Asks the gate of what has a key, or else of the whole. `None` for a call that does not count.
-    pub(crate) fn enter(&self, alone: Option<Arc<Alone>>) -> Result<Option<Watch<C>>, Refused> {
-        let line = self.here();
-        let shared = &*line.shared;
+    #[inline]
+    pub(crate) fn enter(&self, alone: Option<Arc<Alone>>, started: Option<Moment>) -> Result<Option<Entered>, Refused> {
+        let shared = &*self.shared;
         let asked = alone.as_ref().unwrap_or(&shared.whole);
         if !shared.is_normal() && shared.is_told(&Target::Alone(asked.clone()))? {
             return Ok(None);
         }
-        let time = line.start();
-        let entry = asked.gate.enter(|| time.or_now(shared)).inspect_err(|_| asked.guarded.breaker.refuse())?;
-        let entered = match alone {
+        let now = || started.unwrap_or_else(|| shared.now());
+        let entry = asked.gate.enter(now).inspect_err(|_| asked.guarded.breaker.refuse())?;
+        Ok(Some(match alone {
             Some(alone) => Entered::Alone(alone, entry),
             None => Entered::Whole(entry),
-        };
-        Ok(Some(line.watch(entered, time)))
-    }
-}
-
-// === impl Line ===
-
-impl<C: Classify> Line<C> {
-    fn start(&self) -> Time {
-        if self.shared.parts.rules.time_calls() { Time::Since(self.shared.now()) } else { Time::Unknown }
+        }))
     }
 
-    fn watch(self: &Arc<Self>, entered: Entered, time: Time) -> Watch<C> {
-        let watch = Watch { line: self.clone(), entered, time, verdict: Verdict::AtEnd, told: false };
+    #[inline]
+    pub(crate) fn watch(self: &Arc<Self>, entered: Entered, started: Option<Moment>) -> Watch<C> {
+        let time = started.map_or(0, Moment::as_nanos);
+        let watch = Watch { line: self.clone(), entered, time, stage: Stage::Waiting };
         if watch.entered.is_rationed() {
             watch.probe();
         }
         watch
-    }
-}
-
-// === impl Time ===
-
-impl Time {
-    fn or_now(self, shared: &Shared) -> Moment {
-        if let Self::Since(started) = self { started } else { shared.now() }
     }
 }
 
@@ -156,6 +158,7 @@ impl Entered {
         }
     }
 
+    #[inline]
     fn is_rationed(&self) -> bool {
         match self {
             Self::Whole(entry) | Self::Alone(_, entry) => entry.is_rationed(),
@@ -168,12 +171,15 @@ impl Entered {
 
 impl<C: Classify> Watch<C> {
     /// The head of the response is here.
+    #[inline]
     pub(crate) fn answered<B>(&mut self, response: &Response<B>) {
-        if let Time::Since(started) = self.time {
-            self.time = Time::Took(self.line.shared.now().since(started));
+        if self.line.timed {
+            let took = self.line.shared.now().since(Moment::from_nanos(self.time));
+            self.time = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         }
-        self.verdict = self.line.classify.head(Head::of(response));
-        if let Verdict::Decided(outcome) = self.verdict {
+        let verdict = self.line.classify.head(Head::of(response));
+        self.stage = if verdict == Verdict::AtTrailers { Stage::AtTrailers } else { Stage::AtEnd };
+        if let Verdict::Decided(outcome) = verdict {
             self.tell(outcome, Some(response.headers()));
         }
     }
@@ -184,15 +190,23 @@ impl<C: Classify> Watch<C> {
     }
 
     /// Tells how the call went, once. `by` is what says so.
+    #[inline]
     fn tell(&mut self, outcome: Outcome, by: Option<&HeaderMap>) {
-        if std::mem::replace(&mut self.told, true) {
+        let stage = std::mem::replace(&mut self.stage, Stage::Told);
+        if stage == Stage::Told {
             return;
         }
+        if outcome == Outcome::Success && self.line.brief && self.gate().1.breaker.is_calm() {
+            // Nothing to clear, nothing to write.
+            return;
+        }
+        self.tell_what_matters(stage, outcome, by);
+    }
+
+    #[inline(never)]
+    fn tell_what_matters(&self, stage: Stage, outcome: Outcome, by: Option<&HeaderMap>) {
         let shared = &*self.line.shared;
-        let took = match self.time {
-            Time::Took(took) => Some(took),
-            Time::Unknown | Time::Since(_) => None,
-        };
+        let took = (self.line.timed && stage != Stage::Waiting).then(|| Duration::from_nanos(self.time));
         let asked = match outcome {
             Outcome::Failure => by.and_then(|headers| retry_after(headers, || shared.parts.wall.since_epoch())),
             _ => None,
@@ -239,13 +253,14 @@ impl<C: Classify> Watch<C> {
 
 impl<C: Classify> Guard for Watch<C> {
     fn trailers(&mut self, trailers: &HeaderMap) {
-        if self.verdict == Verdict::AtTrailers {
+        if self.stage == Stage::AtTrailers {
             self.tell(self.line.classify.trailers(trailers), Some(trailers));
         }
     }
 
     fn end(&mut self) {
-        self.tell(if self.verdict == Verdict::AtTrailers { Outcome::Failure } else { Outcome::Success }, None);
+        let is_cut = self.stage == Stage::AtTrailers;
+        self.tell(if is_cut { Outcome::Failure } else { Outcome::Success }, None);
     }
 
     fn error(&mut self) {
@@ -255,6 +270,7 @@ impl<C: Classify> Guard for Watch<C> {
 
 /// Dropped untold, the caller went away.
 impl<C: Classify> Drop for Watch<C> {
+    #[inline]
     fn drop(&mut self) {
         self.tell(Outcome::Ignored, None);
         match &self.entered {
@@ -268,6 +284,6 @@ impl<C: Classify> Drop for Watch<C> {
 
 impl<C: Classify> fmt::Debug for Watch<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watch").field("verdict", &self.verdict).field("told", &self.told).finish_non_exhaustive()
+        f.debug_struct("Watch").field("stage", &self.stage).finish_non_exhaustive()
     }
 }

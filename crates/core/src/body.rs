@@ -143,26 +143,35 @@ where
             Project::Inner { mut body, guard } => {
                 let frame = ready!(body.as_mut().poll_frame(cx));
                 let Some(watch) = guard else { return Poll::Ready(frame) };
-                let over = match &frame {
-                    Some(Ok(frame)) => {
-                        if let Some(data) = frame.data_ref() {
+                // Taken apart and put together again, a frame of data need not be written to memory to be looked at.
+                let (frame, over) = match frame {
+                    Some(Ok(frame)) => match frame.into_data() {
+                        Ok(data) => {
                             watch.data(data.len());
-                        } else if let Some(trailers) = frame.trailers_ref() {
-                            watch.trailers(trailers);
+                            let over = body.is_end_stream();
+                            if over {
+                                watch.end();
+                            }
+                            (Some(Ok(Frame::data(data))), over)
                         }
-                        let over = frame.is_trailers() || body.is_end_stream();
-                        if over {
-                            watch.end();
+                        Err(frame) => {
+                            let over = frame.is_trailers() || body.is_end_stream();
+                            if let Some(trailers) = frame.trailers_ref() {
+                                watch.trailers(trailers);
+                            }
+                            if over {
+                                watch.end();
+                            }
+                            (Some(Ok(frame)), over)
                         }
-                        over
-                    }
-                    Some(Err(_)) => {
+                    },
+                    Some(Err(error)) => {
                         watch.error();
-                        true
+                        (Some(Err(error)), true)
                     }
                     None => {
                         watch.end();
-                        true
+                        (None, true)
                     }
                 };
                 if over {

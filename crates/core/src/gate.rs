@@ -23,6 +23,7 @@
 //! are more out at a time, counting those younger than `every`, than there are places.
 
 use std::fmt;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -77,20 +78,18 @@ pub struct Refused {
 }
 
 /// What a request got at the gate. One who keeps it must give it [back](Gate::leave) himself; a [`Pass`] does so.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+///
+/// One word, `kind: 2 | generation: 31 | place: 30 | 1`: every call carries it through several moves. Never zero, so that one
+/// that may be missing is no longer.
+#[derive(Clone, Copy, PartialEq, Eq)]
 #[must_use = "a place that is not given back stays taken until it is lost"]
-pub struct Entry {
-    generation: Generation,
-    kind: Kind,
-}
+pub struct Entry(NonZeroU64);
 
 /// The right to call one endpoint once. Dropping it gives a rationed place back.
 #[must_use = "dropping a pass gives its place back"]
 pub struct Pass {
     gate: Guarded,
     entry: Entry,
-    /// Another one gives the place back.
-    borrowed: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +97,9 @@ enum Kind {
     /// The gate admitted everybody.
     Free,
     /// One of the places of a ration.
-    Place { id: u32 },
+    Place,
+    /// One of the places of a ration, which another one gives back.
+    Lent,
     /// In without asking.
     Forced,
 }
@@ -175,12 +176,12 @@ impl Gate {
     /// [`Refused`] when every place is taken.
     pub fn pass(self: &Arc<Self>, now: impl FnOnce() -> Moment) -> Result<Pass, Refused> {
         let entry = self.enter(now)?;
-        Ok(Pass { gate: Guarded::Alone(self.clone()), entry, borrowed: false })
+        Ok(Pass { gate: Guarded::Alone(self.clone()), entry })
     }
 
     /// Gives a pass without asking. Its outcome must change nothing: see [`Pass::is_forced`].
     pub fn pass_by_force(self: &Arc<Self>) -> Pass {
-        Pass { gate: Guarded::Alone(self.clone()), entry: self.force(), borrowed: false }
+        Pass { gate: Guarded::Alone(self.clone()), entry: self.force() }
     }
 
     /// Enters, for one who keeps the gate and is sure to [`leave`](Self::leave). The clock is read only while the gate is
@@ -193,13 +194,13 @@ impl Gate {
     pub fn enter(&self, now: impl FnOnce() -> Moment) -> Result<Entry, Refused> {
         let word = self.word();
         if !word.is_rationed() {
-            return Ok(Entry { generation: word.generation(), kind: Kind::Free });
+            return Ok(Entry::new(word.generation(), Kind::Free, 0));
         }
         self.enter_rationed(word, now())
     }
 
     pub(crate) fn force(&self) -> Entry {
-        Entry { generation: self.word().generation(), kind: Kind::Forced }
+        Entry::new(self.word().generation(), Kind::Forced, 0)
     }
 
     /// Whether a rationed gate may have a place, without the lock.
@@ -217,7 +218,7 @@ impl Gate {
         self.check(word, || now)?;
         let book = &mut *lock(&self.rest.book);
         let generation = self.word().generation();
-        let Some(ration) = strictest(&book.votes) else { return Ok(Entry { generation, kind: Kind::Free }) };
+        let Some(ration) = strictest(&book.votes) else { return Ok(Entry::new(generation, Kind::Free, 0)) };
         if now < ration.until || ration.places == 0 {
             return Err(Refused { until: ration.until });
         }
@@ -226,9 +227,9 @@ impl Gate {
         let places = usize::from(ration.places);
         let entry = (book.out.len() < places).then(|| {
             let id = book.next;
-            book.next = id.wrapping_add(1);
+            book.next = (id + 1) & Entry::PLACES;
             book.out.push(Out { id, lost: now + ration.every.max(SHORTEST) });
-            Entry { generation, kind: Kind::Place { id } }
+            Entry::new(generation, Kind::Place, id)
         });
         let until = book.earliest();
         self.publish(Word::rationed(generation, book.left(places)), until);
@@ -238,8 +239,8 @@ impl Gate {
     /// Gives a place of this gate back. Free entries have nothing to give back.
     #[inline]
     pub fn leave(&self, entry: Entry) {
-        if let Kind::Place { id } = entry.kind {
-            self.give_back(id);
+        if entry.kind() == Kind::Place {
+            self.give_back(entry.place());
         }
     }
 
@@ -417,19 +418,55 @@ impl Generation {
 // === impl Entry ===
 
 impl Entry {
+    const PLACES: u32 = (1 << 30) - 1;
+
+    #[inline]
+    fn new(generation: Generation, kind: Kind, place: u32) -> Self {
+        let bits = (kind as u64) << 62 | u64::from(generation.0) << 31 | u64::from(place & Self::PLACES) << 1;
+        Self(NonZeroU64::MIN | bits)
+    }
+
     /// When the gate was entered; a result counts if this has [`reached`](Generation::reached) the move that began the
     /// period.
     #[must_use]
     #[inline]
     pub const fn generation(self) -> Generation {
-        self.generation
+        Generation((self.0.get() >> 31) as u32 & Generation::MASK)
     }
 
     /// Whether it holds one of the places of a rationed gate.
     #[must_use]
     #[inline]
     pub const fn is_rationed(self) -> bool {
-        matches!(self.kind, Kind::Place { .. })
+        matches!(self.kind(), Kind::Place | Kind::Lent)
+    }
+
+    /// The same once more, for one who gives nothing back.
+    fn lent(self) -> Self {
+        if self.is_rationed() { Self::new(self.generation(), Kind::Lent, self.place()) } else { self }
+    }
+
+    #[inline]
+    const fn kind(self) -> Kind {
+        match self.0.get() >> 62 {
+            0 => Kind::Free,
+            1 => Kind::Place,
+            2 => Kind::Lent,
+            _ => Kind::Forced,
+        }
+    }
+
+    const fn place(self) -> u32 {
+        (self.0.get() >> 1) as u32 & Self::PLACES
+    }
+}
+
+impl fmt::Debug for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Entry")
+            .field("kind", &self.kind())
+            .field("generation", &self.generation().0)
+            .finish_non_exhaustive()
     }
 }
 
@@ -437,18 +474,18 @@ impl Entry {
 
 impl Pass {
     pub(crate) fn of_endpoint(endpoint: Endpoint, entry: Entry) -> Self {
-        Self { gate: Guarded::Endpoint(endpoint), entry, borrowed: false }
+        Self { gate: Guarded::Endpoint(endpoint), entry }
     }
 
-    pub(crate) fn borrowed(endpoint: Endpoint, entry: Entry) -> Self {
-        Self { gate: Guarded::Endpoint(endpoint), entry, borrowed: true }
+    pub(crate) fn lent(endpoint: Endpoint, entry: Entry) -> Self {
+        Self { gate: Guarded::Endpoint(endpoint), entry: entry.lent() }
     }
 
     /// When the gate was entered; a result counts if this has [`reached`](Generation::reached) the move that began the
     /// period.
     #[must_use]
     pub fn generation(&self) -> Generation {
-        self.entry.generation
+        self.entry.generation()
     }
 
     /// Whether it holds one of the places of a rationed gate.
@@ -461,7 +498,7 @@ impl Pass {
     /// threshold would be undone by the failures it brings.
     #[must_use]
     pub fn is_forced(&self) -> bool {
-        self.entry.kind == Kind::Forced
+        self.entry.kind() == Kind::Forced
     }
 
     /// The gate that was entered.
@@ -484,10 +521,9 @@ impl Pass {
 }
 
 impl Drop for Pass {
+    #[inline]
     fn drop(&mut self) {
-        if !self.borrowed {
-            self.gate().leave(self.entry);
-        }
+        self.gate().leave(self.entry);
     }
 }
 

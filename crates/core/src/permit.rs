@@ -45,7 +45,7 @@ impl Permit {
     /// holds its place until the call has ended. Dropping this one gives nothing back.
     #[must_use]
     pub fn borrow_pass(&self) -> Option<Pass> {
-        Some(Pass::borrowed(self.endpoint.clone(), self.taken?))
+        Some(Pass::lent(self.endpoint.clone(), self.taken?))
     }
 }
 

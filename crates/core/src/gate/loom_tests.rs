@@ -24,7 +24,7 @@ fn enter(gate: &Arc<Gate>, seconds: u64) -> thread::JoinHandle<Result<Entry, Ref
 }
 
 fn is_place(entry: &Result<Entry, Refused>) -> bool {
-    matches!(entry, Ok(Entry { kind: Kind::Place { .. }, .. }))
+    entry.is_ok_and(|entry| entry.kind() == Kind::Place)
 }
 
 fn places(entries: &[Result<Entry, Refused>]) -> usize {
@@ -101,9 +101,9 @@ fn loom_who_enters_after_admitting_was_told_enters_free() {
         let (one, two) = (enter(&gate, 2), enter(&gate, 2));
         let moved = gate.admit(mover, since).unwrap();
         let mine = gate.enter(|| at(0)).unwrap();
-        assert!(mine.kind == Kind::Free && mine.generation.reached(moved));
+        assert!(mine.kind() == Kind::Free && mine.generation().reached(moved));
         for entry in [one.join().unwrap(), two.join().unwrap()].into_iter().flatten() {
-            assert_eq!(entry.generation.reached(moved), entry.kind == Kind::Free);
+            assert_eq!(entry.generation().reached(moved), entry.kind() == Kind::Free);
         }
     });
 }
