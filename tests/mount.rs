@@ -4,20 +4,27 @@
 
 mod support;
 
+use std::pin::Pin;
+
 use axum::body::Body as AxumBody;
+use futures::Stream;
 use http::Request;
 use http_body_util::{BodyExt, Full};
+use portcullis::auth::AuthLayer;
 use portcullis::balance::{BalanceLayer, PowerOfTwo};
 use portcullis::circuit_break::CircuitBreakLayer;
-use portcullis::core::Rejection;
+use portcullis::core::{Carried, Identity, Rejection};
 use portcullis::discovery::{DiscoveryLayer, EmbeddedRegistry};
 use portcullis::forward::Forward;
 use portcullis::gateway::{Gateway, Route};
 use portcullis::rate_limit::{Rate, RateLimitLayer};
-use portcullis_testing::echo::Ping;
 use portcullis_testing::echo::echo_client::EchoClient;
+use portcullis_testing::echo::echo_server::{Echo, EchoServer};
+use portcullis_testing::echo::{Ping, Pong};
 use portcullis_testing::{Backend, client};
-use tower::{ServiceBuilder, ServiceExt};
+use serde_json::json;
+use tonic::{Code, Response, Status, Streaming};
+use tower::{Layer, ServiceBuilder, ServiceExt};
 
 async fn gateway() -> (Gateway, impl Sized) {
     let registry = EmbeddedRegistry::new();
@@ -117,4 +124,78 @@ async fn bodies_of_any_kind_mount() {
     let answer = gateway.oneshot(request).await.unwrap();
     assert_eq!(answer.status(), 200);
     assert!(!answer.into_body().collect().await.unwrap().to_bytes().is_empty());
+}
+
+#[derive(serde::Deserialize)]
+struct Claims {
+    tenant: String,
+    level: u8,
+}
+
+/// Reads the caller's claims as a type of its own.
+fn tenant(extensions: &http::Extensions) -> Option<String> {
+    let Claims { tenant, level } = Identity::of(extensions)?.claims_as().ok()?;
+    Some(format!("{tenant} {level}"))
+}
+
+#[tokio::test]
+async fn claims_are_readable_in_axum_handlers() {
+    let whoami = async |request: axum::extract::Request| tenant(request.extensions()).unwrap_or_default();
+    let app = axum::Router::new().route("/", axum::routing::get(whoami)).layer(AuthLayer::new(support::jwt()));
+    let ask = async |token: Option<String>| {
+        let mut request = Request::get("http://app/");
+        if let Some(token) = token {
+            request = request.header("authorization", token);
+        }
+        let answer = app.clone().oneshot(request.body(AxumBody::empty()).unwrap()).await.unwrap();
+        (answer.status().as_u16(), answer.into_body().collect().await.unwrap().to_bytes())
+    };
+    let claims = json!({ "tenant": "acme", "level": 3 });
+    assert_eq!(ask(Some(support::bearer_with("ada", &claims))).await, (200, "acme 3".into()));
+    assert_eq!(ask(Some(support::bearer_with("ada", &json!({ "level": 3 })))).await, (200, "".into()));
+    assert_eq!(ask(None).await.0, 401);
+}
+
+/// Answers with whose claims it read.
+struct Whoami;
+
+type Nothing = Pin<Box<dyn Stream<Item = Result<Pong, Status>> + Send>>;
+
+#[tonic::async_trait]
+impl Echo for Whoami {
+    type DownloadStream = Nothing;
+    type TalkStream = Nothing;
+
+    async fn unary(&self, request: tonic::Request<Ping>) -> Result<Response<Pong>, Status> {
+        let text = tenant(request.extensions()).ok_or_else(|| Status::internal("no claims"))?;
+        Ok(Response::new(Pong { text, server: String::new() }))
+    }
+
+    async fn download(&self, _: tonic::Request<Ping>) -> Result<Response<Nothing>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn upload(&self, _: tonic::Request<Streaming<Ping>>) -> Result<Response<Pong>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn talk(&self, _: tonic::Request<Streaming<Ping>>) -> Result<Response<Nothing>, Status> {
+        Err(Status::unimplemented(""))
+    }
+}
+
+#[tokio::test]
+async fn claims_are_readable_in_tonic_services() {
+    let service = AuthLayer::new(support::jwt()).layer(EchoServer::new(Whoami));
+    let mut client = EchoClient::new(service);
+    let mut call = tonic::Request::new(Ping::default());
+    let token = support::bearer_with("ada", &json!({ "tenant": "acme", "level": 3 }));
+    call.metadata_mut().insert("authorization", token.parse().unwrap());
+    assert_eq!(client.unary(call).await.unwrap().into_inner().text, "acme 3");
+    let refused = client.unary(Ping::default()).await.unwrap_err();
+    assert_eq!((refused.code(), refused.message()), (Code::Unauthenticated, "no-credentials"));
+    // Credentials in binary metadata are none.
+    let mut call = tonic::Request::new(Ping::default());
+    call.metadata_mut().insert_bin("authorization-bin", tonic::metadata::MetadataValue::from_bytes(b"Bearer x"));
+    assert_eq!(client.unary(call).await.unwrap_err().code(), Code::Unauthenticated);
 }

@@ -9,7 +9,9 @@ use http::{HeaderMap, HeaderValue, Request};
 use http_body::Frame;
 use http_body_util::BodyExt;
 use http_body_util::channel::Channel;
+use portcullis::auth::{AuthLayer, Authenticate, IdentityHeaders};
 use portcullis::discovery::EmbeddedRegistry;
+use portcullis::gateway::Gateway;
 
 type Body = Channel<Bytes, std::convert::Infallible>;
 
@@ -50,6 +52,43 @@ async fn chunks_come_back_before_the_next_is_written_over_http1() {
 #[tokio::test]
 async fn chunks_come_back_before_the_next_is_written_over_http2() {
     through_the_gateway(true).await;
+}
+
+/// What arrives of a request's trailers.
+async fn trailers_behind(gateway: Gateway, http2: bool) -> Vec<String> {
+    let address = support::listen(gateway).await;
+    let names = ["x-user", "x_user", "x.user", "x-sum"];
+    let request = Request::post(format!("http://{address}/echo"))
+        .header("te", "trailers")
+        .header("authorization", support::bearer("ada"))
+        .header("trailer", names.join(","));
+    let (mut upload, body) = Body::new(1);
+    let sending = tokio::spawn(support::client::<Body>(http2).request(request.body(body).unwrap()));
+    upload.send_data(Bytes::from_static(b"one")).await.unwrap();
+    let trailers = names.map(|name| (http::HeaderName::from_static(name), HeaderValue::from_static("root")));
+    upload.send(Frame::trailers(trailers.into_iter().collect())).await.unwrap();
+    drop(upload);
+    let echoed = sending.await.unwrap().unwrap().into_body().collect().await.unwrap();
+    let mut arrived: Vec<_> = echoed.trailers().unwrap().keys().map(ToString::to_string).collect();
+    arrived.sort_unstable();
+    arrived
+}
+
+#[tokio::test]
+async fn who_is_calling_cannot_be_said_in_trailers() {
+    let registry = EmbeddedRegistry::new();
+    let backends = support::backends(&["a"]).await;
+    let _registrations = support::register(&registry, "orders", support::places(&backends)).await;
+    let says = IdentityHeaders::new().subject(http::HeaderName::from_static("x-user"));
+    let auth = AuthLayer::new(support::jwt().shared());
+    for http2 in [false, true] {
+        let telling = auth.clone().identity_headers(says.clone());
+        let gateway = support::open_gateway(registry.clone()).with_auth(telling).build().unwrap();
+        assert_eq!(trailers_behind(gateway, http2).await, ["x-sum"], "HTTP/2: {http2}");
+        let gateway = support::open_gateway(registry.clone()).with_auth(auth.clone()).build().unwrap();
+        let all = ["x-sum", "x-user", "x.user", "x_user"];
+        assert_eq!(trailers_behind(gateway, http2).await, all, "nobody says it, HTTP/2: {http2}");
+    }
 }
 
 #[tokio::test]

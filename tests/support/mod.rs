@@ -25,7 +25,13 @@ pub(crate) const SECRET: &[u8] = b"known to the tests and to nobody else";
 
 /// The header of a caller who may pass.
 pub(crate) fn bearer(subject: &str) -> String {
-    let claims = json!({ "iss": "tests", "aud": "orders", "sub": subject, "exp": token::now() + 600 });
+    bearer_with(subject, &json!({}))
+}
+
+/// The same with more claims.
+pub(crate) fn bearer_with(subject: &str, more: &serde_json::Value) -> String {
+    let mut claims = json!({ "iss": "tests", "aud": "orders", "sub": subject, "exp": token::now() + 600 });
+    claims.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
     format!("Bearer {}", token::hs256(SECRET, &claims))
 }
 

@@ -118,7 +118,7 @@
 //!
 //! Log people in, keep sessions, introspect opaque tokens, decrypt tokens, prove possession by DPoP, hash passwords slowly,
 //! or read a certificate that a proxy says it has seen. A token cannot be taken back before it expires, save with its key.
-//! Request trailers are not searched for identity headers. It does not protect an upstream that can be reached past it.
+//! It does not protect an upstream that can be reached past it.
 
 mod algorithm;
 mod authenticate;
@@ -336,7 +336,7 @@ where
     fn call(&mut self, mut request: Request<B>) -> Self::Future {
         let mode = self.settings.policy_for(&request).mode;
         if mode == Mode::None || self.settings.preflight && is_preflight(&request) {
-            self.settings.identity_headers.strip(request.headers_mut());
+            self.settings.identity_headers.strip(&mut request);
             return ResponseFuture { state: State::Calling { response: self.inner.call(request) } };
         }
         let state = match self.authenticate.authenticate(&Head::of(&request)) {
@@ -384,7 +384,7 @@ impl Settings {
             Err(denied) => Err(self.challenges.denied(&denied)),
         };
         let identity = outcome.inspect_err(|rejection| self.refusals.count(rejection))?;
-        self.identity_headers.strip(request.headers_mut());
+        self.identity_headers.strip(request);
         if let Some(identity) = identity {
             if self.forward_credentials {
                 // Whoever prints the headers from here on, or compresses them, shall leave these out.

@@ -1,9 +1,7 @@
 //! What the request says about the caller when it goes on.
 
-use std::fmt::Write;
-
-use http::{HeaderMap, HeaderName, HeaderValue, header};
-use portcullis_core::Identity;
+use http::{HeaderMap, HeaderName, HeaderValue, Request, header};
+use portcullis_core::{Carried, Identity, ReservedHeaders};
 use serde_json::Value;
 
 /// Headers that tell the upstream who is calling.
@@ -23,13 +21,14 @@ use serde_json::Value;
 ///     .claim("/tenant", HeaderName::from_static("x-tenant"));
 /// ```
 ///
-/// Values are UTF-8. One that cannot stand in a header, such as a claim with a line break, is left out. Trailers are not
-/// looked at: no server joins them to the headers unasked.
+/// In a request's trailers they are struck by the layer that passes its body on, `portcullis-forward`: this one leaves the
+/// names as [`ReservedHeaders`], and whoever sends bodies on by other means can [strike](ReservedHeaders::strike) them too.
+///
+/// Values are UTF-8. One that cannot stand in a header, such as a claim with a line break, is left out.
 #[derive(Clone, Debug, Default)]
 pub struct IdentityHeaders {
     fields: Vec<(What, HeaderName)>,
-    /// The names, with every character that is no letter or digit as a hyphen.
-    folded: Vec<String>,
+    reserved: ReservedHeaders,
 }
 
 #[derive(Clone, Debug)]
@@ -81,32 +80,33 @@ impl IdentityHeaders {
     }
 
     fn field(mut self, what: What, name: HeaderName) -> Self {
-        self.folded.push(fold(name.as_str()).collect());
         self.fields.push((what, name));
+        self.reserved = ReservedHeaders::new(self.fields.iter().map(|(_, name)| name.clone()));
         self
     }
 
-    /// Removes what came from outside under these names.
-    pub(crate) fn strip(&self, headers: &mut HeaderMap) {
-        if self.fields.is_empty() {
+    /// Removes what came from outside under these names, and has it removed from what is still to come.
+    pub(crate) fn strip<B>(&self, request: &mut Request<B>) {
+        if self.reserved.is_empty() {
             return;
         }
-        while let Some(alias) = headers.keys().find(|name| self.is_alias(name.as_str())).cloned() {
-            headers.remove(alias);
-        }
-        let options = |value: &HeaderValue| value.to_str().unwrap_or_default().to_owned();
-        let lists = || headers.get_all(header::CONNECTION).iter();
-        if !lists().any(|value| options(value).split(',').any(|option| self.is_alias(option.trim()))) {
+        self.reserved.strike(request.headers_mut());
+        self.strike_from_connection(request.headers_mut());
+        self.reserved.clone().attach(request.extensions_mut());
+    }
+
+    fn strike_from_connection(&self, headers: &mut HeaderMap) {
+        let options = || {
+            let lines = headers.get_all(header::CONNECTION).iter();
+            lines.flat_map(|line| line.as_bytes().split(|byte| *byte == b',')).map(<[u8]>::trim_ascii)
+        };
+        if !options().any(|option| self.reserved.has(option)) {
             return;
         }
-        let mut kept = String::new();
-        for value in lists() {
-            for option in options(value).split(',').map(str::trim).filter(|option| !self.is_alias(option)) {
-                let _ = write!(kept, "{}{option}", if kept.is_empty() { "" } else { ", " });
-            }
-        }
+        let kept: Vec<_> = options().filter(|option| !self.reserved.has(option)).collect();
+        let kept = HeaderValue::from_bytes(&kept.join(&b", "[..]));
         headers.remove(header::CONNECTION);
-        if let Ok(kept) = HeaderValue::try_from(kept)
+        if let Ok(kept) = kept
             && !kept.is_empty()
         {
             headers.insert(header::CONNECTION, kept);
@@ -132,15 +132,6 @@ impl IdentityHeaders {
             }
         }
     }
-
-    fn is_alias(&self, name: &str) -> bool {
-        self.folded.iter().any(|folded| folded.len() == name.len() && fold(name).eq(folded.chars()))
-    }
-}
-
-/// As the loosest of servers compares names: CGI and its heirs take whatever is no letter or digit for the same.
-fn fold(name: &str) -> impl Iterator<Item = char> {
-    name.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' })
 }
 
 fn pointed<'a>(identity: &'a Identity, pointer: &str) -> Option<&'a Value> {
@@ -166,31 +157,30 @@ mod tests {
     }
 
     #[test]
-    fn every_alias_from_outside_is_removed() {
-        let mut map = HeaderMap::new();
-        for name in
-            ["x-user", "X-User", "x_user", "x.user", "X_USER", "x~user", "x-roles", "x_tenant", "x-users", "xuser"]
-        {
-            map.append(HeaderName::try_from(name).unwrap(), HeaderValue::from_static("evil"));
-            map.append(HeaderName::try_from(name).unwrap(), HeaderValue::from_static("twice"));
+    fn every_alias_from_outside_is_removed_and_its_names_left_for_whoever_sends_trailers() {
+        let mut request = Request::new(());
+        for name in ["x-user", "X-User", "x_user", "x.user", "X_USER", "x~user", "x-roles", "x_tenant", "x-users"] {
+            request.headers_mut().append(HeaderName::try_from(name).unwrap(), HeaderValue::from_static("evil"));
+            request.headers_mut().append(HeaderName::try_from(name).unwrap(), HeaderValue::from_static("twice"));
         }
-        headers().strip(&mut map);
-        let mut left: Vec<_> = map.keys().map(HeaderName::as_str).collect();
-        left.sort_unstable();
-        assert_eq!(left, ["x-users", "xuser"]);
+        headers().strip(&mut request);
+        assert_eq!(request.headers().keys().collect::<Vec<_>>(), ["x-users"]);
+        assert!(ReservedHeaders::of(request.extensions()).unwrap().has(b"X_Level"));
     }
 
     #[test]
     fn connection_cannot_have_them_dropped() {
-        let mut map = HeaderMap::new();
-        map.append("connection", HeaderValue::from_static("close, X-User"));
-        map.append("connection", HeaderValue::from_static("x_roles,te"));
-        headers().strip(&mut map);
-        assert_eq!(map.get_all("connection").iter().collect::<Vec<_>>(), ["close, te"]);
-        let mut map = HeaderMap::new();
-        map.append("connection", HeaderValue::from_static("x-user"));
-        headers().strip(&mut map);
-        assert!(map.is_empty());
+        let connection = |lines: &[&'static [u8]]| {
+            let mut request = Request::new(());
+            for line in lines {
+                request.headers_mut().append("connection", HeaderValue::from_bytes(line).unwrap());
+            }
+            headers().strip(&mut request);
+            request.headers().get_all("connection").iter().map(|line| line.as_bytes().to_vec()).collect::<Vec<_>>()
+        };
+        assert_eq!(connection(&[b"close, X-User", b"x_roles,te", b"X.Tenant, \xff"]), [b"close, te, \xff"]);
+        assert_eq!(connection(&[b"te ,x-other", b"\xff"]), [&b"te ,x-other"[..], b"\xff"], "as it came");
+        assert!(connection(&[b"x-user"]).is_empty());
     }
 
     #[test]

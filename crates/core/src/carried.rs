@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::Extensions;
 
 use self::sealed::Carrier;
-use crate::{Endpoints, Identity, Moment, Permit, Route};
+use crate::{Endpoints, Identity, Moment, Permit, ReservedHeaders, Route};
 
 /// A value that one layer leaves for the next in the request's extensions.
 ///
@@ -83,7 +83,9 @@ enum Packed {
 
 #[expect(unnameable_types, reason = "what travels is this crate's choice, and so is the carrier")]
 mod sealed {
-    use super::{Deadline, Destination, Endpoints, HeadDeadline, Identity, PeerAddress, PeerTls, Permit, Route};
+    use super::{
+        Deadline, Destination, Endpoints, HeadDeadline, Identity, PeerAddress, PeerTls, Permit, ReservedHeaders, Route,
+    };
 
     /// What travels with a request.
     #[derive(Clone, Debug, Default)]
@@ -95,6 +97,7 @@ mod sealed {
         pub(super) peer: Option<PeerAddress>,
         pub(super) tls: Option<PeerTls>,
         pub(super) identity: Option<Identity>,
+        pub(super) reserved: Option<ReservedHeaders>,
         pub(super) endpoints: Option<Endpoints>,
         pub(super) permit: Option<Permit>,
     }
@@ -129,6 +132,7 @@ carried! {
     peer: PeerAddress,
     tls: PeerTls,
     identity: Identity,
+    reserved: ReservedHeaders,
     endpoints: Endpoints,
     permit: Permit,
 }

@@ -8,6 +8,7 @@
 //! | [`PeerAddress`], [`PeerTls`] | who is at the other end of the connection | the server | auth, rate-limit, forward |
 //! | [`Destination`], [`Route`], [`Deadline`] | what is asked for, how, and until when | route | every layer |
 //! | [`Identity`] | who is calling | auth | rate-limit, balance, the application |
+//! | [`ReservedHeaders`] | which headers only we may write | auth | forward |
 //! | [`Endpoints`] | where the service lives | discovery | balance |
 //! | [`Permit`] | the right to call one [`Endpoint`] | balance | circuit-break, forward |
 //! | [`HeadDeadline`] | when this attempt is given up | balance | forward |
@@ -40,6 +41,7 @@ mod outcome;
 mod path;
 mod permit;
 mod rejection;
+mod reserved;
 mod route;
 mod slots;
 mod sync;
@@ -60,5 +62,6 @@ pub use outcome::{Classify, Head, Judge, Outcome, Report, Standard, Verdict, jud
 pub use path::{is_normal_path, normal_path};
 pub use permit::Permit;
 pub use rejection::{Layer, Rejection, Side};
+pub use reserved::ReservedHeaders;
 pub use route::Route;
 pub use slots::{SlotKey, Slots};

@@ -39,7 +39,8 @@
 //! * **Connections.** What belongs to one connection stays on it: the fixed set of fields, and whatever any `Connection`
 //!   line nominates, except fields that guard or describe the request itself (`Authorization`, `Cookie`,
 //!   `X-Forwarded-*`, ...), which cannot be nominated away. Of `TE` only `trailers` goes on. Trailers go both ways; those
-//!   that would change framing, routing or credentials are dropped.
+//!   that would change framing, routing or credentials are dropped, and of a request's those under
+//!   [names that only we may write](portcullis_core::ReservedHeaders).
 //! * **Targets.** A path that is not in [normal form](portcullis_core::is_normal_path) gets 400, unless the route
 //!   [says otherwise](Paths). Absolute form becomes origin form, and its authority replaces `Host`. Two `Host`s, a `Host`
 //!   that is none, user information in it, and one that contradicts `:authority` get 400; `CONNECT`

@@ -11,7 +11,7 @@ use http::uri::{Authority, PathAndQuery};
 use http::{Method, Request, Response, StatusCode, Uri, Version};
 use portcullis_core::{
     Address, Body, Carried, Deadline, Dialect, Endpoint, GRPC_TIMEOUT, GrpcCode, HeadDeadline, Instance, Layer, Moment,
-    Permit, Rejection, Route, Scheme, grpc_timeout, grpc_timeout_value, is_normal_path, normal_path,
+    Permit, Rejection, ReservedHeaders, Route, Scheme, grpc_timeout, grpc_timeout_value, is_normal_path, normal_path,
 };
 use tokio::time::Instant;
 use tracing::debug;
@@ -151,7 +151,7 @@ impl Shared {
         }
         headers.remove(TRANSFER_ENCODING);
 
-        let (body, flow) = Outgoing::new(body, limit);
+        let (body, flow) = Outgoing::new(body, limit, ReservedHeaders::take(&mut parts.extensions));
         let is_grpc = dialect == Dialect::Grpc;
         let times = self.times(&policy, &mut parts, is_grpc);
         if times.end.is_some_and(|end| end <= times.start) {

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use futures::task::AtomicWaker;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
+use portcullis_core::ReservedHeaders;
 use tokio::time::Instant;
 
 use crate::BoxError;
@@ -50,6 +51,7 @@ pin_project! {
         body: B,
         flow: Tell,
         left: Option<u64>,
+        reserved: Option<ReservedHeaders>,
     }
 }
 
@@ -62,8 +64,8 @@ struct Stopped(&'static str);
 // === impl Outgoing ===
 
 impl Outgoing {
-    /// Takes `body` over; no more than `limit` bytes of it.
-    pub(crate) fn new<B>(body: B, limit: Option<u64>) -> (Self, Option<Arc<Flow>>)
+    /// Takes `body` over; no more than `limit` bytes of it, and no trailers under names that are `reserved`.
+    pub(crate) fn new<B>(body: B, limit: Option<u64>, reserved: Option<ReservedHeaders>) -> (Self, Option<Arc<Flow>>)
     where
         B: Body<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError>,
@@ -78,7 +80,7 @@ impl Outgoing {
             waits_for_caller: AtomicU8::new(0),
             watcher: AtomicWaker::new(),
         });
-        (Self::Stream(Box::pin(Upload { body, flow: Tell(flow.clone()), left: limit })), Some(flow))
+        (Self::Stream(Box::pin(Upload { body, flow: Tell(flow.clone()), left: limit, reserved })), Some(flow))
     }
 }
 
@@ -140,6 +142,9 @@ where
                 }
                 if let Some(trailers) = frame.trailers_mut() {
                     clean_trailers(trailers);
+                    if let Some(reserved) = this.reserved {
+                        reserved.strike(trailers);
+                    }
                 }
                 Some(Ok(frame))
             }

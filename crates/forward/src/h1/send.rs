@@ -211,7 +211,7 @@ mod tests {
 
     fn body(frames: Vec<Frame<Bytes>>) -> Outgoing {
         let frames = frames.into_iter().map(Ok::<_, std::convert::Infallible>);
-        Outgoing::new(StreamBody::new(futures::stream::iter(frames)).boxed_unsync(), None).0
+        Outgoing::new(StreamBody::new(futures::stream::iter(frames)).boxed_unsync(), None, None).0
     }
 
     /// What is sent, however little the transport takes at once.
