@@ -3,6 +3,7 @@
 //! RFC 8259 leaves duplicate members to the parser, and two parsers that choose differently are how a token comes to mean
 //! one thing here and another behind us. So they are refused, at every level.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
@@ -14,9 +15,25 @@ pub(crate) const MAX_DEPTH: usize = 16;
 /// What `serde_json` hands out in place of a number when its feature `arbitrary_precision` is on somewhere in the tree.
 const NUMBER: &str = "$serde_json::private::Number";
 
+/// How many members [`members`] reads: what is short needs no tree to find a duplicate.
+const MAX_MEMBERS: usize = 32;
+
+/// One member of an object that is only looked at.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Member<'de> {
+    Text(Cow<'de, str>),
+    Other,
+}
+
 struct Strict {
     depth: usize,
 }
+
+struct Members;
+
+struct Text;
+
+struct Any;
 
 /// Reads one object and nothing behind it.
 pub(crate) fn object(bytes: &[u8]) -> Option<Map<String, Value>> {
@@ -27,6 +44,14 @@ pub(crate) fn object(bytes: &[u8]) -> Option<Map<String, Value>> {
         Value::Object(object) => Some(object),
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => None,
     }
+}
+
+/// Reads one object as strictly, but its members in their order, without copying their text.
+pub(crate) fn members(bytes: &[u8]) -> Option<Vec<(Cow<'_, str>, Member<'_>)>> {
+    let mut json = serde_json::Deserializer::from_slice(bytes);
+    let members = json.deserialize_map(Members).ok()?;
+    json.end().ok()?;
+    Some(members)
 }
 
 // === impl Strict ===
@@ -106,6 +131,107 @@ impl<'de> Visitor<'de> for Strict {
     }
 }
 
+// === impl Members ===
+
+impl<'de> Visitor<'de> for Members {
+    type Value = Vec<(Cow<'de, str>, Member<'de>)>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut members = Vec::with_capacity(8);
+        while let Some(name) = map.next_key_seed(Text)? {
+            if members.len() == MAX_MEMBERS || members.iter().any(|(have, _)| *have == name) {
+                return Err(A::Error::custom("duplicate member, or too many"));
+            }
+            members.push((name, map.next_value_seed(Any)?));
+        }
+        Ok(members)
+    }
+}
+
+// === impl Text ===
+
+impl<'de> DeserializeSeed<'de> for Text {
+    type Value = Cow<'de, str>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Cow<'de, str>, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Text {
+    type Value = Cow<'de, str>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a name")
+    }
+
+    fn visit_borrowed_str<E: Error>(self, text: &'de str) -> Result<Cow<'de, str>, E> {
+        Ok(Cow::Borrowed(text))
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Cow<'de, str>, E> {
+        Ok(Cow::Owned(text.to_owned()))
+    }
+}
+
+// === impl Any ===
+
+impl<'de> DeserializeSeed<'de> for Any {
+    type Value = Member<'de>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Member<'de>, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Any {
+    type Value = Member<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_borrowed_str<E: Error>(self, text: &'de str) -> Result<Member<'de>, E> {
+        Ok(Member::Text(Cow::Borrowed(text)))
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Member<'de>, E> {
+        Ok(Member::Text(Cow::Owned(text.to_owned())))
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Member<'de>, E> {
+        Ok(Member::Other)
+    }
+
+    fn visit_bool<E: Error>(self, _: bool) -> Result<Member<'de>, E> {
+        Ok(Member::Other)
+    }
+
+    fn visit_i64<E: Error>(self, _: i64) -> Result<Member<'de>, E> {
+        Ok(Member::Other)
+    }
+
+    fn visit_u64<E: Error>(self, _: u64) -> Result<Member<'de>, E> {
+        Ok(Member::Other)
+    }
+
+    fn visit_f64<E: Error>(self, _: f64) -> Result<Member<'de>, E> {
+        Ok(Member::Other)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Member<'de>, A::Error> {
+        Strict { depth: MAX_DEPTH - 1 }.visit_seq(seq).map(|_| Member::Other)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Member<'de>, A::Error> {
+        Strict { depth: MAX_DEPTH - 1 }.visit_map(map).map(|_| Member::Other)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -135,6 +261,25 @@ mod tests {
         }
     }
 
+    #[test]
+    fn members_are_read_as_strictly_as_an_object_and_there_are_few() {
+        for json in ["{}", r#"{"a":"b","\u0062":"\n","c":[1,{"d":null}],"e":-1.5}"#] {
+            assert!(members(json.as_bytes()).is_some(), "{json}");
+        }
+        for json in
+            ["", "[]", "\"a\"", "{}x", r#"{"a":1,"\u0061":2}"#, r#"{"a":[{"b":1,"b":2}]}"#, r#"{"a":1e999}"#, "{1:2}"]
+        {
+            assert!(members(json.as_bytes()).is_none(), "{json}");
+        }
+        let nested = |depth: usize| format!("{{\"a\":{}1{}}}", "[".repeat(depth), "]".repeat(depth));
+        assert!(members(nested(MAX_DEPTH - 1).as_bytes()).is_some());
+        assert!(members(nested(MAX_DEPTH).as_bytes()).is_none());
+        let many =
+            |count: usize| format!("{{{}}}", (0..count).map(|n| format!("\"{n}\":0")).collect::<Vec<_>>().join(","));
+        assert!(members(many(MAX_MEMBERS).as_bytes()).is_some());
+        assert!(members(many(MAX_MEMBERS + 1).as_bytes()).is_none());
+    }
+
     fn json() -> impl Strategy<Value = Value> {
         let leaf = prop_oneof![
             Just(Value::Null),
@@ -159,6 +304,20 @@ mod tests {
             // Compared with what serde_json reads, as its floats may lose the last digit.
             let expected: Map<String, Value> = serde_json::from_slice(&text).unwrap();
             prop_assert_eq!(object(&text).unwrap(), expected);
+        }
+
+        #[test]
+        fn members_are_the_objects(text in "\\{(\"[abc\\\\u0]{0,7}\":(\"[a\\\\n]{0,3}\"|\\[1?\\]|-?[01]{1,2}|null|\\{\"a\":1(,\"a\":2)?\\}),?){0,3}\\}.?") {
+            let listed = members(text.as_bytes());
+            let object = object(text.as_bytes());
+            prop_assert_eq!(listed.is_some(), object.is_some());
+            for (name, member) in listed.into_iter().flatten() {
+                let text = match member {
+                    Member::Text(text) => Some(text),
+                    Member::Other => None,
+                };
+                prop_assert_eq!(object.as_ref().unwrap()[&*name].as_str(), text.as_deref());
+            }
         }
     }
 }

@@ -69,8 +69,9 @@ impl Key {
         }
     }
 
-    /// A JSON Web Key. Members it does not know are ignored, those it knows must agree with each other.
-    pub(crate) fn jwk(jwk: &Map<String, Value>) -> Result<Self, Error> {
+    /// A JSON Web Key. Members it does not know are ignored, those it knows must agree with each other; `bound` takes the
+    /// place of its `alg`.
+    pub(crate) fn jwk(jwk: &Map<String, Value>, bound: Option<Algorithm>) -> Result<Self, Error> {
         let kty = text(jwk, "kty")?.ok_or_else(|| Error::key("a key has no kty"))?;
         let usage = text(jwk, "use")?;
         if usage.is_some_and(|usage| usage != "sig") {
@@ -85,10 +86,13 @@ impl Key {
         if kty != "oct" && ["d", "p", "q", "dp", "dq", "qi", "oth"].iter().any(|name| jwk.contains_key(*name)) {
             return Err(Error::key("a private key lies among the public ones"));
         }
-        let declared = text(jwk, "alg")?.map(|name| {
-            Algorithm::from_name(name).ok_or_else(|| Error::key("a key is for an algorithm not known here"))
-        });
-        let declared = declared.transpose()?;
+        let declared = match (bound, text(jwk, "alg")?) {
+            (None, Some(name)) => {
+                let unknown = || Error::key("a key is for an algorithm not known here");
+                Some(Algorithm::from_name(name).ok_or_else(unknown)?)
+            }
+            (bound, _) => bound,
+        };
         let mut key = match kty {
             "oct" => {
                 let algorithm = declared.ok_or_else(|| Error::key("a secret does not say its alg"))?;

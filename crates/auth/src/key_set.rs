@@ -71,11 +71,21 @@ impl KeySet {
         Ok(Self::of(vec![Key::pem(algorithm, pem.as_ref())?]))
     }
 
+    /// A single JSON Web Key, bound to this algorithm whatever `alg` it names: for keys that name none, or a wrong one.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::is_key`] when it is not a key for that algorithm, or one [`from_jwks`](Self::from_jwks) would leave out.
+    pub fn from_jwk(algorithm: Algorithm, jwk: impl AsRef<[u8]>) -> Result<Self, Error> {
+        let jwk = json::object(jwk.as_ref()).ok_or_else(|| Error::key("not a JSON Web Key"))?;
+        Ok(Self::of(vec![Key::jwk(&jwk, Some(algorithm))?]))
+    }
+
     /// A JSON Web Key Set ([RFC 7517](https://www.rfc-editor.org/rfc/rfc7517) §5), or a single JSON Web Key.
     ///
     /// A key that cannot be used is left out and said so in the log: one for encryption, of an unknown kind or curve, too
     /// weak, with its private half beside it, a shared secret among public keys, or two keys with the same `kid` and
-    /// algorithm. An RSA key without `alg` is for RS256.
+    /// algorithm. An RSA key without `alg` is for RS256; [`from_jwk`](Self::from_jwk) binds it to another.
     ///
     /// # Errors
     ///
@@ -251,7 +261,7 @@ pub(crate) fn parse(jwks: &[u8], with_secrets: bool) -> Result<Vec<Key>, Error> 
             leave_out(member.get("kid").and_then(Value::as_str), &"another key has the same kid");
             continue;
         }
-        match Key::jwk(member) {
+        match Key::jwk(member, None) {
             Ok(key) => keys.push(key),
             Err(error) => leave_out(member.get("kid").and_then(Value::as_str), &error),
         }

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::algorithm::Algorithm;
 use crate::authenticate::{Denied, Head};
-use crate::json;
+use crate::json::{self, Member};
 use crate::key::{MAX_KID, base64url};
 
 /// A token whose header was read; nothing in it is verified.
@@ -81,24 +81,35 @@ impl<'a> Token<'a> {
             return Err(malformed());
         };
         let parts = Parts { signed: &token[..header.len() + 1 + payload.len()], payload, signature };
-        let header = base64url(header).and_then(|header| json::object(&header)).ok_or_else(malformed)?;
-        let text = |name: &str| match header.get(name) {
-            None => Ok(None),
-            Some(Value::String(text)) => Ok(Some(text.as_str())),
-            Some(_) => Err(malformed()),
-        };
-        let algorithm = text("alg")?.and_then(Algorithm::from_name);
+        let header = base64url(header).ok_or_else(malformed)?;
+        let header = json::members(&header).ok_or_else(malformed)?;
+        let (mut algorithm, mut kid, mut typ, mut extended) = (None, None, None, false);
+        for (name, member) in header {
+            let field = match &*name {
+                "alg" => &mut algorithm,
+                "kid" => &mut kid,
+                "typ" => &mut typ,
+                // We implement no extension, so whatever is critical is unknown here. `b64` must be critical to have a
+                // meaning, and `zip` has none for signed tokens; who sends them means something else than we would
+                // understand.
+                "crit" | "b64" | "zip" => {
+                    extended = true;
+                    continue;
+                }
+                _ => continue,
+            };
+            let Member::Text(text) = member else { return Err(malformed()) };
+            *field = Some(text);
+        }
+        let algorithm = algorithm.and_then(|name| Algorithm::from_name(&name));
         let algorithm = algorithm.ok_or_else(|| Denied::invalid("the token's algorithm is not accepted"))?;
-        // We implement no extension, so whatever is critical is unknown here. `b64` must be critical to have a meaning,
-        // and `zip` has none for signed tokens; who sends them means something else than we would understand.
-        if ["crit", "b64", "zip"].iter().any(|name| header.contains_key(*name)) {
+        if extended {
             return Err(Denied::invalid("the token wants an extension that is not known here"));
         }
-        let kid = text("kid")?;
-        if kid.is_some_and(|kid| kid.len() > MAX_KID) {
+        if kid.as_ref().is_some_and(|kid| kid.len() > MAX_KID) {
             return Err(malformed());
         }
-        let (kid, typ) = (kid.map(str::to_owned), text("typ")?.map(str::to_owned));
+        let (kid, typ) = (kid.map(String::from), typ.map(String::from));
         Ok(Self { algorithm, kid, typ, parts })
     }
 
