@@ -341,10 +341,12 @@ mod tests {
                     let mut found = 0;
                     for n in 0..5_000 {
                         insert(cache, key, token(n), 2000);
-                        let other = token(n + 250);
-                        if let Some(subject) = find(cache, other, NOW) {
-                            assert_eq!(subject, other.to_string());
-                            found += 1;
+                        // What it put in itself, whatever the others do meanwhile, and what they may have.
+                        for token in [token(n), token(n + 250)] {
+                            if let Some(subject) = find(cache, token, NOW) {
+                                assert_eq!(subject, token.to_string());
+                                found += 1;
+                            }
                         }
                     }
                     found
