@@ -6,10 +6,9 @@ use std::error::Error;
 use std::net::SocketAddr;
 
 use axum::extract::{ConnectInfo, Request};
-use axum::middleware::{Next, from_fn};
 use axum::routing::get;
 use portcullis::auth::{Algorithm, AuthLayer, Jwt, KeySet};
-use portcullis::core::{Carried, Identity, PeerAddress};
+use portcullis::core::{Carried, Identity, PeerAddressLayer};
 use portcullis::rate_limit::{Rate, RateLimitLayer};
 use portcullis_testing::token;
 use serde_json::json;
@@ -24,21 +23,11 @@ async fn hello(request: Request) -> String {
     }
 }
 
-/// Tells the layers below who is at the other end of the connection.
-async fn peer(
-    ConnectInfo(peer): ConnectInfo<SocketAddr>,
-    mut request: Request,
-    next: Next,
-) -> axum::response::Response {
-    PeerAddress(peer).attach(request.extensions_mut());
-    next.run(request).await
-}
-
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
     let jwt = Jwt::new(KeySet::hmac(Algorithm::HS256, SECRET)?).issuer("example").audience("greetings");
     let guarded = ServiceBuilder::new()
-        .layer(from_fn(peer))
+        .layer(PeerAddressLayer::new(|all| all.get::<ConnectInfo<SocketAddr>>().map(|info| info.0)))
         // First who, then how often: so each caller has a limit of their own.
         .layer(AuthLayer::new(jwt))
         .layer(RateLimitLayer::new(Rate::per_second(2_u32.try_into()?)));

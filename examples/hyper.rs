@@ -9,11 +9,11 @@ use hyper_util::server::conn::auto;
 use hyper_util::service::TowerToHyperService;
 use portcullis::balance::{BalanceLayer, RoundRobin};
 use portcullis::circuit_break::CircuitBreakLayer;
-use portcullis::core::{Address, Carried, PeerAddress};
+use portcullis::core::{Address, PeerAddressLayer};
 use portcullis::discovery::{DiscoveryLayer, FixedRegistry};
 use portcullis::forward::Forward;
 use portcullis_testing::Backend;
-use tower::{ServiceBuilder, ServiceExt};
+use tower::{Layer, ServiceBuilder};
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn Error>> {
@@ -30,10 +30,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     println!("curl -si http://{}/whatever", listener.local_addr()?);
     loop {
         let (stream, peer) = listener.accept().await?;
-        let proxy = proxy.clone().map_request(move |mut request: http::Request<hyper::body::Incoming>| {
-            PeerAddress(peer).attach(request.extensions_mut());
-            request
-        });
+        let proxy = PeerAddressLayer::new(move |_| Some(peer)).layer(proxy.clone());
         tokio::spawn(async move {
             let connection = auto::Builder::new(TokioExecutor::new());
             let service = TowerToHyperService::new(proxy);

@@ -5,7 +5,7 @@
 //!
 //! | value | says | written by | read by |
 //! |---|---|---|---|
-//! | [`PeerAddress`], [`PeerTls`] | who is at the other end of the connection | the server | auth, rate-limit, forward |
+//! | [`PeerAddress`], [`PeerTls`] | who is at the other end of the connection | the server, or [`PeerAddressLayer`] | auth, rate-limit, forward |
 //! | [`Destination`], [`Route`], [`Deadline`] | what is asked for, how, and until when | route | every layer |
 //! | [`Identity`] | who is calling | auth | rate-limit, balance, the application |
 //! | [`ReservedHeaders`] | which headers only we may write | auth | forward |
@@ -39,6 +39,7 @@ mod grpc;
 mod identity;
 mod outcome;
 mod path;
+mod peer;
 mod permit;
 mod rejection;
 mod reserved;
@@ -60,6 +61,7 @@ pub use grpc::{
 pub use identity::{Identity, Proof};
 pub use outcome::{Classify, Head, Judge, Outcome, Report, Standard, Verdict, judge};
 pub use path::{is_normal_path, normal_path};
+pub use peer::{PeerAddressLayer, WithPeerAddress};
 pub use permit::Permit;
 pub use rejection::{Layer, Rejection, Side};
 pub use reserved::ReservedHeaders;
