@@ -123,10 +123,19 @@
 //! or mirror. There is no HTTP/3, no extended `CONNECT`, no PROXY protocol. A reader who does not read is the server's
 //! affair, since a body that is not polled cannot notice.
 //!
-//! What hyper settles before it can be seen here: of `Content-Length` and `Transfer-Encoding` in one request the latter
-//! counts, and the former never reaches the upstream; 1xx answers other than 101 are swallowed, and 100 is sent by the
-//! server itself when the body is asked for; fields in lower case are all there is; HTTP/1.1 trailers need to be
-//! announced by `Trailer`, so those of an HTTP/2 upstream that did not announce them do not reach an HTTP/1.1 caller.
+//! # What hyper's server settles before it is seen here
+//!
+//! | what | shown by, in `tests/wire` |
+//! |---|---|
+//! | of `Content-Length` and `Transfer-Encoding` in one request the latter counts, whichever comes first; the former never reaches the upstream | `of_a_length_and_chunks_one_is_sent_on` |
+//! | trailers are read up to the first empty line, and the connection goes on behind the first whole one: what lies in between is lost, but never a request | `what_hides_among_trailers_is_no_request` |
+//! | a chunk's size may be followed by spaces and by extensions of any bytes, which go no further | `nothing_is_smuggled` |
+//! | no 1xx can be sent but 100, when the body is asked for, and 101; others end here | `answers_keep_their_framing`, `a_client_that_expects_100_gets_it_and_the_upstream_gets_the_body` |
+//! | trailers to an HTTP/1.1 caller need to be announced by `Trailer` and asked for by `TE`: others do not arrive | `trailers_reach_a_client_of_http_1_that_asks_if_they_were_announced` |
+//! | fields in lower case are all there is | every test |
+//!
+//! A missing `Host` beside a target that names one is overlooked, though RFC 9112 §3.2 would have it refused: requests
+//! made in the same process look like that.
 
 mod alarm;
 mod connect;

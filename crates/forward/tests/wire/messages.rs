@@ -114,6 +114,23 @@ async fn trailers_pass_both_ways_and_forbidden_ones_do_not() {
     assert_eq!(body, "2\r\nok\r\n0\r\nx-check: 2\r\n\r\n");
 }
 
+/// hyper writes only what was announced, and only to who asked for it; the body is whole all the same.
+#[tokio::test]
+async fn trailers_reach_a_client_of_http_1_that_asks_if_they_were_announced() {
+    for (te, trailer, arrive) in [
+        ("te: trailers\r\n", "trailer: x-t\r\n", true),
+        ("te: trailers\r\n", "", false),
+        ("", "trailer: x-t\r\n", false),
+    ] {
+        let request = format!("GET / HTTP/1.1\r\nhost: a\r\n{te}\r\n");
+        let answer =
+            format!("HTTP/1.1 200 OK\r\n{trailer}transfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nx-t: 1\r\n\r\n");
+        let (_, (_, body)) = relay(same, &request, &answer).await;
+        let want = if arrive { "2\r\nok\r\n0\r\nx-t: 1\r\n\r\n" } else { "2\r\nok\r\n0\r\n\r\n" };
+        assert_eq!(body, want, "{te:?} {trailer:?}");
+    }
+}
+
 /// hyper reads trailers up to the first empty line, but goes on behind the first whole one: what lies in between is
 /// neither sent on nor taken for a request.
 #[tokio::test]
