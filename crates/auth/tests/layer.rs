@@ -19,6 +19,7 @@ use serde_json::json;
 use support::{NOW, Signer, wall};
 use tower::{Layer, ServiceExt, service_fn};
 
+type ProbeBody = http_body_util::channel::Channel<Bytes, Infallible>;
 type Answer = Response<Body<Full<Bytes>>>;
 
 /// Answers with what it saw of the caller.
@@ -219,6 +220,23 @@ async fn grpc_callers_are_refused_in_trailers_only_responses() {
         assert_eq!(response.headers()["grpc-status"], code);
         assert!(http_body::Body::is_end_stream(response.body()));
     }
+}
+
+#[tokio::test]
+async fn a_stream_outlives_its_token() {
+    let signer = Signer::new(Algorithm::HS256);
+    let wall = wall();
+    let jwt = Jwt::new(signer.key_set("a")).wall_clock(wall.clone());
+    let layer = AuthLayer::new(jwt);
+    let echo = layer
+        .layer(service_fn(async |request: Request<ProbeBody>| Ok::<_, Infallible>(Response::new(request.into_body()))));
+    let (mut upload, body) = ProbeBody::new(1);
+    let response = echo.oneshot(bearer(&signer, &json!({})).map(|()| body)).await.unwrap();
+    wall.set(Duration::from_secs(NOW + 86_400));
+    assert_eq!(send(&layer, bearer(&signer, &json!({}))).await.status(), 401, "it expired meanwhile");
+    upload.send_data(Bytes::from_static(b"late")).await.unwrap();
+    drop(upload);
+    assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "late");
 }
 
 #[tokio::test]

@@ -163,6 +163,7 @@ fn the_kid_chooses_among_the_keys_and_nothing_more() {
         assert_eq!(reason(ask(&jwt, &token(&one, kid.into()))), "the token is signed with an unknown key", "{kid:?}");
     }
     assert_eq!(reason(ask(&jwt, &token(&one, "k".repeat(2000).into()))), "the token is malformed");
+    assert_eq!(reason(ask(&jwt, &token(&one, "k".repeat(8 << 10).into()))), "the token is too long");
     for kid in [json!(1), json!(null), json!(["1"])] {
         assert_eq!(reason(ask(&jwt, &token(&one, kid))), "the token is malformed");
     }
@@ -383,6 +384,10 @@ fn only_strict_base64url_in_three_parts_is_a_token() {
         format!("{header}.{payload}.{}{stray}", &signature[..signature.len() - 1]),
         format!("{header}.{payload}.{}", signature.replace(['-', '_'], "+")) + "+",
         format!("{header}.!.{signature}"),
+        format!("{header}. {payload}.{signature}"),
+        format!("{header}.{payload}.{signature} "),
+        format!("{header}\t.{payload}.{signature}"),
+        format!("{header}.{}\u{e9}.{signature}", &payload[1..]),
         format!("{header}.{payload}.{signature}A"),
         token.to_uppercase(),
     ];
@@ -426,6 +431,12 @@ fn the_carrier_is_one_bearer_authorization() {
     assert_eq!(reason(now(&jwt, &twice)), "more than one authorization");
     let query = http::Request::builder().uri(format!("/?access_token={token}")).body(()).unwrap();
     assert!(now(&jwt, &query).unwrap_err().is_missing(), "a token in the target is not looked at");
+    let mut both = request(&format!("Bearer {token}"));
+    *both.uri_mut() = "/?access_token=another".parse().unwrap();
+    both.headers_mut().insert("cookie", "access_token=another; token=another".parse().unwrap());
+    assert!(now(&jwt, &both).is_ok(), "nor beside one in the header");
+    both.headers_mut().remove("authorization");
+    assert!(now(&jwt, &both).unwrap_err().is_missing(), "nor one in a cookie");
     let latin = http::HeaderValue::from_bytes(b"Bearer \xe9.\xe9.\xe9").unwrap();
     let mut latin_request = request("");
     latin_request.headers_mut().insert("authorization", latin);
@@ -479,7 +490,54 @@ fn a_token_is_only_checked_with_its_issuers_keys() {
     assert!(jwt.also(Jwt::new(b.key_set("a")).issuer("A")).unwrap_err().is_setting(), "the same name twice");
 }
 
+#[test]
+fn what_one_provider_believed_is_not_believed_of_another() {
+    let (a, b) = (Signer::new(Algorithm::ES256), Signer::new(Algorithm::ES256));
+    let token = a.sign(&with(claims(), "iss", "A"));
+    let alone = Jwt::new(a.key_set("a")).wall_clock(wall()).issuer("A");
+    let stats = |jwt: &Jwt| jwt.cache_stats().map(|stats| (stats.hits, stats.misses)).unwrap();
+    assert!(ask(&alone, &token).is_ok() && ask(&alone, &token).is_ok());
+    assert_eq!(stats(&alone), (1, 1));
+    // Handles that share the memory of the first and differ in whom they believe.
+    let both = alone.clone().also(Jwt::new(b.key_set("a")).issuer("B")).unwrap();
+    assert!(ask(&both, &token).is_ok());
+    assert_eq!(stats(&both), (1, 2), "verified anew");
+    let renamed = alone.clone().issuer("B");
+    assert_eq!(reason(ask(&renamed, &token)), "the token is from another issuer");
+    assert_eq!(reason(ask(&renamed, &token)), "the token is from another issuer", "nor the second time");
+    let others = Jwt::new(b.key_set("a")).wall_clock(wall()).issuer("A");
+    assert_eq!(reason(ask(&others, &token)), "the token's signature does not hold");
+}
+
 // === keys ===
+
+#[test]
+fn a_key_is_bound_to_the_algorithm_its_user_names() {
+    let signer = Signer::new(Algorithm::PS384);
+    let mut jwk = signer.jwk("a");
+    let bound = |algorithm, jwk: &Value| KeySet::from_jwk(algorithm, jwk.to_string());
+    let accepted = |keys: KeySet| ask(&Jwt::new(keys).wall_clock(wall()), &signer.sign(&claims())).is_ok();
+    for alg in [json!("PS384"), json!("PS256"), json!("PS999")] {
+        jwk["alg"] = alg;
+        assert!(accepted(bound(Algorithm::PS384, &jwk).unwrap()));
+        assert!(!accepted(bound(Algorithm::RS256, &jwk).unwrap()), "one algorithm, and only that");
+    }
+    jwk.as_object_mut().unwrap().remove("alg");
+    assert!(accepted(bound(Algorithm::PS384, &jwk).unwrap()));
+    assert!(!accepted(KeySet::from_jwks(jwk.to_string()).unwrap()), "RS256, where nobody says");
+    for (algorithm, jwk) in [
+        (Algorithm::HS256, jwk.clone()),
+        (Algorithm::ES256, jwk.clone()),
+        (Algorithm::ES384, Signer::new(Algorithm::ES256).jwk("a")),
+        (Algorithm::EdDSA, Signer::new(Algorithm::ES256).jwk("a")),
+        (Algorithm::RS256, with(jwk.clone(), "use", "enc")),
+        (Algorithm::RS256, with(jwk, "alg", 1)),
+        (Algorithm::RS256, json!({"keys": []})),
+        (Algorithm::RS256, json!([])),
+    ] {
+        assert!(bound(algorithm, &jwk).unwrap_err().is_key(), "{algorithm} {jwk}");
+    }
+}
 
 #[test]
 fn weak_keys_are_refused_when_they_are_loaded() {
