@@ -1,5 +1,5 @@
-//! Three real backends, one of them sick, under load: what share each balancing policy gives the sick one, and what its
-//! callers see.
+//! Three real backends under load through the gateway, of which one is sick, or each in its own way: what share each
+//! balancing policy gives the sick ones, and what callers see.
 //!
 //! `cargo run --release --example sick_backends`
 
@@ -7,19 +7,23 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::future::BoxFuture;
 use http::{Request, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Empty, StreamBody};
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
 use portcullis::balance::{BalanceLayer, LeastConnections, PeakEwma, Pick, Policy, PowerOfTwo, Random, RoundRobin};
 use portcullis::circuit_break::CircuitBreakLayer;
-use portcullis::core::{Carried, Clock, Endpoints, Instance};
-use portcullis::forward::Forward;
+use portcullis::core::Address;
+use portcullis::discovery::FixedRegistry;
+use portcullis::gateway::{Gateway, Route};
+use portcullis::serve::Server;
 use portcullis_testing::backend::serve;
-use tower::{Service, ServiceBuilder, ServiceExt, service_fn};
+use tower::service_fn;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Health {
@@ -37,6 +41,9 @@ enum Health {
 type Make = fn() -> Arc<dyn Pick>;
 type Error = Box<dyn std::error::Error + Send + Sync>;
 type Frames = StreamBody<futures::stream::Iter<std::vec::IntoIter<Result<Frame<Bytes>, Error>>>>;
+
+const CALLERS: usize = 16;
+const TIME: Duration = Duration::from_millis(1500);
 
 async fn answer(health: Health) -> Result<Response<Frames>, Infallible> {
     let wait = match health {
@@ -57,25 +64,16 @@ async fn answer(health: Health) -> Result<Response<Frames>, Infallible> {
     Ok(response)
 }
 
-/// Sixteen callers for a second and a half: the share of the first backend, the part of calls that failed, and their rate.
-async fn load<S, R>(service: S, set: Endpoints) -> String
-where
-    S: Service<Request<Empty<Bytes>>, Response = Response<R>, Error = Infallible> + Clone + Send + 'static,
-    S::Future: Send,
-    R: http_body::Body<Data = Bytes> + Send,
-{
-    let end = tokio::time::Instant::now() + Duration::from_millis(1500);
+/// What the gateway at `url` answers its callers: the part of calls that failed, and the rate of all.
+async fn load(url: String) -> String {
+    let client: Client<_, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+    let end = tokio::time::Instant::now() + TIME;
     let caller = |_| {
-        let (service, set) = (service.clone(), set.clone());
+        let (client, url) = (client.clone(), url.clone());
         tokio::spawn(async move {
             let (mut calls, mut failed) = (0_u32, 0_u32);
             while tokio::time::Instant::now() < end {
-                let mut request = Request::get("http://orders/").body(Empty::new()).unwrap();
-                set.clone().attach(request.extensions_mut());
-                let response = match service.clone().oneshot(request).await {
-                    Ok(response) => response,
-                    Err(never) => match never {},
-                };
+                let response = client.request(Request::get(&url).body(Empty::new()).unwrap()).await.unwrap();
                 let status = response.status();
                 let whole = response.into_body().collect().await.is_ok();
                 calls += 1;
@@ -85,30 +83,52 @@ where
         })
     };
     let (mut calls, mut failed) = (0, 0);
-    for caller in futures::future::join_all((0..16).map(caller)).await {
+    for caller in futures::future::join_all((0..CALLERS).map(caller)).await {
         let (more, bad) = caller.unwrap();
         (calls, failed) = (calls + more, failed + bad);
     }
-    let attempts: u64 = set.iter().map(|endpoint| endpoint.requests()).sum();
-    let share = set[0].requests() as f64 * 100.0 / attempts as f64;
-    format!("{share:.1} %, {:.2} %, {:.0}/s", f64::from(failed) * 100.0 / f64::from(calls), f64::from(calls) / 1.5)
+    let (calls, failed) = (f64::from(calls), f64::from(failed));
+    format!("{:.2} %, {:.0}/s", failed * 100.0 / calls, calls / TIME.as_secs_f64())
 }
 
-fn run(pick: Arc<dyn Pick>, guarded: bool, set: Endpoints) -> BoxFuture<'static, String> {
-    let balance = BalanceLayer::new(pick);
-    let forward = Forward::new();
-    if guarded {
-        let repeat = Policy::new().attempts(3).on_statuses([StatusCode::INTERNAL_SERVER_ERROR]);
-        let stack =
-            ServiceBuilder::new().layer(balance.policy(repeat)).layer(CircuitBreakLayer::new()).service(forward);
-        Box::pin(load(stack, set))
-    } else {
-        Box::pin(load(ServiceBuilder::new().layer(balance).service(forward), set))
+/// Runs three backends behind a gateway, and says which part of the requests each sick one got.
+async fn run(pick: Arc<dyn Pick>, guarded: bool, healths: [Health; 3]) -> String {
+    let (mut addresses, mut servers, mut counts) = (Vec::new(), Vec::new(), Vec::new());
+    for health in healths {
+        let count = Arc::new(AtomicU64::new(0));
+        counts.push(count.clone());
+        let service = service_fn(move |_| {
+            count.fetch_add(1, Ordering::Relaxed);
+            answer(health)
+        });
+        let (address, server) = serve(([127, 0, 0, 1], 0).into(), service).await;
+        addresses.push(Address::from(address));
+        servers.push(server);
     }
+    let (balance, breaker) = (BalanceLayer::new(pick), CircuitBreakLayer::new());
+    let repeat = Policy::new().attempts(3).on_statuses([StatusCode::INTERNAL_SERVER_ERROR]);
+    let (balance, breaker) = if guarded { (balance.policy(repeat), breaker) } else { (balance, breaker.failures(0)) };
+    let gateway = Gateway::builder(FixedRegistry::new().service("orders", addresses))
+        .route("/{*rest}", Route::to("orders"))
+        .with_balance(balance)
+        .with_circuit_break(breaker)
+        .build()
+        .unwrap();
+    let server = Server::bind(([127, 0, 0, 1], 0)).unwrap();
+    let url = format!("http://{}/", server.local_addr().unwrap());
+    servers.push(tokio::spawn(async move { server.serve(gateway).await.unwrap() }));
+    let seen = load(url).await;
+    servers.iter().for_each(tokio::task::JoinHandle::abort);
+    let counts: Vec<f64> = counts.iter().map(|count| count.load(Ordering::Relaxed) as f64).collect();
+    let total: f64 = counts.iter().sum();
+    let sick = counts.iter().zip(healths).filter(|(_, health)| *health != Health::Well);
+    let shares: Vec<String> = sick.map(|(count, _)| format!("{:.1}", count * 100.0 / total)).collect();
+    format!("{} %, {seen}", shares.join(" + "))
 }
 
 #[tokio::main]
 async fn main() {
+    use Health::{Cuts, Fails, Slow, Well};
     let policies: [(&str, Make); 5] = [
         ("round robin", || Arc::new(RoundRobin::new())),
         ("random", || Arc::new(Random)),
@@ -117,22 +137,13 @@ async fn main() {
         ("peak EWMA", || Arc::new(PeakEwma::new())),
     ];
     for (guarded, title) in [(false, "The policy alone"), (true, "With a breaker below, and 500 tried elsewhere")] {
-        println!("\n{title}. The sick one's share of three, calls that failed, and answers a second:\n");
-        println!("| policy | 20 times slower | answers 500 at once | cuts its bodies |\n|---|---|---|---|");
+        println!("\n{title}. The share of the sick of three, calls that failed, and answers a second:\n");
+        println!("| policy | one 20 times slower | one answers 500 at once | one cuts its bodies | one of each |");
+        println!("|---|---|---|---|---|");
         for (name, pick) in policies {
             let mut cells = Vec::new();
-            for health in [Health::Slow, Health::Fails, Health::Cuts] {
-                let mut instances = Vec::new();
-                let mut servers = Vec::new();
-                for (id, health) in [("sick", health), ("a", Health::Well), ("b", Health::Well)] {
-                    let service = service_fn(move |_| answer(health));
-                    let (address, server) = serve(([127, 0, 0, 1], 0).into(), service).await;
-                    instances.push(Instance::new(id, address));
-                    servers.push(server);
-                }
-                let set = Endpoints::none("orders").reconcile(instances, Clock::system().now());
-                cells.push(run(pick(), guarded, set).await);
-                servers.iter().for_each(tokio::task::JoinHandle::abort);
+            for healths in [[Slow, Well, Well], [Fails, Well, Well], [Cuts, Well, Well], [Slow, Fails, Cuts]] {
+                cells.push(run(pick(), guarded, healths).await);
             }
             println!("| {name} | {} |", cells.join(" | "));
         }

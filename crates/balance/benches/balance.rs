@@ -11,7 +11,7 @@ use std::convert::Infallible;
 use std::future::{Future, Ready, ready};
 use std::hint::black_box;
 use std::net::SocketAddr;
-use std::sync::Barrier;
+use std::sync::{Arc, Barrier};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -20,10 +20,10 @@ use criterion::{BatchSize, Bencher, BenchmarkId, Criterion, Throughput, criterio
 use http::{Request, Response};
 use http_body_util::Empty;
 use portcullis_balance::{
-    Asked, BalanceLayer, HashKey, LeastConnections, Maglev, PeakEwma, Pick, Policy, PowerOfTwo, Random, Rendezvous,
-    Replay, RingHash, RoundRobin,
+    Asked, BalanceLayer, Call, HashKey, LeastConnections, Maglev, PeakEwma, Pick, Policy, PowerOfTwo, Random,
+    Rendezvous, Replay, RingHash, RoundRobin,
 };
-use portcullis_core::{Carried, Clock, Endpoints, Instance, Moment};
+use portcullis_core::{Carried, Clock, Endpoints, Instance, Moment, Outcome};
 use tower::balance::p2c::Balance;
 use tower::discover::ServiceList;
 use tower::load::{CompleteOnResponse, Constant, PeakEwmaDiscover};
@@ -104,7 +104,13 @@ fn picks(c: &mut Criterion) {
     fn one<P: Pick>(c: &mut Criterion, name: &str, policy: impl Fn() -> P, sizes: &[usize]) {
         let mut group = c.benchmark_group(format!("pick/{name}"));
         for n in sizes {
-            let (set, layer, request) = (endpoints(*n), BalanceLayer::new(policy()), request());
+            let (set, policy, request) = (endpoints(*n), Arc::new(policy()), request());
+            let layer = BalanceLayer::new(policy.clone());
+            drop(layer.choose(&set, Asked::of(&request)));
+            if policy.observes() {
+                let call = Call::new(Duration::from_millis(20), Outcome::Success, None, Clock::system().now());
+                set.iter().for_each(|endpoint| policy.observe(endpoint, &call));
+            }
             group.bench_function(BenchmarkId::from_parameter(n), |b| {
                 best(b, || {
                     let permit = layer.choose(&set, Asked::of(&request)).unwrap();

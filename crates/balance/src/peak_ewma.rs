@@ -1,5 +1,6 @@
 //! Whoever answers soonest, as far as is known.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
@@ -22,9 +23,9 @@ use crate::pick::{Call, Candidates, Pick};
 #[derive(Clone, Debug)]
 pub struct PeakEwma {
     /// Of each endpoint.
-    key: SlotKey<Arc<Estimate>>,
-    /// The same by position in a snapshot: a pick among very many would else wait for memory several times for each.
-    listed: SlotKey<Box<[Arc<Estimate>]>>,
+    key: SlotKey<Place>,
+    /// The same by position in a snapshot.
+    listed: SlotKey<Listed>,
     /// By how much an estimate fades in a millisecond.
     rate: f32,
     /// In seconds.
@@ -54,6 +55,21 @@ struct Estimate {
     latency: AtomicU64,
     /// The share of failed calls as `f32`.
     failures: AtomicU32,
+}
+
+/// Where the estimate of an endpoint stands. Those of endpoints that were first seen together stand side by side, or a pick
+/// among very many would wait for memory several times for each.
+#[derive(Debug)]
+struct Place {
+    block: Arc<[Estimate]>,
+    index: u32,
+}
+
+/// Where the estimates of a snapshot stand, by position.
+#[derive(Debug, Default)]
+struct Listed {
+    blocks: Vec<Arc<[Estimate]>>,
+    places: Vec<(u32, u32)>,
 }
 
 /// What one pick sees of an endpoint.
@@ -102,8 +118,27 @@ impl PeakEwma {
         self
     }
 
-    fn estimate<'a>(&self, endpoint: &'a Endpoint) -> &'a Arc<Estimate> {
-        endpoint.slot(&self.key, Arc::default)
+    fn estimate<'a>(&self, endpoint: &'a Endpoint) -> &'a Estimate {
+        let alone = || Place { block: [Estimate::default()].into(), index: 0 };
+        let place = endpoint.slot(&self.key, alone);
+        &place.block[place.index as usize]
+    }
+
+    fn list(&self, all: &[Endpoint]) -> Listed {
+        let news = all.iter().filter(|endpoint| endpoint.existing_slot(&self.key).is_none());
+        let (news, mut next): (Arc<[Estimate]>, _) = (news.map(|_| Estimate::default()).collect(), 0..);
+        let (mut listed, mut known) = (Listed::default(), HashMap::new());
+        for endpoint in all {
+            // There is always a next: slots are filled, never emptied.
+            let place =
+                endpoint.slot(&self.key, || Place { block: news.clone(), index: next.next().unwrap_or_default() });
+            let block = *known.entry(Arc::as_ptr(&place.block).addr()).or_insert_with(|| {
+                listed.blocks.push(place.block.clone());
+                listed.blocks.len() as u32 - 1
+            });
+            listed.places.push((block, place.index));
+        }
+        listed
     }
 
     fn known(&self, estimate: &Estimate, now: u32) -> Option<Known> {
@@ -126,10 +161,15 @@ impl Default for PeakEwma {
 impl Pick for PeakEwma {
     fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
         let now = stamp(among.now());
-        let estimates = among.of_all(&self.listed, |all| all.iter().map(|one| self.estimate(one).clone()).collect());
-        let look = |i: usize| Looked {
-            known: self.known(&estimates[among.position(i)], now),
-            load: among[i].in_flight() as f32 / among.relative_weight(i) + 1.0,
+        let listed = among.of_all(&self.listed, |all| self.list(all));
+        let weighted = among.is_weighted();
+        let look = |i: usize| {
+            let (block, index) = listed.places[among.position(i)];
+            let busy = among[i].in_flight() as f32;
+            Looked {
+                known: self.known(&listed.blocks[block as usize][index as usize], now),
+                load: if weighted { busy / among.relative_weight(i) } else { busy } + 1.0,
+            }
         };
         let one = among.sample();
         let mut best = (one, look(one));
@@ -314,6 +354,22 @@ mod tests {
         assert_eq!(known(&policy, &set, 0, 5000).unwrap().cost, 0.1);
         policy.observe(&set[0], &call(900, Outcome::Ignored, 5000));
         assert_eq!(known(&policy, &set, 0, 5000).unwrap().cost, 0.9);
+    }
+
+    #[test]
+    fn what_was_learnt_stays_when_others_come() {
+        let policy = PeakEwma::new();
+        let sets = [Set::of(&[1; 3]), Set::of(&[1; 2])];
+        policy.observe(&sets[1][1], &call(20, Outcome::Success, 1000));
+        let all: Vec<Endpoint> = sets.iter().flat_map(|set| set.endpoints.iter().cloned()).collect();
+        for some in [&all[..2], &all[1..], &all] {
+            let listed = policy.list(some);
+            for (endpoint, (block, index)) in some.iter().zip(listed.places) {
+                let estimate = &listed.blocks[block as usize][index as usize];
+                assert!(std::ptr::eq(estimate, policy.estimate(endpoint)));
+            }
+        }
+        assert!(known(&policy, &sets[1], 1, 1000).is_some() && known(&policy, &sets[0], 1, 1000).is_none());
     }
 
     #[test]
