@@ -263,7 +263,7 @@ fn weights() {
                     "busy" => 3.0 * total,
                     _ => 0.7 * total,
                 };
-                let figures = World::new(&servers, &weights, 1, &pick).run(800_000, rate);
+                let figures = World::new(&servers, &weights, 1, &pick).run(400_000, rate);
                 let share: f64 = (0..light).map(|i| figures.share(i)).sum();
                 format!("{:+.1}", (share * total / light as f64 - 1.0) * 100.0)
             });

@@ -157,8 +157,13 @@ mod tests {
     fn request() -> Request<()> {
         let mut request = Request::get("http://a/orders?id=7&x=1").header("x-user", "ada").header("cookie", "a=1; b=2");
         PeerAddress(([10, 0, 0, 7], 1).into()).attach(request.extensions_mut().unwrap());
-        Identity::new("ada", Proof::Jwt).attach(request.extensions_mut().unwrap());
+        who("ada").attach(request.extensions_mut().unwrap());
         request.body(()).unwrap()
+    }
+
+    fn who(name: &str) -> Identity {
+        let serde_json::Value::Object(claims) = serde_json::json!({ "tenant": name, "level": 7 }) else { panic!() };
+        Identity::new(name, Proof::Jwt).with_claims(claims)
     }
 
     fn hash(key: &HashKey, request: &Request<()>) -> Option<u64> {
@@ -171,7 +176,7 @@ mod tests {
             let mut request =
                 Request::get("http://a/other?id=8&x=1").header("x-user", "bob").header("cookie", "a=2; b=2");
             PeerAddress(([10, 0, 0, 8], 1).into()).attach(request.extensions_mut().unwrap());
-            Identity::new("bob", Proof::Jwt).attach(request.extensions_mut().unwrap());
+            who("bob").attach(request.extensions_mut().unwrap());
             request.body(()).unwrap()
         };
         for key in [
@@ -181,12 +186,13 @@ mod tests {
             HashKey::path(),
             HashKey::client_address(TrustedProxies::none()),
             HashKey::subject(),
+            HashKey::claim("tenant"),
         ] {
             assert!(hash(&key, &request()).is_some(), "{key:?}");
             assert_eq!(hash(&key, &request()), hash(&key, &request()), "{key:?}");
             assert_ne!(hash(&key, &request()), hash(&key, &other), "{key:?}");
         }
-        for same in [HashKey::cookie("b"), HashKey::query("x")] {
+        for same in [HashKey::cookie("b"), HashKey::query("x"), HashKey::claim("level")] {
             assert_eq!(hash(&same, &request()), hash(&same, &other));
         }
     }

@@ -18,7 +18,8 @@ use crate::pick::{Call, Candidates, Pick};
 ///   fails in a millisecond would otherwise be the fastest of all and draw twice its share. A `429` or
 ///   `RESOURCE_EXHAUSTED` with `retry-after` or pushback raises the latency to what it asks for, up to five minutes.
 /// * **What is not known is taken to be as the other's.** A new endpoint gets a fair share at once: it neither starves nor
-///   is flooded. An estimate that nothing confirms fades towards the other's in the same way.
+///   is flooded. An estimate counts the more the more calls it comes from, and fades when nothing confirms it: a few calls
+///   say little of latency, so the shares of an idle service stay those of the weights.
 /// * **Reading changes nothing**: no lock, no write.
 #[derive(Clone, Debug)]
 pub struct PeakEwma {
@@ -46,6 +47,11 @@ const MAX_REST: Duration = Duration::from_secs(300);
 /// now and then, or nothing would be learnt of it any more.
 const CLEARLY: f32 = 0.8;
 
+/// Of so many calls, an estimate is half of what counts.
+const ENOUGH: f32 = 10.0;
+/// So that the number of calls can be had back.
+const MOST_TRUST: f32 = 0.999;
+
 /// What is known of one endpoint. Each word is read and written on its own: a reader may see one call's latency without
 /// its outcome.
 #[derive(Debug, Default)]
@@ -53,8 +59,8 @@ struct Estimate {
     /// Milliseconds of the last call's end in the high half, seconds of latency as `f32` in the low; zero when nothing is
     /// known.
     latency: AtomicU64,
-    /// The share of failed calls as `f32`.
-    failures: AtomicU32,
+    /// The share of failed calls in the high half, how far the latency is to be trusted in the low, each out of 65,535.
+    trust: AtomicU32,
 }
 
 /// Where the estimate of an endpoint stands. Those of endpoints that were first seen together stand side by side, or a pick
@@ -75,15 +81,17 @@ struct Listed {
 /// What one pick sees of an endpoint.
 #[derive(Clone, Copy)]
 struct Looked {
-    known: Option<Known>,
+    known: Known,
     load: f32,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Known {
-    cost: f32,
-    /// How much of it is still worth, 0 to 1.
+    latency: f32,
+    /// How much of it is worth, 0 to 1.
     confidence: f32,
+    /// What failures add.
+    penalty: f32,
 }
 
 // === impl PeakEwma ===
@@ -141,14 +149,14 @@ impl PeakEwma {
         listed
     }
 
-    fn known(&self, estimate: &Estimate, now: u32) -> Option<Known> {
+    fn known(&self, estimate: &Estimate, now: u32) -> Known {
         let word = estimate.latency.load(Ordering::Relaxed);
         if word == 0 {
-            return None;
+            return Known::default();
         }
-        let failures = f32::from_bits(estimate.failures.load(Ordering::Relaxed));
-        let cost = latency_of(word) + failures * self.penalty;
-        Some(Known { cost, confidence: fade(age(word, now), self.rate) })
+        let (failures, trust) = halves(estimate.trust.load(Ordering::Relaxed));
+        let fresh = fade(age(word, now), self.rate);
+        Known { latency: latency_of(word), confidence: fresh * trust, penalty: fresh * failures * self.penalty }
     }
 }
 
@@ -197,10 +205,7 @@ impl Pick for PeakEwma {
 
 impl Looked {
     fn is_better_than(self, other: Self) -> bool {
-        let (mine, others) = match (self.known, other.known) {
-            (Some(mine), Some(others)) => (mine.beside(others), others.beside(mine)),
-            _ => (1.0, 1.0),
-        };
+        let (mine, others) = self.known.beside(other.known);
         mine * self.load < others * other.load * CLEARLY
     }
 }
@@ -208,8 +213,17 @@ impl Looked {
 // === impl Known ===
 
 impl Known {
-    fn beside(self, other: Self) -> f32 {
-        other.cost + self.confidence * (self.cost - other.cost)
+    /// What both cost, to the same scale: as far as latencies are not to be trusted they are taken to be their mean, in
+    /// which each counts as far as it is.
+    fn beside(self, other: Self) -> (f32, f32) {
+        // Not divided by the sum of confidences: only the ratio matters.
+        let scale = self.confidence + other.confidence;
+        if scale == 0.0 {
+            return (1.0, 1.0);
+        }
+        let mean = self.confidence * self.latency + other.confidence * other.latency;
+        let cost = |one: Self| mean + one.confidence * (one.latency * scale - mean) + one.penalty * scale;
+        (cost(self), cost(other))
     }
 }
 
@@ -239,20 +253,35 @@ impl Estimate {
             }
         }
         let failed = match call.outcome {
-            Outcome::Failure => 1.0,
-            Outcome::Success => 0.0,
-            _ => return,
+            Outcome::Failure => Some(1.0),
+            Outcome::Success => Some(0.0),
+            _ => None,
         };
         // By time, but no call counts for less than one in 32: a burst must show before time has passed.
-        let old = if word == 0 { 1.0 } else { fade(age(word, now), rate) };
-        let weight = (1.0 - old).max(1.0 / 32.0);
+        let old = if word == 0 { 0.0 } else { fade(age(word, now), rate) };
+        let weight = if word == 0 { 1.0 / 32.0 } else { (1.0 - old).max(1.0 / 32.0) };
         let learn = |bits: u32| {
-            let share = f32::from_bits(bits);
-            Some((share + weight * (failed - share)).to_bits())
+            let (failures, trust) = halves(bits);
+            let failures = failed.map_or(failures, |failed| failures + weight * (failed - failures));
+            // So many calls it stands for.
+            let calls = old * ENOUGH * trust / (1.0 - trust) + 1.0;
+            // What it says itself needs no second call.
+            let trust = if rest.is_some() { MOST_TRUST } else { (calls / (calls + ENOUGH)).min(MOST_TRUST) };
+            Some(joined(failures, trust))
         };
         // Never fails: `learn` always has a value.
-        let _ = self.failures.fetch_update(Ordering::Relaxed, Ordering::Relaxed, learn);
+        let _ = self.trust.fetch_update(Ordering::Relaxed, Ordering::Relaxed, learn);
     }
+}
+
+/// Two parts of one.
+fn halves(bits: u32) -> (f32, f32) {
+    ((bits >> 16) as f32 * (1.0 / 65_535.0), (bits & 0xffff) as f32 * (1.0 / 65_535.0))
+}
+
+/// Rounded down, or a small part would stay for ever.
+fn joined(high: f32, low: f32) -> u32 {
+    ((high * 65_535.0) as u32) << 16 | (low * 65_535.0) as u32
 }
 
 fn latency_of(word: u64) -> f32 {
@@ -290,7 +319,7 @@ mod tests {
         }
     }
 
-    fn known(policy: &PeakEwma, set: &Set, index: usize, at: u64) -> Option<Known> {
+    fn known(policy: &PeakEwma, set: &Set, index: usize, at: u64) -> Known {
         policy.known(policy.estimate(&set[index]), stamp(Moment::from_nanos(at * 1_000_000)))
     }
 
@@ -299,9 +328,9 @@ mod tests {
         let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
         policy.observe(&set[0], &call(10, Outcome::Success, 1000));
         policy.observe(&set[0], &call(500, Outcome::Success, 1000));
-        assert_eq!(known(&policy, &set, 0, 1000).unwrap().cost, 0.5);
+        assert_eq!(known(&policy, &set, 0, 1000).latency, 0.5);
         policy.observe(&set[0], &call(10, Outcome::Success, 11_000));
-        let cost = known(&policy, &set, 0, 11_000).unwrap().cost;
+        let cost = known(&policy, &set, 0, 11_000).latency;
         assert!((cost - (0.01 + 0.49 / std::f32::consts::E)).abs() < 0.005, "{cost}");
     }
 
@@ -330,8 +359,29 @@ mod tests {
         let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
         policy.observe(&set[0], &call(5000, Outcome::Success, 1));
         policy.observe(&set[1], &call(20, Outcome::Success, 1));
-        let (a, b) = (known(&policy, &set, 0, 300_000).unwrap(), known(&policy, &set, 1, 300_000).unwrap());
-        assert!(a.beside(b) < 0.03, "{}", a.beside(b));
+        let ratio = |at| {
+            let (a, b) = (known(&policy, &set, 0, at), known(&policy, &set, 1, at));
+            let (a, b) = a.beside(b);
+            a / b
+        };
+        assert!((0.99..1.01).contains(&ratio(600_000)), "{}", ratio(600_000));
+        (0..50).for_each(|_| policy.observe(&set[1], &call(20, Outcome::Success, 600_000)));
+        assert!((0.99..1.01).contains(&ratio(600_000)), "the old one is taken to be as the new: {}", ratio(600_000));
+    }
+
+    #[test]
+    fn a_few_calls_say_little_of_latency_but_much_of_failure() {
+        let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
+        let better = |other: Outcome, calls| {
+            (0..calls).for_each(|_| policy.observe(&set[0], &call(20, Outcome::Success, 1000)));
+            (0..calls).for_each(|_| policy.observe(&set[1], &call(100, other, 1000)));
+            let (a, b) = (known(&policy, &set, 0, 1000), known(&policy, &set, 1, 1000));
+            let (a, b) = a.beside(b);
+            a < b * CLEARLY
+        };
+        assert!(!better(Outcome::Success, 1));
+        assert!(better(Outcome::Success, 3));
+        assert!(better(Outcome::Failure, 1));
     }
 
     #[test]
@@ -340,10 +390,10 @@ mod tests {
         let mut limited = call(1, Outcome::Ignored, 1000);
         limited.retry_after = Some(Duration::from_secs(7));
         policy.observe(&set[0], &limited);
-        assert_eq!(known(&policy, &set, 0, 1000).unwrap().cost, 7.0);
+        assert_eq!(known(&policy, &set, 0, 1000).latency, 7.0);
         limited.retry_after = Some(Duration::MAX);
         policy.observe(&set[0], &limited);
-        assert_eq!(known(&policy, &set, 0, 1000).unwrap().cost, 300.0);
+        assert_eq!(known(&policy, &set, 0, 1000).latency, 300.0);
     }
 
     #[test]
@@ -351,9 +401,9 @@ mod tests {
         let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
         policy.observe(&set[0], &call(100, Outcome::Success, 1000));
         policy.observe(&set[0], &call(3, Outcome::Ignored, 5000));
-        assert_eq!(known(&policy, &set, 0, 5000).unwrap().cost, 0.1);
+        assert_eq!(known(&policy, &set, 0, 5000).latency, 0.1);
         policy.observe(&set[0], &call(900, Outcome::Ignored, 5000));
-        assert_eq!(known(&policy, &set, 0, 5000).unwrap().cost, 0.9);
+        assert_eq!(known(&policy, &set, 0, 5000).latency, 0.9);
     }
 
     #[test]
@@ -369,7 +419,8 @@ mod tests {
                 assert!(std::ptr::eq(estimate, policy.estimate(endpoint)));
             }
         }
-        assert!(known(&policy, &sets[1], 1, 1000).is_some() && known(&policy, &sets[0], 1, 1000).is_none());
+        let confidence = |set: usize| known(&policy, &sets[set], 1, 1000).confidence;
+        assert!(confidence(1) > 0.0 && confidence(0) == 0.0);
     }
 
     #[test]

@@ -260,6 +260,41 @@ mod tests {
     }
 
     #[test]
+    fn only_idempotent_methods_are_repeated_unless_told_otherwise() {
+        let (policy, any) = (Policy::new(), Policy::new().repeat_any_method(true));
+        for method in ["GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE"] {
+            assert!(policy.repeats(&method.parse().unwrap()), "{method}");
+        }
+        for method in ["POST", "PATCH", "CONNECT", "PROPFIND"] {
+            assert!(!policy.repeats(&method.parse().unwrap()), "{method}");
+            assert!(any.repeats(&method.parse().unwrap()), "{method}");
+        }
+    }
+
+    #[test]
+    fn each_listed_status_and_code_is_a_reason_and_no_other() {
+        let statuses = [429, 500, 502, 503, 504].map(|status| StatusCode::from_u16(status).unwrap());
+        let policy = Policy::new().on_statuses(statuses);
+        for status in (200..600).map(|status| StatusCode::from_u16(status).unwrap()) {
+            let response = Response::builder().status(status).body(()).unwrap();
+            let wanted = statuses.contains(&status).then_some(Reason::Status(status));
+            assert_eq!(policy.judge(Head::of(&response), true), wanted);
+        }
+        let codes = [GrpcCode::CANCELLED, GrpcCode::RESOURCE_EXHAUSTED, GrpcCode::UNAVAILABLE];
+        let policy = Policy::new().on_grpc(codes);
+        for number in 0..17 {
+            let response = |content_type: &str| {
+                let response = Response::builder().header("content-type", content_type);
+                response.header("grpc-status", number.to_string()).body(()).unwrap()
+            };
+            let code = GrpcCode::from_number(number);
+            let wanted = codes.contains(&code).then_some(Reason::Grpc(code));
+            assert_eq!(policy.judge(Head::of(&response("application/grpc+proto")), true), wanted);
+            assert_eq!(policy.judge(Head::of(&response("application/json")), true), None);
+        }
+    }
+
+    #[test]
     fn waits_double_to_the_longest_and_are_drawn_from_zero() {
         let policy = Policy::new();
         let most = |failed| policy.wait(failed, u64::MAX).as_millis();

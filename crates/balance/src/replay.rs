@@ -53,8 +53,11 @@ struct Kept<B> {
 
 enum Passed {
     Data(Bytes),
-    Trailers(http::HeaderMap),
+    Trailers(Box<http::HeaderMap>),
 }
+
+/// How many frames are kept.
+const FRAMES: usize = 1024;
 
 /// The balancer's end of a body that is kept.
 pub(crate) struct Keeper<B>(Option<Arc<Mutex<Kept<B>>>>);
@@ -207,12 +210,12 @@ impl<B> Kept<B> {
         }
         let passed = match (frame.data_ref(), frame.trailers_ref()) {
             (Some(data), _) => Passed::Data(data.clone()),
-            (_, Some(trailers)) => Passed::Trailers(trailers.clone()),
+            (_, Some(trailers)) => Passed::Trailers(Box::new(trailers.clone())),
             _ => return,
         };
-        // A frame has a price of its own, or empty ones would pile up.
-        self.size = self.size.saturating_add(passed.len() + size_of::<Passed>());
-        if self.size > self.limit {
+        self.size = self.size.saturating_add(passed.len());
+        // Or empty ones would pile up.
+        if self.size > self.limit || self.frames.len() == FRAMES {
             (self.frames, self.position, self.whole) = (Vec::new(), 0, false);
         } else {
             self.frames.push(passed);
@@ -239,7 +242,7 @@ impl Passed {
     fn frame(&self) -> Frame<Bytes> {
         match self {
             Self::Data(data) => Frame::data(data.clone()),
-            Self::Trailers(trailers) => Frame::trailers(trailers.clone()),
+            Self::Trailers(trailers) => Frame::trailers((**trailers).clone()),
         }
     }
 }
@@ -361,6 +364,15 @@ mod tests {
         let (mut unread, keeper) = Replay::keep(body(vec![Frame::data("x".repeat(9000).into())]), 1000);
         assert!(keeper.again().is_some(), "what was not read need not be kept");
         assert!(unread.frame().await.unwrap().is_err());
+    }
+
+    #[tokio::test]
+    async fn a_body_of_the_limit_is_kept_and_one_of_a_byte_more_is_not() {
+        for (more, kept) in [(0, true), (1, false)] {
+            let (first, keeper) = Replay::keep(body(vec![Frame::data("x".repeat(65_536 + more).into())]), 65_536);
+            first.collect().await.unwrap();
+            assert_eq!(keeper.again().is_some(), kept, "{more}");
+        }
     }
 
     #[tokio::test]

@@ -48,6 +48,74 @@ async fn when_very_few_of_many_admit_it_is_a_panic_and_not_a_stampede() {
     assert!(seen.len() > 100, "{}", seen.len());
 }
 
+#[tokio::test(start_paused = true)]
+async fn who_asks_for_rest_is_heard_by_the_policy_in_http_and_grpc() {
+    struct Rests(Mutex<Vec<Option<Duration>>>);
+    impl Pick for Rests {
+        fn pick(&self, _: &Candidates<'_>) -> Option<usize> {
+            Some(0)
+        }
+
+        fn observe(&self, _: &Endpoint, call: &Call) {
+            self.0.lock().unwrap().push(call.retry_after);
+        }
+
+        fn observes(&self) -> bool {
+            true
+        }
+    }
+    let answers: [(u16, &[(&str, &str)]); 4] = [
+        (429, &[("retry-after", "7")]),
+        (200, &[("content-type", "application/grpc"), ("grpc-status", "8"), ("grpc-retry-pushback-ms", "1500")]),
+        (200, &[("retry-after", "7")]),
+        (429, &[]),
+    ];
+    let rests = Arc::new(Rests(Mutex::default()));
+    let (inner, mut calls) = probe::<Replay<ProbeBody>>();
+    let mut service = BalanceLayer::new(rests.clone()).attempts(1).layer(inner);
+    for (status, headers) in answers {
+        let call = service.ready().await.unwrap().call(request_of(Method::GET, &endpoints(1), ""));
+        let answer = async {
+            let mut response = Response::builder().status(status);
+            for (name, value) in headers {
+                response = response.header(*name, *value);
+            }
+            calls.next().await.answer(response.body(full("")).unwrap());
+        };
+        let (response, ()) = futures::join!(call, answer);
+        response.unwrap().into_body().collect().await.unwrap();
+    }
+    let [seven, pushback] = [7_000, 1_500].map(Duration::from_millis);
+    assert_eq!(*rests.0.lock().unwrap(), [Some(seven), Some(pushback), None, None]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_head_is_the_same_at_every_attempt_whatever_was_done_to_it_below() {
+    #[derive(Clone, Debug, PartialEq)]
+    struct Mine(u8);
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let log = seen.clone();
+    let mut service = BalanceLayer::new(RoundRobin::new()).attempts(3).layer(service_fn(
+        move |mut request: Request<Replay<ProbeBody>>| {
+            let head = (request.uri().clone(), request.headers().clone(), request.extensions().get::<Mine>().cloned());
+            log.lock().unwrap().push(head);
+            request.headers_mut().clear();
+            request.extensions_mut().clear();
+            async { Ok::<_, std::convert::Infallible>(rejected(StatusCode::BAD_GATEWAY, false)) }
+        },
+    ));
+    let mut request = request_of(Method::POST, &endpoints(5), "body");
+    *request.uri_mut() = "http://orders/a?b=c".parse().unwrap();
+    for value in ["1", "2"] {
+        request.headers_mut().append("x-mine", value.parse().unwrap());
+    }
+    request.extensions_mut().insert(Mine(1));
+    service.ready().await.unwrap().call(request).await.unwrap();
+    let seen = seen.lock().unwrap();
+    assert_eq!((seen.len(), seen[0].1.len()), (3, 2));
+    assert!(seen.iter().all(|head| *head == seen[0]));
+}
+
 struct Observer(Mutex<Vec<(Arc<str>, Outcome)>>);
 
 impl Pick for Observer {
