@@ -7,7 +7,6 @@
 //! The table has a fixed number of places, four to a set. Readers take no lock and write at most one mark. A place is
 //! taken from a token that is over, else from one that was not asked for since the hand last passed.
 
-use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -15,7 +14,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
-use portcullis_core::Identity;
+use portcullis_core::{Identity, PerThread};
 use serde_json::Value;
 
 use crate::key::Key;
@@ -34,8 +33,7 @@ pub(crate) struct TokenCache {
     hand: AtomicUsize,
     bytes: AtomicUsize,
     max_bytes: usize,
-    /// Several, so that threads do not share a line.
-    found: [Found; STRIPES],
+    found: PerThread<Found>,
 }
 
 /// How the memory of tokens that verified does.
@@ -51,13 +49,10 @@ pub struct CacheStats {
 }
 
 #[derive(Default)]
-#[repr(align(128))]
 struct Found {
     hits: AtomicU64,
     misses: AtomicU64,
 }
-
-const STRIPES: usize = 8;
 
 /// The hash of a token and of the rules it was checked by.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -93,7 +88,7 @@ impl TokenCache {
         let hash = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &secret).ok()?);
         let places: Box<[Place]> = (0..WAYS << places).map(|_| Place::default()).collect();
         let bytes = AtomicUsize::new(places.len() * size_of::<Place>());
-        Some(Self { hash, places, hand: AtomicUsize::new(0), bytes, max_bytes, found: Default::default() })
+        Some(Self { hash, places, hand: AtomicUsize::new(0), bytes, max_bytes, found: PerThread::default() })
     }
 
     pub(crate) fn tag(&self, version: u64, token: &[u8]) -> Option<Tag> {
@@ -118,11 +113,11 @@ impl TokenCache {
                 if !place.used.load(Ordering::Relaxed) {
                     place.used.store(true, Ordering::Relaxed);
                 }
-                self.found[stripe()].hits.fetch_add(1, Ordering::Relaxed);
+                self.found.here().hits.fetch_add(1, Ordering::Relaxed);
                 return Some((entry.identity.clone(), entry.certificate));
             }
         }
-        self.found[stripe()].misses.fetch_add(1, Ordering::Relaxed);
+        self.found.here().misses.fetch_add(1, Ordering::Relaxed);
         None
     }
 
@@ -217,19 +212,6 @@ impl Entry {
     fn is_over(&self, now: Duration) -> bool {
         self.until <= now || self.key.is_retired()
     }
-}
-
-/// Each thread has its own, as far as they go round.
-fn stripe() -> usize {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    thread_local!(static HERE: Cell<usize> = const { Cell::new(usize::MAX) });
-    let here = HERE.try_with(|here| {
-        if here.get() == usize::MAX {
-            here.set(NEXT.fetch_add(1, Ordering::Relaxed) % STRIPES);
-        }
-        here.get()
-    });
-    here.unwrap_or(0) % STRIPES
 }
 
 /// About what an entry takes up, allocations included and rather too much.

@@ -1,12 +1,11 @@
 //! How many requests may be repeated.
 
-use std::cell::Cell;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use portcullis_core::{Clock, Moment};
+use portcullis_core::{Clock, Moment, PerThread};
 
 /// How many requests may be repeated: a share of all, and a few beyond that, over a sliding window. All clones are one
 /// budget, whatever the number of connections, routes or threads.
@@ -25,14 +24,10 @@ struct Inner {
     /// Whole repetitions there are without any request in the window.
     reserve: u64,
     slice: Duration,
-    /// Requests since the window last moved; several, so that threads do not share a line.
-    begun: [Stripe; STRIPES],
+    /// Requests since the window last moved.
+    begun: PerThread<AtomicU64>,
     window: Mutex<Window>,
 }
-
-#[repr(align(128))]
-#[derive(Default)]
-struct Stripe(AtomicU64);
 
 /// The last slices of time, the current one first.
 #[derive(Default)]
@@ -47,9 +42,8 @@ struct Slice {
     repeated: u64,
 }
 
-const STRIPES: usize = 8;
 const SLICES: usize = 10;
-/// After so many requests of a stripe the window is moved: no more than that can be counted in a time later than their
+/// After so many requests of a thread the window is moved: no more than that can be counted in a time later than their
 /// own.
 const MOVED: u64 = 64;
 const SHARE: f64 = 0.2;
@@ -70,14 +64,14 @@ impl Budget {
             share,
             reserve,
             slice: window / SLICES as u32,
-            begun: Default::default(),
+            begun: PerThread::default(),
             window: Mutex::default(),
         }))
     }
 
     /// Counts a request.
     pub(crate) fn deposit(&self, clock: &Clock) {
-        let begun = self.0.begun[stripe()].0.fetch_add(1, Ordering::Relaxed);
+        let begun = self.0.begun.here().fetch_add(1, Ordering::Relaxed);
         if begun >= MOVED - 1
             && let Ok(mut window) = self.0.window.try_lock()
         {
@@ -129,7 +123,7 @@ impl Inner {
             window.slices[..passed].fill(Slice::default());
             window.current = slice;
         }
-        window.slices[0].requests += self.begun.iter().map(|stripe| stripe.0.swap(0, Ordering::Relaxed)).sum::<u64>();
+        window.slices[0].requests += self.begun.iter().map(|begun| begun.swap(0, Ordering::Relaxed)).sum::<u64>();
     }
 
     /// In thousandths of a repetition.
@@ -138,19 +132,6 @@ impl Inner {
             window.slices.iter().fold((0, 0), |sum, slice| (sum.0 + slice.requests, sum.1 + slice.repeated));
         (requests * self.share + self.reserve * 1000).saturating_sub(repeated * 1000)
     }
-}
-
-fn stripe() -> usize {
-    thread_local! {
-        static STRIPE: Cell<usize> = const { Cell::new(usize::MAX) };
-    }
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    STRIPE.with(|stripe| {
-        if stripe.get() == usize::MAX {
-            stripe.set(NEXT.fetch_add(1, Ordering::Relaxed) as usize % STRIPES);
-        }
-        stripe.get()
-    })
 }
 
 #[cfg(test)]

@@ -423,6 +423,17 @@ impl Breaker {
         })
     }
 
+    /// Becomes what it was when it was made, for another gate.
+    pub(crate) fn clear(&self) {
+        let _turning = lock(&self.turning);
+        // Of another period: a window's words say which one they belong to, and not when it was.
+        let period = self.word().period().next();
+        self.turn(Word::new(State::Closed, Generation::FIRST, 0, period), Moment::MIN, Moment::MIN);
+        for count in [&self.failed, &self.ignored, &self.refused] {
+            count.store(0, Relaxed);
+        }
+    }
+
     /// Called with `turning` held.
     fn turn(&self, word: Word, edge: Moment, now: Moment) {
         if let Some(window) = &self.calls {

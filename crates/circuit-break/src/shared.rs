@@ -5,7 +5,9 @@ use std::fmt;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use portcullis_core::{Clock, Endpoint, Endpoints, Gate, Moment, Mover, Refused, SlotKey, WallClock};
+use portcullis_core::{
+    Clear, Clock, Endpoint, Endpoints, Gate, Moment, Mover, PerEndpoint, Refused, SlotKey, WallClock, WeakEndpoint,
+};
 
 use crate::breaker::{Breaker, Desk, State, Turn, Zeal};
 use crate::handle::{Change, Guarding, Mode};
@@ -15,12 +17,12 @@ use crate::rules::Rules;
 pub(crate) struct Shared {
     pub(crate) parts: Parts,
     pub(crate) mover: Mover,
-    slot: SlotKey<Guarded>,
+    endpoints: PerEndpoint<Guarded>,
     due: SlotKey<Due>,
     /// What is guarded when the request says nothing else.
     pub(crate) whole: Arc<Alone>,
-    /// The endpoints this layer's breakers now ration, so that they let go when the layer goes.
-    rationed: Mutex<Vec<Endpoint>>,
+    /// The endpoints whose gates this layer's breakers have moved, so that they let go when the layer goes.
+    moved: Mutex<Vec<WeakEndpoint>>,
     listeners: tokio::sync::broadcast::Sender<Change>,
     /// The mode of all, and whether some were told one themselves.
     mode: AtomicU8,
@@ -79,11 +81,11 @@ impl Shared {
     pub(crate) fn new(parts: Parts) -> Self {
         Self {
             mover: Mover::new(),
-            slot: SlotKey::new(),
+            endpoints: PerEndpoint::new(),
             due: SlotKey::new(),
             whole: Arc::new(Alone::new(&parts.rules, None)),
             parts,
-            rationed: Mutex::default(),
+            moved: Mutex::default(),
             listeners: tokio::sync::broadcast::Sender::new(BEHIND),
             mode: AtomicU8::new(Mode::Normal.to_bits()),
             hand: Mover::new(),
@@ -112,8 +114,9 @@ impl Shared {
         let keep_some = |bits| Some(bits & SOME | mode.to_bits());
         let _ = self.mode.fetch_update(Ordering::AcqRel, Ordering::Acquire, keep_some);
         tracing::info!(?mode, "circuit breakers were told a mode");
-        let rationed = self.rationed().clone();
-        rationed.into_iter().for_each(|endpoint| self.obey(&Target::Endpoint(endpoint)));
+        let moved = self.moved().clone();
+        let open = moved.iter().filter_map(WeakEndpoint::upgrade).filter(|endpoint| self.is_open(endpoint));
+        open.for_each(|endpoint| self.obey(&Target::Endpoint(endpoint)));
         self.obey(&Target::Alone(self.whole.clone()));
     }
 
@@ -122,7 +125,7 @@ impl Shared {
         self.guarded(target).mode.store(mode.map_or(NONE, Mode::to_bits), Ordering::Release);
         tracing::info!(?mode, ?target, "a circuit breaker was told a mode");
         let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.retain(|other| !other.is(target));
+        held.retain(|other| !other.is(target) && !other.is_removed());
         if mode == Some(Mode::ForcedOpen) {
             target.gate().close_for(self.hand);
             held.push(target.clone());
@@ -141,23 +144,28 @@ impl Shared {
         }
     }
 
-    fn rationed(&self) -> MutexGuard<'_, Vec<Endpoint>> {
-        self.rationed.lock().unwrap_or_else(PoisonError::into_inner)
+    fn moved(&self) -> MutexGuard<'_, Vec<WeakEndpoint>> {
+        self.moved.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_open(&self, endpoint: &Endpoint) -> bool {
+        self.of_endpoint(endpoint).breaker.state() != State::Closed
     }
 
     pub(crate) fn listen(&self) -> tokio::sync::broadcast::Receiver<Change> {
         self.listeners.subscribe()
     }
 
-    pub(crate) fn guarded<'a>(&self, target: &'a Target) -> &'a Guarded {
+    pub(crate) fn guarded<'a>(&'a self, target: &'a Target) -> &'a Guarded {
         match target {
             Target::Endpoint(endpoint) => self.of_endpoint(endpoint),
             Target::Alone(alone) => &alone.guarded,
         }
     }
 
-    pub(crate) fn of_endpoint<'a>(&self, endpoint: &'a Endpoint) -> &'a Guarded {
-        endpoint.slot(&self.slot, || Guarded::new(&self.parts.rules))
+    #[inline]
+    pub(crate) fn of_endpoint<'a>(&'a self, endpoint: &'a Endpoint) -> &'a Guarded {
+        self.endpoints.of(endpoint, || Guarded::new(&self.parts.rules))
     }
 
     /// Whether it was told to look away. What must let everything pass and is still open closes, which only those with a key
@@ -217,13 +225,10 @@ impl Shared {
     #[cold]
     pub(crate) fn turned(&self, target: &Target, turn: Turn) {
         if let Target::Endpoint(endpoint) = target {
-            let mut rationed = self.rationed();
-            // Looked up rather than believed: of two who turned, the second may come here first.
-            let is_open = |endpoint: &Endpoint| self.of_endpoint(endpoint).breaker.state() != State::Closed;
-            rationed.retain(|other| other != endpoint && !other.is_removed() && is_open(other));
-            if is_open(endpoint) {
-                rationed.push(endpoint.clone());
-            }
+            let mut moved = self.moved();
+            let is_kept = |other: &WeakEndpoint| other.upgrade().is_some_and(|other| !other.is_removed());
+            moved.retain(|other| !other.is(endpoint) && is_kept(other));
+            moved.push(endpoint.downgrade());
         }
         let change = Change {
             scope: target.scope(),
@@ -263,8 +268,8 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let rationed = self.rationed.get_mut().unwrap_or_else(PoisonError::into_inner);
-        rationed.iter().for_each(|endpoint| endpoint.gate().forget(self.mover));
+        let moved = self.moved.get_mut().unwrap_or_else(PoisonError::into_inner);
+        moved.iter().filter_map(WeakEndpoint::upgrade).for_each(|endpoint| endpoint.gate().forget(self.mover));
         let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
         held.iter().for_each(|target| target.gate().forget(self.hand));
     }
@@ -289,6 +294,14 @@ impl Default for Parts {
 impl Guarded {
     fn new(rules: &Rules) -> Self {
         Self { breaker: Breaker::new(rules), tally: AtomicU64::new(0), mode: AtomicU8::new(NONE) }
+    }
+}
+
+impl Clear for Guarded {
+    fn clear(&self) {
+        self.breaker.clear();
+        self.tally.store(0, Ordering::Relaxed);
+        self.mode.store(NONE, Ordering::Relaxed);
     }
 }
 
@@ -343,6 +356,10 @@ impl Target {
             (Self::Alone(a), Self::Alone(b)) => Arc::ptr_eq(a, b),
             _ => false,
         }
+    }
+
+    fn is_removed(&self) -> bool {
+        matches!(self, Self::Endpoint(endpoint) if endpoint.is_removed())
     }
 
     fn scope(&self) -> Guarding {

@@ -1,14 +1,14 @@
 //! One call, from its being admitted to its end.
 
-use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use http::{HeaderMap, Response};
 use portcullis_core::{
-    Classify, Entry, Gate, Generation, Guard, Head, Moment, Outcome, Pass, Permit, Refused, Verdict, retry_after,
+    Classify, Entry, Gate, Generation, Guard, Head, Moment, Outcome, Pass, PerThread, Permit, Refused, Verdict,
+    retry_after,
 };
 
 use crate::breaker::{Call, Desk, Zeal};
@@ -42,7 +42,11 @@ enum Stage {
 ///
 /// Every call holds on to it, and if all threads counted those holds in one place they would spend most of their time
 /// passing that place around. So each thread has a line of its own, as far as they go round.
-pub(crate) struct Lines<C>([Arc<Line<C>>; LINES]);
+pub(crate) struct Lines<C> {
+    lines: PerThread<Arc<Line<C>>>,
+    shared: Arc<Shared>,
+    classify: Arc<C>,
+}
 
 #[repr(align(128))]
 pub(crate) struct Line<C> {
@@ -61,36 +65,26 @@ pub(crate) enum Entered {
     Endpoint(Pass),
 }
 
-const LINES: usize = 8;
-
 // === impl Lines ===
 
 impl<C> Lines<C> {
     pub(crate) fn new(shared: Shared, classify: &Arc<C>) -> Self {
         let (brief, timed) = (shared.parts.rules.are_brief(), shared.parts.rules.time_calls());
-        let shared = Arc::new(shared);
+        let (shared, classify) = (Arc::new(shared), classify.clone());
         let line = || Line { shared: shared.clone(), classify: classify.clone(), brief, timed };
-        Self(std::array::from_fn(|_| Arc::new(line())))
+        Self { lines: PerThread::new(|| Arc::new(line())), shared, classify }
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {
-        &self.0[0].shared
+        &self.shared
     }
 
     pub(crate) fn classify(&self) -> &Arc<C> {
-        &self.0[0].classify
+        &self.classify
     }
 
     pub(crate) fn here(&self) -> &Arc<Line<C>> {
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        thread_local!(static HERE: Cell<usize> = const { Cell::new(usize::MAX) });
-        let here = HERE.try_with(|here| {
-            if here.get() == usize::MAX {
-                here.set(NEXT.fetch_add(1, Ordering::Relaxed) % LINES);
-            }
-            here.get()
-        });
-        &self.0[here.unwrap_or(0) % LINES]
+        self.lines.here()
     }
 }
 

@@ -338,6 +338,41 @@ async fn a_layer_that_goes_lets_its_endpoints_go() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_layer_that_goes_is_forgotten_by_gates_it_moved_long_ago() {
+    let (layer, endpoint) = (CircuitBreakLayer::new().failures(1), endpoint());
+    let service = layer.layer(tower::service_fn(by_path));
+    for path in ["500", "200"] {
+        let permit = endpoint.permit(|| Clock::system().now()).unwrap();
+        service.clone().oneshot(permitted(path, permit)).await.unwrap();
+        tokio::time::advance(60 * S).await;
+    }
+    assert_eq!((layer.handle().endpoint(&endpoint).state(), endpoint.gate().movers()), (State::Closed, 1));
+    drop((layer, service));
+    assert_eq!(endpoint.gate().movers(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_that_comes_when_another_is_gone_begins_anew() {
+    let layer = CircuitBreakLayer::new().failures(3);
+    let service = layer.layer(tower::service_fn(by_path));
+    for round in 0..300 {
+        let endpoint = endpoint();
+        let breaker = layer.handle().endpoint(&endpoint);
+        assert_eq!((breaker.state(), breaker.failures_in_a_row()), (State::Closed, Some(0)));
+        assert_eq!((breaker.counts(), breaker.mode()), (Default::default(), Mode::Normal));
+        if round % 3 == 0 {
+            breaker.set_mode(Some(Mode::ForcedClosed));
+        }
+        for _ in 0..1 + round % 4 {
+            let permit = Permit::without_right(endpoint.clone());
+            service.clone().oneshot(permitted("500", permit)).await.unwrap();
+        }
+        let expected = if round % 3 != 0 && round % 4 > 1 { State::Open } else { State::Closed };
+        assert_eq!(breaker.state(), expected);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn another_movers_refusal_has_no_time() {
     let endpoint = endpoint();
     endpoint.gate().close_for(Mover::new());

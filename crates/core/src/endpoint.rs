@@ -5,12 +5,13 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwap;
 
 use crate::gate::{Gate, Pass, Refused};
+use crate::per_endpoint::Number;
 use crate::slots::{SlotKey, Slots};
 use crate::{Moment, Permit};
 
@@ -86,6 +87,10 @@ pub enum Protocol {
 #[derive(Clone)]
 pub struct Endpoint(Arc<Inner>);
 
+/// An [`Endpoint`] that is not kept alive.
+#[derive(Clone)]
+pub struct WeakEndpoint(Weak<Inner>);
+
 /// What an endpoint is busy with, mostly one request; dropping it ends the counting.
 #[must_use = "the request is counted until this is dropped"]
 pub struct InFlight(Endpoint);
@@ -106,6 +111,7 @@ struct About {
     weight: AtomicU32,
     removed: std::sync::atomic::AtomicBool,
     joined: Moment,
+    number: Number,
     slots: Slots,
     /// Of what was begun, what was no request.
     other: AtomicU64,
@@ -352,6 +358,16 @@ impl Endpoint {
         self.0.about.slots.get(key)
     }
 
+    pub(crate) fn number(&self) -> &Number {
+        &self.0.about.number
+    }
+
+    /// The same endpoint, for one who does not want to keep it alive.
+    #[must_use]
+    pub fn downgrade(&self) -> WeakEndpoint {
+        WeakEndpoint(Arc::downgrade(&self.0))
+    }
+
     /// A number that tells it from every other living endpoint, for keys of maps.
     #[must_use]
     pub fn handle(&self) -> usize {
@@ -392,6 +408,7 @@ impl Joining {
             instance: ArcSwap::from_pointee(instance),
             removed: false.into(),
             joined,
+            number: Number::new(),
             slots: Slots::default(),
             other: AtomicU64::new(0),
         };
@@ -400,6 +417,28 @@ impl Joining {
 
     pub(crate) fn into_endpoint(self) -> Endpoint {
         Endpoint(Arc::new(self.0))
+    }
+}
+
+// === impl WeakEndpoint ===
+
+impl WeakEndpoint {
+    /// The endpoint, if anybody still keeps it.
+    #[must_use]
+    pub fn upgrade(&self) -> Option<Endpoint> {
+        self.0.upgrade().map(Endpoint)
+    }
+
+    /// Whether it is this one.
+    #[must_use]
+    pub fn is(&self, endpoint: &Endpoint) -> bool {
+        self.0.as_ptr() == Arc::as_ptr(&endpoint.0)
+    }
+}
+
+impl fmt::Debug for WeakEndpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("WeakEndpoint").field(&self.upgrade()).finish()
     }
 }
 

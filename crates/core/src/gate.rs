@@ -294,6 +294,12 @@ impl Gate {
         moved(&lock(&self.rest.book).votes, mover)
     }
 
+    /// How many movers it remembers.
+    #[must_use]
+    pub fn movers(&self) -> usize {
+        lock(&self.rest.book).votes.len()
+    }
+
     fn cast(&self, mover: Mover, since: Generation, ration: Option<Ration>) -> Option<Generation> {
         let book = &mut *lock(&self.rest.book);
         (moved(&book.votes, mover) == since).then(|| self.apply(book, mover, ration))
