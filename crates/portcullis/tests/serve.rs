@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ use portcullis::serve::{Server, ServerTls};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, oneshot};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -164,6 +165,59 @@ async fn a_drain_finishes_what_is_under_way_and_closes_what_is_idle() {
     let address = running.address;
     running.ended().await;
     assert!(TcpStream::connect(address).await.is_err(), "nobody listens any more");
+}
+
+/// Callers who go on asking, over either protocol, until their connection ends: whatever reached the service was answered.
+#[tokio::test]
+async fn a_drain_under_load_loses_nothing_that_was_begun() {
+    for _ in 0..10 {
+        let (reached, answered) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (stop, stopped) = oneshot::channel::<()>();
+        let server = local().graceful(async { _ = stopped.await }, PATIENCE);
+        let address = server.local_addr().unwrap();
+        let counted = reached.clone();
+        let served = tokio::spawn(server.serve(tower::service_fn(move |_: Request<Incoming>| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            async {
+                tokio::task::yield_now().await;
+                Ok::<_, Infallible>(Response::new(Full::from("all of it")))
+            }
+        })));
+        let mut callers = JoinSet::new();
+        for caller in 0..8 {
+            let answered = answered.clone();
+            callers.spawn(async move {
+                let io = TcpStream::connect(address).await.unwrap();
+                if caller % 2 == 0 {
+                    let mut sender = h2(io).await;
+                    while let Ok(response) = sender.send_request(get("/")).await {
+                        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "all of it");
+                        answered.fetch_add(1, Ordering::Relaxed);
+                    }
+                } else {
+                    let mut io = tokio::io::BufReader::new(io);
+                    let mut answer = Vec::new();
+                    while io.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.is_ok() {
+                        while !answer.ends_with(b"all of it") {
+                            if !matches!(io.read_buf(&mut answer).await, Ok(1..)) {
+                                assert!(answer.is_empty(), "half an answer");
+                                return;
+                            }
+                        }
+                        answer.clear();
+                        answered.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+        while answered.load(Ordering::Relaxed) < 200 {
+            tokio::task::yield_now().await;
+        }
+        stop.send(()).unwrap();
+        within(served).await.unwrap().unwrap();
+        within(callers.join_all()).await;
+        assert_eq!(answered.load(Ordering::Relaxed), reached.load(Ordering::Relaxed));
+    }
 }
 
 #[tokio::test]
