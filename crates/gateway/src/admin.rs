@@ -60,10 +60,12 @@ impl Admin {
         let path = request.uri().path().to_owned();
         match (request.method(), path.as_str()) {
             (&Method::GET | &Method::HEAD, path) => self.show(path),
-            (&Method::POST, "/reload" | "/drain" | "/breaker" | "/log") => match self.leave(&request) {
-                Ok(()) => self.change(&path, request).await,
-                Err(refusal) => refusal,
-            },
+            (&Method::POST, "/reload" | "/drain" | "/breaker" | "/log" | "/register" | "/deregister") => {
+                match self.leave(&request) {
+                    Ok(()) => self.change(&path, request).await,
+                    Err(refusal) => refusal,
+                }
+            }
             (&Method::POST, _) => text(StatusCode::NOT_FOUND, "nothing here\n"),
             _ => text(StatusCode::METHOD_NOT_ALLOWED, "GET or POST\n"),
         }
@@ -143,6 +145,10 @@ impl Admin {
                 self.state.stop();
                 text(StatusCode::ACCEPTED, "draining\n")
             }
+            "/register" | "/deregister" => match crate::members::order(&self.state, what, &order).await {
+                Ok(said) => text(StatusCode::OK, said + "\n"),
+                Err((status, why)) => text(status, why + "\n"),
+            },
             "/log" => match order["level"].as_str() {
                 Some(level) if crate::log::change(level) => {
                     self.state.telemetry.event("log", format!("the level is {level}"));

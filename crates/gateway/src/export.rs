@@ -61,7 +61,7 @@ impl Exporter {
         match *self {}
     }
 
-    pub(crate) async fn flush(&self) {
+    pub(crate) async fn flush(&self, _: std::time::Duration) {
         match *self {}
     }
 }

@@ -110,7 +110,9 @@ mod build;
 pub mod config;
 mod demo;
 mod export;
+mod listen;
 mod log;
+mod members;
 mod notice;
 mod observe;
 mod run;
@@ -194,9 +196,8 @@ fn check(file: &std::path::Path) -> ExitCode {
     // Nothing is asked of anybody: what would run in it never does.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let _inside = runtime.as_ref().ok().map(tokio::runtime::Runtime::enter);
-    let built = config.listeners.values().try_for_each(|listener| run::tls(listener).map(drop));
-    match built.and_then(|()| build::Running::build(config, None).map(drop).map_err(|error| error.to_string())) {
-        Ok(()) => {
+    match build::Running::build(config, None) {
+        Ok(_) => {
             say!("{} is right: {services} services, {routes} routes", file.display());
             ExitCode::SUCCESS
         }

@@ -36,8 +36,6 @@ const WAITING: usize = 8192;
 const AT_ONCE: usize = 64 << 10;
 /// How long the thread waits for more before it writes: a line that wakes nobody costs a request little.
 const GATHER: Duration = Duration::from_millis(5);
-/// How long the end of the program waits for whoever reads the lines.
-const LAST: Duration = Duration::from_secs(1);
 
 /// Where lines go.
 #[derive(Clone)]
@@ -102,11 +100,11 @@ pub(crate) fn dropped() -> u64 {
     DROPPED.load(Ordering::Relaxed)
 }
 
-/// Waits until what was said is written, but not for long.
-pub(crate) fn flush() {
+/// Waits until what was said is written, but no longer than that.
+pub(crate) fn flush(within: Duration) {
     let (done, is_done) = sync_channel(1);
     if LINES.get().is_some_and(|Lines(lines)| lines.try_send(Order::Flush(done)).is_ok()) {
-        let _ = is_done.recv_timeout(LAST);
+        let _ = is_done.recv_timeout(within);
     }
 }
 

@@ -1,20 +1,22 @@
 //! Runs what a file says until it is told to stop.
 
+use std::collections::BTreeMap;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use portcullis::serve::{ClientCertificates, Server, ServerTls};
+use portcullis::serve::Server;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::admin::Admin;
 use crate::build::Running;
-use crate::config::{Config, Listener};
+use crate::config::Config;
+use crate::listen::{Door, cannot_listen};
 use crate::observe::Observed;
 use crate::state::State;
 
@@ -25,6 +27,12 @@ pub(crate) const FAILED: u8 = 1;
 
 /// How often a file that is watched is looked at.
 const LOOK: Duration = Duration::from_secs(2);
+
+/// How much of the time to drain is kept for what comes after the last request: the last spans and lines. At most a quarter.
+const LAST: Duration = Duration::from_secs(2);
+
+/// How long a second signal waits for the log.
+const AT_ONCE: Duration = Duration::from_millis(100);
 
 /// Reads `file` and runs it.
 pub(crate) fn file(file: PathBuf) -> ExitCode {
@@ -44,10 +52,10 @@ pub(crate) fn run(config: Config, file: Option<PathBuf>, started: impl FnOnce(&[
         Ok(runtime) => runtime,
         Err(error) => return failed(&format!("cannot start: {error}")),
     };
-    let code = runtime.block_on(serve(config, file, started)).unwrap_or_else(|why| failed(&why));
+    let (code, left) = runtime.block_on(serve(config, file, started)).unwrap_or_else(|why| (failed(&why), LAST));
     // What still waits, for a registry say, waits in vain.
     runtime.shutdown_background();
-    crate::log::flush();
+    crate::log::flush(left);
     code
 }
 
@@ -56,16 +64,14 @@ fn failed(why: &str) -> ExitCode {
     ExitCode::from(FAILED)
 }
 
-async fn serve(config: Config, file: Option<PathBuf>, started: impl FnOnce(&[SocketAddr])) -> Result<ExitCode, String> {
+async fn serve(
+    config: Config,
+    file: Option<PathBuf>,
+    started: impl FnOnce(&[SocketAddr]),
+) -> Result<(ExitCode, Duration), String> {
     // Everything that can fail comes first, so that nothing is half started.
     let threads = config.server.threads.or(std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
-    let mut servers = Vec::new();
-    let none = (String::from("main"), default_listener());
-    let listeners = config.listeners.iter().map(|(name, one)| (name.clone(), one.clone()));
-    let listeners: Vec<_> = if config.listeners.is_empty() { vec![none] } else { listeners.collect() };
-    for (name, listener) in listeners {
-        servers.push((name, bind(&listener, threads)?, listener.tls.is_some()));
-    }
+    let doors = Door::all(&config, threads)?;
     let admin = match config.admin.enabled {
         true => {
             let address = *config.admin.address;
@@ -74,18 +80,20 @@ async fn serve(config: Config, file: Option<PathBuf>, started: impl FnOnce(&[Soc
         false => None,
     };
     let drain_timeout = config.server.drain_timeout;
+    let last = LAST.min(drain_timeout / 4);
+    let shown = doors.iter().filter_map(|door| Some((door.name.clone(), door.tls.clone()?))).collect();
     let running = Running::build(config, None).map_err(|error| error.to_string())?;
-    let state = State::new(running, file);
+    let state = State::new(running, file, shown);
     // Before anybody can know that it runs, and tell it to stop.
     signals(&state).map_err(|error| format!("cannot listen to signals: {error}"))?;
 
     let mut addresses = Vec::new();
     let mut serving = JoinSet::new();
-    for (name, server, encrypted) in servers {
-        let address = server.local_addr().map_err(|error| error.to_string())?;
-        say!("listening at http{}://{address} ({name})", if encrypted { "s" } else { "" });
+    for Door { name, server, address, tls, register } in doors {
+        say!("listening at http{}://{address} ({name})", if tls.is_some() { "s" } else { "" });
         addresses.push(address);
-        let server = server.graceful(drained(state.clone()), drain_timeout);
+        let registered = register.map(|register| crate::listen::register(&state, register, address, tls.is_some()));
+        let server = server.graceful(drained(state.clone(), registered, last), drain_timeout - last);
         let observed = Observed::new(state.clone());
         serving.spawn(async move { server.serve(observed).await });
     }
@@ -101,6 +109,7 @@ async fn serve(config: Config, file: Option<PathBuf>, started: impl FnOnce(&[Soc
         }
         None => None,
     };
+    tokio::spawn(crate::members::expire(state.clone()));
     if state.file.is_some() {
         tokio::spawn(watch(state.clone()));
     }
@@ -113,69 +122,29 @@ async fn serve(config: Config, file: Option<PathBuf>, started: impl FnOnce(&[Soc
             state.stop();
         }
     }
+    // What is left of the time: half for spans, the rest for lines.
     let exporter = state.running().exporter.clone();
     if let Some(exporter) = exporter {
-        exporter.flush().await;
+        exporter.flush(last / 2).await;
     }
     if let Some(admin) = admin {
         admin.abort();
     }
     match failure {
         Some(why) => Err(why),
-        None => Ok(ExitCode::SUCCESS),
+        None => Ok((ExitCode::SUCCESS, last / 2)),
     }
 }
 
-/// Where it listens when the file does not say.
-fn default_listener() -> Listener {
-    Listener::at(SocketAddr::from(([127, 0, 0, 1], 8080)))
-}
-
-fn cannot_listen(address: SocketAddr, error: &io::Error) -> String {
-    let help = match error.kind() {
-        io::ErrorKind::AddrInUse => "; another program listens there",
-        io::ErrorKind::PermissionDenied => "; this user may not",
-        io::ErrorKind::AddrNotAvailable => "; this machine has no such address",
-        _ => "",
-    };
-    format!("cannot listen at {address}: {error}{help}")
-}
-
-fn bind(listener: &Listener, threads: NonZeroUsize) -> Result<Server, String> {
-    let address = *listener.address;
-    if !listener.reuse_port {
-        // The threads share the port, and would share it with a stranger who asked; so see that there is none.
-        TcpListener::bind(address).map_err(|error| cannot_listen(address, &error))?;
-    }
-    let mut server = Server::bind_per_core(address, threads)
-        .map_err(|error| cannot_listen(address, &error))?
-        .max_connections(listener.max_connections.get())
-        .header_timeout(listener.header_timeout)
-        .max_head(usize::try_from(listener.max_header_size.0).unwrap_or(usize::MAX))
-        .max_streams(listener.max_streams.get());
-    if let Some(tls) = tls(listener)? {
-        server = server.tls(tls);
-    }
-    Ok(server)
-}
-
-/// What a listener encrypts with.
-pub(crate) fn tls(listener: &Listener) -> Result<Option<ServerTls>, String> {
-    let Some(tls) = &listener.tls else { return Ok(None) };
-    let (chain, key) = (tls.certificate.bytes(), tls.key.bytes());
-    let built = match &tls.client_ca {
-        Some(ca) => {
-            let clients = if tls.require_client { ClientCertificates::Required } else { ClientCertificates::Optional };
-            ServerTls::with_client_authorities(chain, key, ca.bytes(), clients)
-        }
-        None => ServerTls::new(chain, key),
-    };
-    built.map(Some).map_err(|error| format!("TLS at {}: {error}", *listener.address))
-}
-
-/// Done when the listeners may close: it was told to stop, and those in front have had time to notice.
-async fn drained(state: Arc<State>) {
+/// Done when the listeners may close: it was told to stop, no registry sends anybody here any more, and those in front have
+/// had time to notice.
+async fn drained(state: Arc<State>, registered: Option<JoinHandle<()>>, patience: Duration) {
     state.stopping().await;
+    if let Some(registered) = registered
+        && tokio::time::timeout(patience, registered).await.is_err()
+    {
+        tracing::warn!("the registry takes its time to let this gateway go: it is not waited for");
+    }
     let delay = state.running().config.server.drain_delay;
     tokio::time::sleep(delay).await;
 }
@@ -198,7 +167,7 @@ fn signals(state: &Arc<State>) -> io::Result<()> {
             }
             if state.is_stopping() {
                 tracing::warn!("told to stop again: stopping at once");
-                crate::log::flush();
+                crate::log::flush(AT_ONCE);
                 std::process::exit(FAILED.into());
             }
             tracing::info!("told to stop: not ready any more");
@@ -208,19 +177,26 @@ fn signals(state: &Arc<State>) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads the file again when it has changed, if it wants that.
+/// Reads the file again when it, or a secret, key or certificate that it names, has changed, if it wants that.
 async fn watch(state: Arc<State>) {
     let look = || {
-        let about = state.file().and_then(|file| std::fs::metadata(file).ok());
-        about.map(|about| (about.modified().ok(), about.len()))
+        let named = state.running().config.files();
+        let all = state.file().map(ToOwned::to_owned).into_iter().chain(named);
+        let about = |file: PathBuf| {
+            let about = std::fs::metadata(&file).ok();
+            (file, about.map(|about| (about.modified().ok(), about.len())))
+        };
+        all.map(about).collect::<BTreeMap<_, _>>()
     };
     let mut seen = look();
     loop {
         tokio::time::sleep(LOOK).await;
         let now = look();
-        if now.is_some() && now != seen && state.running().config.server.watch {
+        // One that is gone is being written; one that was not looked at before was read just now.
+        let changed = now.iter().any(|(file, about)| about.is_some() && seen.get(file).is_some_and(|old| old != about));
+        seen.extend(now.into_iter().filter(|(_, about)| about.is_some()));
+        if changed && state.running().config.server.watch {
             let _ = state.reload().await;
         }
-        seen = now;
     }
 }

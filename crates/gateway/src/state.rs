@@ -1,16 +1,22 @@
 //! What runs at the moment, and how it is replaced.
 
+use std::net::SocketAddr;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use portcullis::circuit_break::CircuitBreakLayer;
+use portcullis::serve::ServerTls;
 use portcullis_core::{Clock, Moment};
 use tokio::sync::watch;
 
 use crate::build::Running;
-use crate::config::Config;
+use crate::config::{Config, Listener, LogFormat, Map};
+use crate::listen::Renewal;
+use crate::members::Members;
 use crate::telemetry::Telemetry;
 
 /// Everything the servers share.
@@ -21,16 +27,63 @@ pub(crate) struct State {
     pub(crate) started: Moment,
     /// The file it was read from; a demo has none.
     pub(crate) file: Option<PathBuf>,
+    /// The instances that operators registered.
+    pub(crate) members: Members,
+    /// What listeners encrypt with, by name.
+    shown: Vec<(String, ServerTls)>,
+    /// What counts as it was at the start.
+    fixed: Fixed,
     reloading: tokio::sync::Mutex<()>,
     /// Whether it has been told to stop.
     stop: watch::Sender<bool>,
+}
+
+/// What another file cannot change while it runs.
+#[derive(PartialEq)]
+struct Fixed {
+    /// Without their certificates.
+    listeners: Map<Listener>,
+    admin: (bool, SocketAddr),
+    threads: Option<NonZeroUsize>,
+    format: LogFormat,
+    drain_timeout: Duration,
+}
+
+// === impl Fixed ===
+
+impl Fixed {
+    fn of(config: &Config) -> Self {
+        let mut listeners = config.listeners.clone();
+        for tls in listeners.values_mut().filter_map(|listener| listener.tls.as_mut()) {
+            tls.forget();
+        }
+        Self {
+            listeners,
+            admin: (config.admin.enabled, *config.admin.address),
+            threads: config.server.threads,
+            format: config.log.format,
+            drain_timeout: config.server.drain_timeout,
+        }
+    }
+
+    /// What the other has otherwise.
+    fn differs(&self, other: &Self) -> Vec<&'static str> {
+        let same = [
+            ("listeners", self.listeners == other.listeners),
+            ("admin.address", self.admin == other.admin),
+            ("server.threads", self.threads == other.threads),
+            ("server.drain_timeout", self.drain_timeout == other.drain_timeout),
+            ("log.format", self.format == other.format),
+        ];
+        same.into_iter().filter(|(_, same)| !same).map(|(name, _)| name).collect()
+    }
 }
 
 // === impl State ===
 
 impl State {
     /// Puts the first configuration in force.
-    pub(crate) fn new(mut running: Running, file: Option<PathBuf>) -> Arc<Self> {
+    pub(crate) fn new(mut running: Running, file: Option<PathBuf>, shown: Vec<(String, ServerTls)>) -> Arc<Self> {
         running.commit();
         let clock = Clock::system();
         let state = Self {
@@ -38,6 +91,9 @@ impl State {
             started: clock.now(),
             clock,
             file,
+            members: Members::default(),
+            shown,
+            fixed: Fixed::of(&running.config),
             reloading: tokio::sync::Mutex::default(),
             stop: watch::Sender::new(false),
             running: ArcSwap::from_pointee(running),
@@ -79,17 +135,13 @@ impl State {
         let before = self.running.load_full();
         let mut next = Running::build(config, Some(&before)).map_err(|error| error.to_string())?;
         let (old, new) = (&before.config, &next.config);
-        let fixed = [
-            ("listeners", old.listeners == new.listeners),
-            ("admin.address", old.admin.address == new.admin.address && old.admin.enabled == new.admin.enabled),
-            ("server.threads", old.server.threads == new.server.threads),
-            ("log.format", old.log.format == new.log.format),
-        ];
-        let later: Vec<&str> = fixed.iter().filter(|(_, same)| !same).map(|(name, _)| *name).collect();
+        let renewal = Renewal::of(old, new, &self.shown)?;
+        let later = self.fixed.differs(&Fixed::of(new));
         if old.log.level != new.log.level {
             crate::log::change(&new.log.level);
         }
         next.commit();
+        renewal.commit();
         self.running.store(Arc::new(next));
         self.listen_to_breakers(Some(&before));
         let running = self.running();

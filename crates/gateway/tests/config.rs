@@ -1,14 +1,24 @@
 //! What files mean, and what is said about wrong ones.
+#![expect(clippy::unwrap_used, reason = "what helps the tests fails with them")]
 
 use std::path::Path;
 
 use portcullis_gateway::config::{Config, Mistakes};
+use serde_json::Value as Json;
 
 const EXAMPLE: &str = include_str!("../gateway.example.toml");
 
 fn parse(text: &str) -> Result<Config, Mistakes> {
     let environment = |name: &str| {
-        (name == "PORTCULLIS_JWT_SECRET").then(|| String::from("a secret that is long enough for HS256, by far"))
+        let value = match name {
+            "PORTCULLIS_JWT_SECRET" => "a secret that is long enough for HS256, by far",
+            "PORTCULLIS_STICKY_SECRET" => "00112233445566778899aabbccddeeff",
+            "PORTCULLIS_PARTNER_KEY" => "a key that nobody guesses",
+            "PORTCULLIS_ADA_PASSWORD" => "a password that is long enough",
+            "PORTCULLIS_REDIS_URL" => "redis://127.0.0.1:6379",
+            _ => return None,
+        };
+        Some(value.to_owned())
     };
     Config::parse("gateway.toml", text, Path::new(env!("CARGO_MANIFEST_DIR")), &environment)
 }
@@ -30,49 +40,20 @@ fn five_lines_are_enough() {
 #[test]
 fn the_example_says_everything_that_can_be_said() {
     let config = parse(EXAMPLE).unwrap_or_else(|mistakes| panic!("{mistakes}"));
-    assert_eq!(config.routes.len(), 5);
+    assert_eq!(config.routes.len(), 7);
     // Each key of the schema stands in the example, commented out or not.
-    let schema = Config::json_schema();
     let mut keys = Vec::new();
-    collect(&schema, &mut keys);
-    assert!(keys.len() > 100, "{keys:?}");
-    for key in keys {
-        let rarely = ["any_scope", "any_role", "roles", "threads", "exact", "prefix", "env", "file", "scheme"];
-        let is_there = EXAMPLE.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').any(|word| word == key);
-        assert!(
-            is_there || rarely.contains(&key.as_str()) || RARE.contains(&key.as_str()),
-            "{key} is not in the example"
-        );
-    }
+    collect(&Config::json_schema(), &mut keys);
+    assert!(keys.len() > 200, "{keys:?}");
+    let said =
+        |key: &&String| !EXAMPLE.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').any(|word| word == *key);
+    let unsaid: Vec<_> = keys.iter().filter(said).collect();
+    assert!(unsaid.is_empty(), "{unsaid:?}");
 }
 
-/// Keys the example leaves to the schema.
-const RARE: &[&str] = &[
-    "ca",
-    "certificate",
-    "claim",
-    "content_type",
-    "expose",
-    "host",
-    "hops",
-    "jwks",
-    "jwks_url",
-    "max_connections",
-    "name",
-    "public_key",
-    "require",
-    "scopes",
-    "service",
-    "tls",
-    "token",
-    "total",
-    "wait",
-    "window_calls",
-];
-
-fn collect(schema: &serde_json::Value, keys: &mut Vec<String>) {
+fn collect(schema: &Json, keys: &mut Vec<String>) {
     match schema {
-        serde_json::Value::Object(members) => {
+        Json::Object(members) => {
             for (name, member) in members {
                 if name == "properties" {
                     keys.extend(member.as_object().into_iter().flatten().map(|(key, _)| key.clone()));
@@ -80,8 +61,89 @@ fn collect(schema: &serde_json::Value, keys: &mut Vec<String>) {
                 collect(member, keys);
             }
         }
-        serde_json::Value::Array(members) => members.iter().for_each(|member| collect(member, keys)),
+        Json::Array(members) => members.iter().for_each(|member| collect(member, keys)),
         _ => {}
+    }
+}
+
+/// Whether a value is as a schema has it; of the keywords that ours uses.
+fn is_valid(value: &Json, schema: &Json) -> bool {
+    let number = |of: &Json| of.as_f64().unwrap_or(f64::NAN);
+    schema.as_object().is_none_or(|schema| {
+        schema.iter().all(|(keyword, wanted)| match keyword.as_str() {
+            "type" => match wanted.as_str().unwrap_or_default() {
+                "object" => value.is_object(),
+                "array" => value.is_array(),
+                "string" => value.is_string(),
+                "boolean" => value.is_boolean(),
+                "integer" => value.is_u64() || value.is_i64(),
+                "number" => value.is_number(),
+                other => panic!("{other}"),
+            },
+            "enum" => wanted.as_array().is_some_and(|words| words.contains(value)),
+            "anyOf" => wanted.as_array().is_some_and(|any| any.iter().any(|one| is_valid(value, one))),
+            "oneOf" => wanted.as_array().is_some_and(|all| all.iter().filter(|one| is_valid(value, one)).count() == 1),
+            "items" => value.as_array().is_none_or(|items| items.iter().all(|item| is_valid(item, wanted))),
+            "required" => {
+                wanted.as_array().is_some_and(|keys| keys.iter().all(|key| !value[key.as_str().unwrap()].is_null()))
+            }
+            "minProperties" => value.as_object().is_none_or(|object| object.len() as u64 >= wanted.as_u64().unwrap()),
+            "maxProperties" => value.as_object().is_none_or(|object| object.len() as u64 <= wanted.as_u64().unwrap()),
+            "properties" => value.as_object().is_none_or(|object| {
+                object.iter().all(|(key, value)| wanted.get(key).is_none_or(|schema| is_valid(value, schema)))
+            }),
+            "additionalProperties" => value.as_object().is_none_or(|object| {
+                let further = object
+                    .iter()
+                    .filter(|(key, _)| schema.get("properties").is_none_or(|known| known.get(key).is_none()));
+                further.into_iter().all(|(_, value)| wanted.as_bool().unwrap_or_else(|| is_valid(value, wanted)))
+            }),
+            "minimum" => number(value) >= number(wanted),
+            "maximum" => number(value) <= number(wanted),
+            "exclusiveMinimum" => number(value) > number(wanted),
+            "pattern" | "examples" | "description" | "default" | "title" | "$schema" => true,
+            other => panic!("nothing is known of {other}"),
+        })
+    })
+}
+
+/// What a file says, as JSON.
+fn json_of(text: &str) -> Json {
+    let table: toml::Table = text.parse().unwrap_or_else(|error| panic!("{error}"));
+    serde_json::to_value(table).unwrap()
+}
+
+#[test]
+fn the_example_is_as_the_schema_says_also_where_it_is_commented_out_and_wrong_files_are_not() {
+    let schema = Config::json_schema();
+    assert!(is_valid(&json_of(EXAMPLE), &schema));
+    let says = |line: &str| {
+        let said = line.strip_prefix("# ").filter(|said| said.starts_with('[') || said.contains(" = "));
+        let key = said.map(|said| said.split([' ', '[']).find(|word| !word.is_empty()).unwrap_or_default());
+        let is_key = key.is_some_and(|key| key.bytes().all(|c| c.is_ascii_lowercase() || b"_.]".contains(&c)));
+        said.filter(|_| is_key).unwrap_or(line).to_owned()
+    };
+    let everything: Vec<String> = EXAMPLE.lines().map(says).collect();
+    let everything = json_of(&everything.join("\n"));
+    assert!(everything["listeners"]["tls"]["tls"]["client_ca"].is_string(), "{everything}");
+    assert!(everything["traces"]["otlp"]["queue"].is_number(), "{everything}");
+    assert!(is_valid(&everything, &schema));
+    assert!(is_valid(&json_of(&with("")), &schema));
+    for wrong in [
+        "[log]\nfromat = \"json\"",
+        "[log]\nformat = \"jsn\"",
+        "[serices.x]",
+        "[listeners.a]",
+        "[server]\nthreads = 0",
+        "[server]\ndrain_timeout = 5",
+        "[services.x]\nendpoints = 5",
+        "[services.x]\nendpoints = \"a:1\"\nbreaker = { failure_rate = 2 }",
+        "[registries.r]\nkind = \"etcd\"",
+        "[[routes]]\npath = 5",
+        "[[routes]]\npath = \"/\"\nrespond = { status = 99 }",
+        "[limits.l]\nrate = \"1/s\"\nburst = 0",
+    ] {
+        assert!(!is_valid(&json_of(&with(wrong)), &schema), "{wrong}");
     }
 }
 
@@ -137,7 +199,7 @@ fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
         ),
         ("[services.x]\nendpoints = \"a:1\"\ntls = { ca = \"Cargo.toml\" }", "8:14: there is no CERTIFICATE in it"),
         ("[registries.r]\nkind = \"file\"", "7:8: not said which file; add path"),
-        ("[registries.r]\nkind = \"etcd\"", "7:8: \"etcd\" is not known here; known: consul, dns, file"),
+        ("[registries.r]\nkind = \"etcd\"", "7:8: \"etcd\" is not known here; known: consul, dns, embedded, file"),
         ("[auth.providers.p]", "6:1: the provider \"p\" has no key"),
         ("[auth.providers.p]\nsecret = \"short\"", "7:10: "),
         (
@@ -163,6 +225,60 @@ fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
             "[[routes]]\npath = \"/a\"\nrespond = {}\nlimits = \"l\"\n[limits.l]\nrate = \"1/s\"",
             "6:1: redirects and fixed answers are given before",
         ),
+        (
+            "[[routes]]\npath = \"/{*rest}\"\nto = \"orders\"",
+            "7:8: two routes for \"/{*rest}\" that take the same requests; routes",
+        ),
+        ("[[routes]]\npath = \"/{a\"\nto = \"orders\"", "7:8: the pattern \"/{a\" cannot be used"),
+        (
+            "[registries.r]\nkind = \"consul\"\npath = \"x\"",
+            "8:8: only a registry of the kind \"file\" has a path; remove it",
+        ),
+        ("[registries.r]\nkind = \"dns\"\npattern = \"x\"", "8:11: \"x\" has no place for the service's name; such as"),
+        (
+            "[registries.r]\nkind = \"consul\"\ncertificate = \"Cargo.toml\"",
+            "8:15: a certificate without its key; add key",
+        ),
+        (
+            "[listeners.a]\naddress = \"127.0.0.1:1\"\nregister = { registry = \"r\", service = \"x\" }",
+            "8:25: there is no registry \"r\"; there is none",
+        ),
+        (
+            "[listeners.a]\naddress = \"0.0.0.0:1\"\nregister = { registry = \"r\", service = \"x\" }\n[registries.r]\nkind = \"dns\"",
+            "8:25: nobody can register with \"r\"; name a registry of the kind",
+        ),
+        (
+            "[listeners.a]\naddress = \"0.0.0.0:1\"\nregister = { registry = \"r\", service = \"x\" }\n[registries.r]\nkind = \"consul\"",
+            "8:12: 0.0.0.0:1 is not an address at which others reach it; add address",
+        ),
+        ("[services.x]\nregistry = \"r\"\nfallback = \"s\"", "8:12: there is no registry \"s\""),
+        (
+            "[services.x]\nendpoints = \"a:1\"\nbalance = { policy = \"maglev\" }",
+            "8:22: not said by what to hash; add hash",
+        ),
+        ("[services.x]\nendpoints = \"a:1\"\nbalance = { hash = \"path\" }", "8:20: this policy does not hash"),
+        (
+            "[services.x]\nendpoints = \"a:1\"\nbalance = { policy = \"maglev\", hash = \"body\" }",
+            "8:39: \"body\" is not what decides, such as",
+        ),
+        ("[services.x]\nendpoints = \"a:1\"\nbalance = { subset = {} }", "8:22: a subset of nothing in particular"),
+        (
+            "[services.x]\nendpoints = \"a:1\"\nbalance.sticky = { cookie = \"c\", secret = \"00\" }",
+            "8:43: not 32 hexadecimal digits",
+        ),
+        ("[limits.l]\nrate = \"1/s\"\nmax_in_flight = 1", "8:17: both rate and max_in_flight; make two limits"),
+        ("[limits.l]", "6:1: a limit of nothing; add rate"),
+        ("[limiter.redis]\nurl = \"localhost\"", "7:7: "),
+        (
+            "[limiter.redis]\nurl = \"redis://a\"\non_failure = \"share\"",
+            "6:1: not said among how many; add gateways = 2",
+        ),
+        (
+            "[auth.providers.p]\nsecret = \"a secret of thirty-two bytes at least\"\napi_keys = [{ key = \"0123456789abcdef\", subject = \"x\" }]",
+            "8:13: two things that callers could show; make two providers of them",
+        ),
+        ("[auth.providers.p]\napi_keys = [{ key = \"short\", subject = \"x\" }]", "7:13: "),
+        ("[auth.providers.p]\ncertificates = [{ fingerprint = \"xyz\", subject = \"x\" }]", "7:17: "),
         ("x = ", "6:"),
         ("[log]\nformat = \"json\"\nformat = \"json\"", "8:1: not TOML: duplicate key"),
     ] {

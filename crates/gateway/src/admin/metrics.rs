@@ -120,7 +120,8 @@ fn limits(running: &Running, page: &mut Page) {
 }
 
 fn proofs(running: &Running, page: &mut Page) {
-    let fresh: Vec<_> = running.tokens.iter().filter_map(|(name, jwt)| Some((name, jwt.keys().freshness()?))).collect();
+    let fresh: Vec<_> =
+        running.providers.tokens().filter_map(|(name, jwt)| Some((name, jwt.keys().freshness()?))).collect();
     if !fresh.is_empty() {
         let name = "portcullis_key_set_age_seconds";
         page.family(name, "gauge", "How long ago a provider's keys were read; absent before the first time.");
@@ -137,7 +138,8 @@ fn proofs(running: &Running, page: &mut Page) {
             page.sample(name, &[("provider", provider), ("result", &"failed")], freshness.failures);
         }
     }
-    let caches: Vec<_> = running.tokens.iter().filter_map(|(name, jwt)| Some((name, jwt.cache_stats()?))).collect();
+    let caches: Vec<_> =
+        running.providers.tokens().filter_map(|(name, jwt)| Some((name, jwt.cache_stats()?))).collect();
     if !caches.is_empty() {
         let name = "portcullis_token_cache_lookups_total";
         page.family(name, "counter", "Tokens that were remembered (hit), and that had to be verified (miss).");

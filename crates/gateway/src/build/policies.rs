@@ -1,16 +1,14 @@
 //! What a route of the file asks of each layer.
 
-use std::num::NonZeroU32;
-
 use http::HeaderName;
 use portcullis::auth::{self, Attempt, Authenticate, Head, Scheme, SharedAuthenticate, SharedFuture};
 use portcullis::forward::{self, Edit};
 use portcullis::gateway::{Cors, Is, Redirect, Route};
-use portcullis::rate_limit::{self, Claim, ClientAddress, Everyone, Header, Key as _, Limit, Rate};
+use portcullis::rate_limit;
 use portcullis_core::Route as Matched;
 
 use super::Error;
-use crate::config::{self, AuthMode, Config, LimitKey, Paths};
+use crate::config::{self, AuthMode, Config, Paths};
 
 /// The proofs that a route believes, instead of all.
 #[derive(Clone)]
@@ -56,7 +54,7 @@ impl Authenticate for ByRoute {
     }
 
     fn schemes(&self) -> Vec<Scheme> {
-        vec![Scheme::bearer()]
+        self.every.schemes()
     }
 }
 
@@ -71,23 +69,6 @@ fn mode(mode: AuthMode) -> auth::Policy {
         AuthMode::Optional => auth::Policy::optional(),
         AuthMode::None => auth::Policy::none(),
     }
-}
-
-pub(super) fn limit(name: &str, limit: &config::Limit) -> Result<Limit, Error> {
-    let count = NonZeroU32::new(limit.rate.count).unwrap_or(NonZeroU32::MIN);
-    let rate =
-        Rate::new(count, limit.rate.period).map_err(|error| Error::of(format_args!("the limit {name:?}"), error))?;
-    let built = Limit::new(name, limit.burst.map_or(rate, |burst| rate.burst(burst)));
-    Ok(match (limit.key, &limit.header, &limit.claim) {
-        (LimitKey::Address, ..) => built.with_key(ClientAddress::default()),
-        (LimitKey::Everyone, ..) => built.with_key(Everyone),
-        // Who brings none shares nothing with those who do.
-        (LimitKey::Header, Some(header), _) => {
-            built.with_key(Header::new((**header).clone()).or(ClientAddress::default()))
-        }
-        (LimitKey::Claim, _, Some(claim)) => built.with_key(Claim::new(claim.as_str()).or(ClientAddress::default())),
-        (LimitKey::Caller | LimitKey::Header | LimitKey::Claim, ..) => built,
-    })
 }
 
 /// A route with its pattern.
@@ -148,7 +129,7 @@ pub(super) fn route(
         let mut limits = Vec::new();
         for name in names {
             if let Some(found) = config.limits.get(&**name) {
-                limits.push(limit(name, found)?);
+                limits.push(super::limits::limit(name, found)?);
             }
         }
         built = built.rate_limit(rate_limit::Policy::limits(limits));
@@ -156,13 +137,22 @@ pub(super) fn route(
     if let Some(timeout) = route.timeout {
         built = built.timeout(timeout);
     }
-    if let Some(retry) = &route.retry {
-        built = built.balance(super::retry_policy(retry));
+    if route.retry.is_some() || route.subset.is_some() {
+        built = built.balance(attempts(route, config));
     }
     if let Some(cors) = &route.cors {
         built = built.cors(cors_of(cors)?);
     }
     Ok((pattern, built.forward(forwarding(route)?)))
+}
+
+/// How a route's requests are attempted, where it says something of it: the rest is as its first service has it.
+fn attempts(route: &config::Route, config: &Config) -> portcullis::balance::Policy {
+    let Some(service) = route.to.first().and_then(|to| config.services.get(&*to.0.service)) else {
+        return portcullis::balance::Policy::new();
+    };
+    let (retry, balance) = (route.retry.as_ref().unwrap_or(&service.retry), &service.balance);
+    super::service::attempts(retry, balance, route.subset.as_deref().or(balance.subset.as_deref()))
 }
 
 fn target(route: &config::Route) -> Result<Route, Error> {
@@ -193,7 +183,7 @@ fn conditions(matches: &config::Matches) -> impl Iterator<Item = Is> {
     exact.into_iter().chain(table.prefix.clone().map(Is::Prefixed)).chain(present)
 }
 
-fn header(name: &str) -> Result<HeaderName, Error> {
+pub(super) fn header(name: &str) -> Result<HeaderName, Error> {
     name.parse().map_err(|_| Error(format!("{name:?} is no name of a header")))
 }
 
@@ -212,6 +202,10 @@ fn forwarding(route: &config::Route) -> Result<forward::Policy, Error> {
     if let Some(bytes) = route.max_body {
         policy = policy.request_limit(bytes.0);
     }
+    if let Some(bytes) = route.max_response {
+        policy = policy.response_limit(bytes.0);
+    }
+    policy = policy.tunnels(route.tunnels);
     for edit in edits(&route.request_headers)? {
         policy = policy.edit_request(edit);
     }

@@ -4,10 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use futures::stream;
-use portcullis::discovery::{
-    ConsulConfig, ConsulRegistry, DiscoveryLayer, DnsRegistry, FileRegistry, Pending, Registration, Registry,
-    ServiceDefinition, Watch,
-};
+use portcullis::discovery::consul::Consistency;
+use portcullis::discovery::{ConsulConfig, ConsulRegistry, DiscoveryLayer, DnsRegistry, EmbeddedRegistry, Fallback};
+use portcullis::discovery::{FileRegistry, Pending, Registration, Registry, Remembered, ServiceDefinition, Watch};
 use portcullis_core::{Instance, Protocol, Scheme};
 use tokio::sync::watch;
 
@@ -16,7 +15,7 @@ use crate::config::{self, Config, Protocol as Speaks, RegistryKind};
 
 /// The registries of a file, and the lists of its services.
 #[derive(Default)]
-pub(super) struct Registries {
+pub(crate) struct Registries {
     named: BTreeMap<String, (config::Registry, Arc<dyn Registry>)>,
     sources: BTreeMap<String, Source>,
 }
@@ -26,8 +25,8 @@ pub(super) struct Registries {
 enum Source {
     /// The file lists them.
     Listed(Listed, Vec<Instance>),
-    /// A registry knows them.
-    Named { registry: Arc<dyn Registry>, registered: String },
+    /// Registries know them: the second where the first knows none.
+    Named { registries: Vec<Arc<dyn Registry>>, registered: String },
 }
 
 /// Instances that the file lists. Another file may list others: who stays keeps its handle.
@@ -59,8 +58,9 @@ impl Registries {
         service: &config::Service,
         old: Option<&DiscoveryLayer>,
     ) -> (DiscoveryLayer, String) {
-        let known = service.registry.as_ref().and_then(|registry| self.named.get(&**registry));
-        let Some((registry_config, registry)) = known else {
+        let names = [&service.registry, &service.fallback].into_iter().flatten();
+        let known: Vec<_> = names.filter_map(|name| self.named.get(&**name)).collect();
+        let Some((first, registry)) = known.first() else {
             let instances: Vec<Instance> =
                 service.endpoints.iter().map(|endpoint| instance(&endpoint.0, service)).collect();
             if let (Some(old), Some(Source::Listed(listed, _))) = (old, self.sources.get(name)) {
@@ -73,19 +73,35 @@ impl Registries {
             return (DiscoveryLayer::new(listed), name.to_owned());
         };
         let registered = service.registered_as.clone().unwrap_or_else(|| name.to_owned());
-        if let (Some(old), Some(Source::Named { registry: before, registered: was })) = (old, self.sources.get(name))
-            && Arc::ptr_eq(before, registry)
+        let registries: Vec<_> = known.iter().map(|(_, registry)| registry.clone()).collect();
+        if let (Some(old), Some(Source::Named { registries: before, registered: was })) = (old, self.sources.get(name))
+            && before.len() == registries.len()
+            && before.iter().zip(&registries).all(|(a, b)| Arc::ptr_eq(a, b))
             && *was == registered
         {
             return (old.clone(), name.to_owned());
         }
-        let renamed = Renamed { registry: registry.clone(), to: registered.as_str().into() };
-        let mut layer = DiscoveryLayer::new(renamed);
-        if let Some(age) = registry_config.max_age {
+        let registry: Arc<dyn Registry> = match registries.get(1) {
+            Some(second) => Arc::new(Fallback::new(registry.clone(), second.clone())),
+            None => registry.clone(),
+        };
+        let mut layer = DiscoveryLayer::new(Renamed { registry, to: registered.as_str().into() });
+        if let Some(age) = first.max_age {
             layer = layer.max_age(age);
         }
-        self.sources.insert(name.to_owned(), Source::Named { registry: registry.clone(), registered });
+        self.sources.insert(name.to_owned(), Source::Named { registries, registered });
         (layer, name.to_owned())
+    }
+
+    /// The registry of that name.
+    pub(crate) fn named(&self, name: &str) -> Option<Arc<dyn Registry>> {
+        self.named.get(name).map(|(_, registry)| registry.clone())
+    }
+
+    /// Those in this process, by name.
+    pub(crate) fn embedded(&self) -> impl Iterator<Item = (&str, &Arc<dyn Registry>)> {
+        let embedded = self.named.iter().filter(|(_, (config, _))| *config.kind == RegistryKind::Embedded);
+        embedded.map(|(name, (_, registry))| (name.as_str(), registry))
     }
 
     /// Has the lists changed when the file takes effect.
@@ -107,6 +123,9 @@ fn instance(endpoint: &config::EndpointTable, service: &config::Service) -> Inst
     instance.weight = endpoint.weight;
     instance.priority = endpoint.priority;
     instance.zone = endpoint.zone.as_deref().map(Into::into);
+    instance.tags = endpoint.tags.iter().map(|tag| tag.as_str().into()).collect();
+    instance.metadata =
+        endpoint.metadata.iter().map(|(key, value)| (key.as_str().into(), value.as_str().into())).collect();
     instance.scheme = if service.https { Scheme::Https } else { Scheme::Http };
     instance.protocol = match service.protocol {
         Speaks::Auto => Protocol::Auto,
@@ -117,39 +136,69 @@ fn instance(endpoint: &config::EndpointTable, service: &config::Service) -> Inst
 }
 
 fn build(registry: &config::Registry) -> Result<Arc<dyn Registry>, Error> {
-    match *registry.kind {
-        RegistryKind::Consul => {
-            let wrong = |error: portcullis::discovery::Error| Error(error.to_string());
-            let address = registry.address.as_ref().map_or("http://127.0.0.1:8500", |address| address.as_str());
-            let mut config = ConsulConfig::new(address).map_err(wrong)?;
-            if let Some(token) = &registry.token {
-                config = config.token(token.reveal()).map_err(wrong)?;
-            }
-            if let Some(datacenter) = &registry.datacenter {
-                config = config.datacenter(datacenter);
-            }
-            if let Some(tag) = &registry.tag {
-                config = config.tag(tag);
-            }
-            if let Some(ca) = &registry.ca {
-                config = config.certificate_authorities(ca.bytes());
-            }
-            Ok(Arc::new(ConsulRegistry::new(config).map_err(wrong)?))
-        }
-        RegistryKind::Dns => {
-            let wrong = |error: portcullis::discovery::Error| Error(error.to_string());
-            let dns = registry.port.map_or_else(DnsRegistry::srv, DnsRegistry::addresses).map_err(wrong)?;
-            let server = registry.address.as_ref().and_then(|address| address.parse().ok());
-            Ok(Arc::new(match server {
-                Some(server) => dns.server(server).map_err(wrong)?,
-                None => dns,
-            }))
-        }
+    let built: Arc<dyn Registry> = match *registry.kind {
+        RegistryKind::Consul => Arc::new(consul(registry).map_err(|error| Error(error.to_string()))?),
+        RegistryKind::Dns => Arc::new(dns(registry).map_err(|error| Error(error.to_string()))?),
+        RegistryKind::Embedded => Arc::new(EmbeddedRegistry::new()),
         RegistryKind::File => match &registry.path {
-            Some(path) => Ok(Arc::new(FileRegistry::new(path.as_str()))),
-            None => Err(Error(String::from("no path"))),
+            Some(path) => Arc::new(FileRegistry::new(path.path())),
+            None => return Err(Error(String::from("no path"))),
         },
+    };
+    Ok(match &registry.remember {
+        Some(file) => Arc::new(Remembered::new(built, file.path())),
+        None => built,
+    })
+}
+
+fn consul(registry: &config::Registry) -> Result<ConsulRegistry, portcullis::discovery::Error> {
+    let address = registry.address.as_ref().map_or("http://127.0.0.1:8500", |address| address.as_str());
+    let mut config =
+        ConsulConfig::new(address)?.include_warning(registry.include_warning).consistency(match registry.consistency {
+            config::Consistency::Default => Consistency::Default,
+            config::Consistency::Consistent => Consistency::Consistent,
+            config::Consistency::Stale => Consistency::Stale,
+            config::Consistency::Cached => Consistency::Cached,
+        });
+    if let Some(token) = &registry.token {
+        config = config.token(token.reveal())?;
     }
+    if let Some(datacenter) = &registry.datacenter {
+        config = config.datacenter(datacenter);
+    }
+    if let Some(namespace) = &registry.namespace {
+        config = config.namespace(namespace);
+    }
+    if let Some(partition) = &registry.partition {
+        config = config.partition(partition);
+    }
+    if let Some(tag) = &registry.tag {
+        config = config.tag(tag);
+    }
+    if let Some(filter) = &registry.filter {
+        config = config.filter(filter);
+    }
+    if let Some(tag) = &registry.tagged_address {
+        config = config.tagged_address(tag);
+    }
+    if let Some(ca) = &registry.ca {
+        config = config.certificate_authorities(ca.bytes());
+    }
+    if let (Some(certificate), Some(key)) = (&registry.certificate, &registry.key) {
+        config = config.client_certificate(certificate.bytes(), key.bytes());
+    }
+    ConsulRegistry::new(config)
+}
+
+fn dns(registry: &config::Registry) -> Result<DnsRegistry, portcullis::discovery::Error> {
+    let mut dns = registry.port.map_or_else(DnsRegistry::srv, DnsRegistry::addresses)?;
+    if let Some(server) = registry.address.as_ref().and_then(|address| address.parse().ok()) {
+        dns = dns.server(server)?;
+    }
+    Ok(match &registry.pattern {
+        Some(pattern) => dns.pattern(pattern.as_str()),
+        None => dns,
+    })
 }
 
 // === impl Listed ===

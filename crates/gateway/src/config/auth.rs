@@ -1,12 +1,11 @@
 //! How callers prove who they are.
 
-use std::ops::Range;
-use std::time::Duration;
+use http::HeaderName;
 
-use super::mistake::{Notes, help};
+use super::mistake::Notes;
 use super::plain::Map;
+use super::provider::Provider;
 use super::read::At;
-use super::secret::{Blob, Secret, pem};
 use super::section::{section, shorthand, words};
 
 section! {
@@ -18,6 +17,28 @@ section! {
         default: Option<At<AuthMode>>,
         /// The realm in challenges.
         realm: Option<String>,
+        /// Where callers learn how to get a token (RFC 9728).
+        resource_metadata: Option<String>,
+        /// Passes tokens and keys on to the services. By default they are taken out.
+        forward_credentials: bool = false,
+        /// Headers in which services are told who is calling. Callers cannot set them.
+        headers: IdentityHeaders,
+    }
+}
+
+section! {
+    /// Headers in which services are told who is calling.
+    pub struct IdentityHeaders {
+        /// The subject.
+        subject: Option<HeaderName>,
+        /// Who vouches for it.
+        issuer: Option<HeaderName>,
+        /// The scopes, with a space between them.
+        scopes: Option<HeaderName>,
+        /// The roles, with a comma between them.
+        roles: Option<HeaderName>,
+        /// Claims, by header: where in a token they are, such as x-tenant = "/tenant".
+        claims: Map<String>,
     }
 }
 
@@ -30,34 +51,6 @@ words! {
         Optional = "optional",
         /// They are not asked.
         None = "none",
-    }
-}
-
-section! {
-    /// A way to prove who one is: signed tokens (JWT).
-    pub struct Provider {
-        /// A shared secret; HS256, unless `algorithm` says otherwise.
-        secret: Option<At<Secret>>,
-        /// A public key, as PEM; needs `algorithm`.
-        public_key: Option<At<Blob>>,
-        /// A set of keys, as a file (JWKS).
-        jwks: Option<At<Blob>>,
-        /// A set of keys at a URL, fetched again when needed.
-        jwks_url: Option<At<String>>,
-        /// Authorities of the server at `jwks_url`, as PEM, instead of the system's.
-        ca: Option<At<Blob>>,
-        /// The algorithm that goes with `secret` or `public_key`, such as "ES256".
-        algorithm: Option<At<String>>,
-        /// Who must have issued a token.
-        issuer: Option<String>,
-        /// Whom a token must be for; one of these.
-        audiences: Vec<String>,
-        /// Where in a token the roles are, such as "/realm_access/roles".
-        roles_from: Option<String>,
-        /// Claims that must be there.
-        require: Vec<String>,
-        /// How far clocks may be apart.
-        leeway: Option<Duration>,
     }
 }
 
@@ -96,51 +89,15 @@ impl Auth {
                 "add [auth.providers.<name>]",
             );
         }
+        for name in self.headers.claims.keys() {
+            if name.parse::<HeaderName>().is_err() {
+                notes.push(
+                    &(0..0),
+                    format!("{name:?} in auth.headers.claims is no name of a header"),
+                    "such as \"x-tenant\"",
+                );
+            }
+        }
         self.providers.iter().for_each(|(name, provider)| provider.check(name, &provider.span, notes));
-    }
-}
-
-impl Provider {
-    pub(super) fn check(&self, name: &str, span: &Range<usize>, notes: &mut Notes<'_>) {
-        let keys = [
-            self.secret.as_ref().map(|at| &at.span),
-            self.public_key.as_ref().map(|at| &at.span),
-            self.jwks.as_ref().map(|at| &at.span),
-            self.jwks_url.as_ref().map(|at| &at.span),
-        ];
-        let mut keys = keys.into_iter().flatten();
-        match (keys.next(), keys.next()) {
-            (None, _) => {
-                let what = format!("the provider {name:?} has no key");
-                notes.push(span, what, "add one of secret, public_key, jwks, jwks_url");
-            }
-            (Some(_), Some(second)) => {
-                notes.push(second, "more than one source of keys", "keep one of secret, public_key, jwks, jwks_url");
-            }
-            (Some(_), None) => {}
-        }
-        if let Some(ca) = &self.ca {
-            pem(ca, "CERTIFICATE", notes);
-            if self.jwks_url.is_none() {
-                notes.push(&ca.span, "there is no server whose authorities they could be", "set jwks_url");
-            }
-        }
-        match (&self.algorithm, &self.public_key) {
-            (None, Some(key)) => {
-                notes.push(&key.span, "not said which algorithm goes with the key", "add algorithm = \"ES256\"")
-            }
-            (Some(algorithm), _) if portcullis::auth::Algorithm::from_name(algorithm).is_none() => {
-                let known = [
-                    "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384",
-                    "EdDSA",
-                ];
-                notes.push(&algorithm.span, format!("no algorithm {:?}", **algorithm), help(algorithm, known));
-            }
-            _ => {}
-        }
-        if let Err(error) = crate::build::keys_of(self) {
-            let at = self.secret.as_ref().map(|at| &at.span).or(self.public_key.as_ref().map(|at| &at.span));
-            notes.push(at.or(self.jwks.as_ref().map(|at| &at.span)).unwrap_or(span), error, "");
-        }
     }
 }

@@ -1,6 +1,6 @@
 //! When an endpoint is kept away from.
 
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU32};
 use std::time::Duration;
 
 use super::mistake::Notes;
@@ -37,6 +37,30 @@ section! {
         window: Option<At<Duration>>,
         /// Does not look at shares of fewer calls than this.
         at_least: u32 = 20,
+        /// Also opens for endpoints that do worse than the others.
+        outliers: Option<At<Outliers>>,
+    }
+}
+
+section! {
+    /// When an endpoint does worse than the others of its service.
+    pub struct Outliers {
+        /// How often they are compared.
+        every: Duration = Duration::from_secs(10),
+        /// Opens when the share that succeeded is more than so many standard deviations below the mean.
+        deviations: Option<f64> = Some(1.9),
+        /// Opens when this share failed.
+        failure_rate: Option<Share>,
+        /// Looks only at endpoints with so many calls since the last time.
+        calls: NonZeroU32 = NonZeroU32::new(100).unwrap_or(NonZeroU32::MIN),
+        /// Compares only when there are so many of those.
+        endpoints: usize = 5,
+        /// Opens none while this share of all is open; one may always be.
+        at_most: Share = Share(0.1),
+        /// How long it stays open.
+        open_for: Duration = Duration::from_secs(30),
+        /// How long it may stay open at most when it opens again and again.
+        open_limit: Duration = Duration::from_secs(300),
     }
 }
 

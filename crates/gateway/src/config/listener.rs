@@ -4,9 +4,13 @@ use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
+use portcullis_core::Address;
+
 use super::mistake::Notes;
-use super::plain::Bytes;
+use super::model::known;
+use super::plain::{Bytes, Map};
 use super::read::At;
+use super::registry::{Registry, RegistryKind};
 use super::secret::{Blob, pem};
 use super::section::section;
 
@@ -23,10 +27,44 @@ section! {
         max_connections: NonZeroUsize = NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MIN),
         /// How long a caller may take to send the head of a request.
         header_timeout: Duration = Duration::from_secs(10),
+        /// How long a TLS handshake may take.
+        handshake_timeout: Duration = Duration::from_secs(10),
+        /// How long a caller may take none of what there is for it.
+        write_timeout: Duration = Duration::from_secs(60),
+        /// How often an HTTP/2 caller is pinged.
+        keep_alive: Duration = Duration::from_secs(60),
+        /// How long it may take to answer that.
+        keep_alive_timeout: Duration = Duration::from_secs(20),
         /// How large the head of a request may be.
         max_header_size: Bytes = Bytes(64 << 10),
         /// Streams at a time on one HTTP/2 connection.
         max_streams: NonZeroU32 = NonZeroU32::new(128).unwrap_or(NonZeroU32::MIN),
+        /// Registers this gateway, for those who look for it in a registry.
+        register: Option<At<Register>>,
+    }
+}
+
+section! {
+    /// How a listener is registered: from when it listens until it is told to stop.
+    pub struct Register {
+        /// The registry, one of those of this file.
+        registry: At<String>,
+        /// The service it is an instance of.
+        service: String,
+        /// What tells it from other instances; by default service, address and port.
+        id: Option<String>,
+        /// Where others reach it, if not at the listener's address.
+        address: Option<At<Address>>,
+        /// Tags.
+        tags: Vec<String>,
+        /// What else is said of it.
+        metadata: Map<String>,
+        /// Its share of the traffic.
+        weight: u32 = 1,
+        /// How often the registry connects to see whether it is there; by default not at all.
+        check: Option<Duration>,
+        /// When the registry forgets an instance that is not there, after a crash for instance.
+        forget_after: Option<Duration>,
     }
 }
 
@@ -55,24 +93,52 @@ impl Listener {
             reuse_port: false,
             max_connections,
             header_timeout: Duration::from_secs(10),
+            handshake_timeout: Duration::from_secs(10),
+            write_timeout: Duration::from_secs(60),
+            keep_alive: Duration::from_secs(60),
+            keep_alive_timeout: Duration::from_secs(20),
             max_header_size: Bytes(64 << 10),
             max_streams,
+            register: None,
+        }
+    }
+
+    pub(super) fn check(&self, registries: &Map<At<Registry>>, notes: &mut Notes<'_>) {
+        if let Some(tls) = &self.tls {
+            tls.check(notes);
+        }
+        let Some(register) = &self.register else { return };
+        known(&register.registry, registries, "registry", notes);
+        if let Some(registry) = registries.get(&*register.registry)
+            && !matches!(*registry.kind, RegistryKind::Consul | RegistryKind::Embedded)
+        {
+            let what = format!("nobody can register with {:?}", *register.registry);
+            notes.push(&register.registry.span, what, "name a registry of the kind \"consul\" or \"embedded\"");
+        }
+        if self.address.ip().is_unspecified() && register.address.is_none() {
+            let what = format!("{} is not an address at which others reach it", *self.address);
+            notes.push(&register.span, what, "add address = \"10.0.0.1:8080\"");
         }
     }
 }
 
 impl ListenerTls {
+    /// Leaves nothing but that there is encryption: the rest can be changed while it runs.
+    pub(crate) fn forget(&mut self) {
+        let nothing = At::of(Blob::default());
+        *self = Self { certificate: nothing.clone(), key: nothing, client_ca: None, require_client: false };
+    }
+
     pub(super) fn check(&self, notes: &mut Notes<'_>) {
-        pem(&self.certificate, "CERTIFICATE", notes);
-        pem(&self.key, "PRIVATE KEY", notes);
+        let mut sound = pem(&self.certificate, "CERTIFICATE", notes) & pem(&self.key, "PRIVATE KEY", notes);
         if let Some(ca) = &self.client_ca {
-            pem(ca, "CERTIFICATE", notes);
+            sound &= pem(ca, "CERTIFICATE", notes);
         } else if self.require_client {
-            notes.push(
-                &self.certificate.span,
-                "client certificates are required, and no authority is named",
-                "set client_ca",
-            );
+            let what = "client certificates are required, and no authority is named";
+            notes.push(&self.certificate.span, what, "set client_ca");
+        }
+        if sound && let Err(error) = crate::listen::encrypt(self) {
+            notes.push(&self.key.span, error, "the key must be the certificate's own");
         }
     }
 }

@@ -9,6 +9,7 @@ mod mistake;
 mod model;
 mod operate;
 mod plain;
+mod provider;
 mod read;
 mod registry;
 mod route;
@@ -16,7 +17,7 @@ mod secret;
 mod section;
 mod service;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value as Json, json};
 use toml::de::DeTable;
@@ -30,12 +31,14 @@ use self::mistake::Notes;
 pub use self::mistake::{Mistake, Mistakes};
 pub use self::model::*;
 pub use self::operate::*;
+pub(crate) use self::plain::parse_duration;
 pub use self::plain::{Bytes, Map, Rate, Share};
+pub use self::provider::*;
 pub use self::read::At;
 use self::read::{Reader, Value};
 pub use self::registry::*;
 pub use self::route::*;
-pub use self::secret::{Blob, Secret};
+pub use self::secret::{Blob, Place, Secret};
 pub use self::service::*;
 
 /// The largest file that is read.
@@ -107,6 +110,12 @@ impl Config {
         schema["$schema"] = json!("https://json-schema.org/draft/2020-12/schema");
         schema["title"] = json!("Portcullis gateway");
         schema
+    }
+
+    /// The files it names that were read with it: secrets, keys and certificates.
+    #[must_use]
+    pub fn files(&self) -> Vec<PathBuf> {
+        Value::files(self)
     }
 
     /// What the file means, defaults included, with secrets masked.

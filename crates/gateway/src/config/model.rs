@@ -94,9 +94,7 @@ impl Config {
         }
         let mut addresses: HashMap<_, &str> = HashMap::new();
         for (name, listener) in &self.listeners {
-            if let Some(tls) = &listener.tls {
-                tls.check(notes);
-            }
+            listener.check(&self.registries, notes);
             if listener.address.port() != 0
                 && let Some(other) = addresses.insert(*listener.address, name)
             {
@@ -121,8 +119,12 @@ impl Config {
         self.registries.values().for_each(|registry| registry.check(notes));
         self.services.iter().for_each(|(name, service)| service.check(name, &service.span, &self.registries, notes));
         self.routes.iter().for_each(|route| route.check(&route.span, self, notes));
+        if notes.is_empty() {
+            self.check_together(notes);
+        }
         self.auth.check(notes);
         self.limits.values().for_each(|limit| limit.check(&limit.span, notes));
+        self.limiter.check(notes);
         for name in &self.limiter.default {
             known(name, &self.limits, "limit", notes);
         }
@@ -133,6 +135,26 @@ impl Config {
         if crate::log::filter(&self.log.level).is_none() {
             let help = "such as \"info\" or \"warn,portcullis_forward=debug\"";
             notes.push(&self.log.level.span, format!("{:?} says no level", *self.log.level), help);
+        }
+    }
+
+    /// Notes routes that do not go with those before them.
+    fn check_together(&self, notes: &mut Notes<'_>) {
+        let mut fit: Vec<&At<Route>> = self.routes.iter().collect();
+        while let Err(why) = crate::build::fit(self, &fit) {
+            // The shortest beginning that does not fit ends with the route that does not.
+            let (mut good, mut bad) = (0, fit.len());
+            let mut said = why;
+            while bad - good > 1 {
+                let middle = good.midpoint(bad);
+                match crate::build::fit(self, &fit[..middle]) {
+                    Ok(()) => good = middle,
+                    Err(why) => (bad, said) = (middle, why),
+                }
+            }
+            let route = fit.remove(good);
+            let span = route.path.as_ref().map_or(&route.span, |path| &path.span);
+            notes.push(span, said, "routes may differ in host, path, method, headers or query");
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode};
@@ -49,6 +50,10 @@ impl<T: Value> Value for Option<T> {
     fn show(&self) -> Json {
         self.as_ref().map_or(Json::Null, Value::show)
     }
+
+    fn files(&self) -> Vec<PathBuf> {
+        self.as_ref().map_or_else(Vec::new, Value::files)
+    }
 }
 
 impl<T: Value> Value for Vec<T> {
@@ -72,6 +77,10 @@ impl<T: Value> Value for Vec<T> {
     fn show(&self) -> Json {
         self.iter().map(Value::show).collect()
     }
+
+    fn files(&self) -> Vec<PathBuf> {
+        self.iter().flat_map(Value::files).collect()
+    }
 }
 
 impl<T: Value> Value for Map<T> {
@@ -94,6 +103,10 @@ impl<T: Value> Value for Map<T> {
 
     fn show(&self) -> Json {
         Json::Object(self.iter().map(|(key, value)| (key.clone(), value.show())).collect())
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        self.values().flat_map(Value::files).collect()
     }
 }
 
@@ -219,14 +232,27 @@ impl Value for Bytes {
     }
 }
 
+impl Value for f64 {
+    fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
+        let number = number(node).filter(|number| *number >= 0.0);
+        if number.is_none() {
+            reader.wrong(node, "a number that is not negative, such as 0.5");
+        }
+        number
+    }
+
+    fn schema() -> Json {
+        json!({ "type": "number", "minimum": 0 })
+    }
+
+    fn show(&self) -> Json {
+        json!(self)
+    }
+}
+
 impl Value for Share {
     fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
-        let number = match node.get_ref() {
-            DeValue::Float(number) => number.as_str().parse().ok(),
-            DeValue::Integer(number) => number.as_str().parse().ok(),
-            _ => None,
-        };
-        let share = number.filter(|&share: &f64| share > 0.0 && share <= 1.0);
+        let share = number(node).filter(|&share| share > 0.0 && share <= 1.0);
         if share.is_none() {
             reader.wrong(node, "a share of more than 0 and at most 1, such as 0.5");
         }
@@ -242,12 +268,21 @@ impl Value for Share {
     }
 }
 
+fn number(node: &Node<'_>) -> Option<f64> {
+    let number: Option<f64> = match node.get_ref() {
+        DeValue::Float(number) => number.as_str().parse().ok(),
+        DeValue::Integer(number) => number.as_str().parse().ok(),
+        _ => None,
+    };
+    number.filter(|number| number.is_finite())
+}
+
 // === text ===
 
 /// The longest time a file may name; more overflows timers somewhere.
 const LONGEST: Duration = Duration::from_secs(366 * 86_400);
 
-fn parse_duration(text: &str) -> Option<Duration> {
+pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
     let text = text.trim();
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let number: f64 = text[..end].parse().ok()?;

@@ -35,6 +35,11 @@ pub(crate) trait Value: Sized {
 
     /// What it is, with secrets masked.
     fn show(&self) -> Json;
+
+    /// The files it was read from.
+    fn files(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
 }
 
 /// A value, and where in the file it stands. Two are equal wherever they stand.
@@ -169,5 +174,9 @@ impl<T: Value> Value for At<T> {
 
     fn show(&self) -> Json {
         self.value.show()
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        self.value.files()
     }
 }

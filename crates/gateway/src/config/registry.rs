@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::mistake::Notes;
 use super::read::At;
-use super::secret::{Blob, Secret};
+use super::secret::{Blob, Place, Secret, pem};
 use super::section::{section, words};
 
 section! {
@@ -18,16 +18,36 @@ section! {
         token: Option<Secret>,
         /// Consul: the data centre, instead of the agent's own.
         datacenter: Option<String>,
+        /// Consul Enterprise: the namespace.
+        namespace: Option<String>,
+        /// Consul Enterprise: the partition.
+        partition: Option<String>,
         /// Consul: only instances with this tag.
         tag: Option<String>,
+        /// Consul: only instances that this expression is true of, such as "Service.Meta.version == 2".
+        filter: Option<String>,
+        /// Consul: the address that instances have under this name, where they have one.
+        tagged_address: Option<String>,
+        /// Consul: who may answer.
+        consistency: Consistency = Consistency::Default,
+        /// Consul: also takes instances one of whose checks warns.
+        include_warning: bool = false,
         /// Consul: authorities of an agent that speaks TLS, as PEM.
-        ca: Option<Blob>,
+        ca: Option<At<Blob>>,
+        /// Consul: a certificate to show it, as PEM.
+        certificate: Option<At<Blob>>,
+        /// Consul: its private key, as PEM.
+        key: Option<At<Blob>>,
         /// DNS: the port of all instances. Without, SRV records say it.
         port: Option<u16>,
-        /// File: the file with the instances; relative to where the program is started.
-        path: Option<At<String>>,
+        /// DNS: the name to look up, with {} where the service's belongs, such as "{}.default.svc.cluster.local".
+        pattern: Option<At<String>>,
+        /// File: the file with the instances.
+        path: Option<At<Place>>,
         /// How long endpoints are used while the registry does not answer. By default for ever.
         max_age: Option<Duration>,
+        /// A file that remembers what the registry said, for a start while it does not answer.
+        remember: Option<Place>,
     }
 }
 
@@ -38,24 +58,37 @@ words! {
         Consul = "consul",
         /// Names looked up in DNS.
         Dns = "dns",
+        /// In this process: instances are registered at the operator's side, see there.
+        Embedded = "embedded",
         /// A file that is read again when it changes.
         File = "file",
     }
 }
 
+words! {
+    /// Who answers for Consul.
+    pub enum Consistency {
+        /// The leader.
+        Default = "default",
+        /// The leader, after it made sure that it still is.
+        Consistent = "consistent",
+        /// Any server.
+        Stale = "stale",
+        /// The agent's cache.
+        Cached = "cached",
+    }
+}
+
 impl Registry {
     pub(super) fn check(&self, notes: &mut Notes<'_>) {
-        let span = &self.kind.span;
-        match *self.kind {
+        let kind = *self.kind;
+        match kind {
             RegistryKind::Consul => {
                 if let Some(address) = &self.address
                     && !(address.starts_with("http://") || address.starts_with("https://"))
                 {
-                    notes.push(
-                        &address.span,
-                        format!("{:?} is no URL of an agent", **address),
-                        "such as \"http://127.0.0.1:8500\"",
-                    );
+                    let what = format!("{:?} is no URL of an agent", **address);
+                    notes.push(&address.span, what, "such as \"http://127.0.0.1:8500\"");
                 }
             }
             RegistryKind::Dns => {
@@ -66,12 +99,34 @@ impl Registry {
                 }
             }
             RegistryKind::File if self.path.is_none() => {
-                notes.push(span, "not said which file", "add path = \"instances.json\"");
+                notes.push(&self.kind.span, "not said which file", "add path = \"instances.json\"");
             }
-            RegistryKind::File => {}
+            RegistryKind::File | RegistryKind::Embedded => {}
         }
-        if let Some(path) = self.path.as_ref().filter(|_| *self.kind != RegistryKind::File) {
-            notes.push(&path.span, "only a registry of the kind \"file\" has a path", "remove it");
+        let mut only = |here: bool, span: Option<&std::ops::Range<usize>>, key: &str, kind: &str| {
+            if let (false, Some(span)) = (here, span) {
+                notes.push(span, format!("only a registry of the kind {kind:?} has {key}"), "remove it");
+            }
+        };
+        only(kind == RegistryKind::File, self.path.as_ref().map(|at| &at.span), "a path", "file");
+        only(kind == RegistryKind::Dns, self.pattern.as_ref().map(|at| &at.span), "a pattern", "dns");
+        only(kind == RegistryKind::Consul, self.ca.as_ref().map(|at| &at.span), "a ca", "consul");
+        if let Some(pattern) = self.pattern.as_ref().filter(|pattern| !pattern.contains("{}")) {
+            let what = format!("{:?} has no place for the service's name", **pattern);
+            notes.push(&pattern.span, what, "such as \"{}.default.svc.cluster.local\"");
+        }
+        for (blob, what) in [(&self.ca, "CERTIFICATE"), (&self.certificate, "CERTIFICATE"), (&self.key, "PRIVATE KEY")]
+        {
+            if let Some(blob) = blob {
+                pem(blob, what, notes);
+            }
+        }
+        match (&self.certificate, &self.key) {
+            (Some(one), None) => notes.push(&one.span, "a certificate without its key", "add key = \"key.pem\""),
+            (None, Some(one)) => {
+                notes.push(&one.span, "a key without its certificate", "add certificate = \"cert.pem\"")
+            }
+            _ => {}
         }
     }
 }

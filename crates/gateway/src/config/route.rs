@@ -6,7 +6,7 @@ use std::time::Duration;
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 
 use super::auth::{AuthMode, RouteAuth};
-use super::balance::Retry;
+use super::balance::{Retry, Subset};
 use super::mistake::Notes;
 use super::model::{Config, known};
 use super::plain::{Bytes, Map};
@@ -48,6 +48,12 @@ section! {
         timeout: Option<Duration>,
         /// How large a request's body may be.
         max_body: Option<Bytes>,
+        /// How large a response's body may be.
+        max_response: Option<Bytes>,
+        /// Opens tunnels for CONNECT, to the endpoint that is picked.
+        tunnels: bool = false,
+        /// Only these endpoints of the service.
+        subset: Option<At<Subset>>,
         /// What becomes of paths that are not in normal form.
         paths: Paths = Paths::Refuse,
         /// Changes to the request's headers.
@@ -256,6 +262,12 @@ impl Route {
                     "redirects and fixed answers are given before anybody is asked or counted",
                     "remove auth and limits",
                 );
+            }
+        }
+        if let Some(subset) = &self.subset {
+            subset.check(&subset.span, notes);
+            if self.to.len() > 1 {
+                notes.push(&subset.span, "a subset of several services", "split what leads to subsets into services");
             }
         }
         if let Some(redirect) = &self.redirect {

@@ -17,14 +17,19 @@ pub struct Secret {
 }
 
 /// The contents of a file, or of a variable of the environment.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Blob {
     source: Source,
     bytes: Vec<u8>,
 }
 
+/// A path; a relative one starts at the folder of the file that names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place(PathBuf);
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 enum Source {
+    #[default]
     Literal,
     Environment(String),
     File(PathBuf),
@@ -129,6 +134,10 @@ impl Value for Secret {
     fn show(&self) -> Json {
         self.source.show()
     }
+
+    fn files(&self) -> Vec<PathBuf> {
+        self.source.file().map(Path::to_owned).into_iter().collect()
+    }
 }
 
 fn elsewhere_schema() -> Json {
@@ -142,6 +151,13 @@ fn elsewhere_schema() -> Json {
 }
 
 impl Source {
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::File(path) => Some(path),
+            Self::Environment(_) | Self::Literal => None,
+        }
+    }
+
     fn show(&self) -> Json {
         match self {
             Self::Literal => json!("***"),
@@ -163,10 +179,7 @@ impl Blob {
     /// The file it was read from.
     #[must_use]
     pub fn path(&self) -> Option<&Path> {
-        match &self.source {
-            Source::File(path) => Some(path),
-            Source::Environment(_) | Source::Literal => None,
-        }
+        self.source.file()
     }
 }
 
@@ -196,10 +209,39 @@ impl Value for Blob {
     fn show(&self) -> Json {
         self.source.show()
     }
+
+    fn files(&self) -> Vec<PathBuf> {
+        self.source.file().map(Path::to_owned).into_iter().collect()
+    }
 }
 
-/// Notes what is no PEM with a section of this name.
-pub(super) fn pem(blob: &At<Blob>, what: &str, notes: &mut Notes<'_>) {
+// === impl Place ===
+
+impl Place {
+    /// The path itself.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Value for Place {
+    fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
+        let path = reader.parsed(node, "a path", |text| Some(text.to_owned()).filter(|text| !text.is_empty()))?;
+        Some(Self(reader.folder.join(path)))
+    }
+
+    fn schema() -> Json {
+        json!({ "type": "string" })
+    }
+
+    fn show(&self) -> Json {
+        json!(self.0.display().to_string())
+    }
+}
+
+/// Notes what is no PEM with a section of this name; whether it is one.
+pub(super) fn pem(blob: &At<Blob>, what: &str, notes: &mut Notes<'_>) -> bool {
     let text = String::from_utf8_lossy(blob.bytes());
     if !text.lines().any(|line| line.starts_with("-----BEGIN ") && line.trim_end().ends_with(&format!("{what}-----"))) {
         notes.push(
@@ -207,5 +249,7 @@ pub(super) fn pem(blob: &At<Blob>, what: &str, notes: &mut Notes<'_>) {
             format!("there is no {what} in it"),
             format!("it must hold PEM: -----BEGIN {what}-----"),
         );
+        return false;
     }
+    true
 }

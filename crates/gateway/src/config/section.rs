@@ -72,6 +72,10 @@ macro_rules! section {
                 )*
                 serde_json::Value::Object(shown)
             }
+
+            fn files(&self) -> Vec<std::path::PathBuf> {
+                [$($crate::config::read::Value::files(&self.$field)),*].concat()
+            }
         }
     };
     (@absent $type:ty) => { <$type as $crate::config::read::Value>::absent() };
@@ -142,6 +146,10 @@ macro_rules! shorthand {
 
             fn show(&self) -> serde_json::Value {
                 $crate::config::read::Value::show(&self.0)
+            }
+
+            fn files(&self) -> Vec<std::path::PathBuf> {
+                $crate::config::read::Value::files(&self.0)
             }
         }
     };

@@ -10,7 +10,7 @@ use super::balance::{Balance, Retry};
 use super::breaker::Breaker;
 use super::mistake::Notes;
 use super::model::known;
-use super::plain::Map;
+use super::plain::{Bytes, Map};
 use super::read::At;
 use super::registry::Registry;
 use super::secret::{Blob, pem};
@@ -23,6 +23,8 @@ section! {
         endpoints: Vec<Endpoint>,
         /// The registry that knows its instances.
         registry: Option<At<String>>,
+        /// The registry that is asked where that one knows no instance.
+        fallback: Option<At<String>>,
         /// What the registry calls it, instead of its name here.
         registered_as: Option<String>,
         /// How an endpoint is picked.
@@ -51,7 +53,7 @@ section! {
 shorthand! {
     /// One instance: an address, or a table that says more.
     pub struct Endpoint(EndpointTable);
-    At<Address>, |address| EndpointTable { address, weight: 1, priority: 0, zone: None }
+    At<Address>, |address| EndpointTable { address, weight: 1, priority: 0, zone: None, tags: Vec::new(), metadata: Map::new() }
 }
 
 section! {
@@ -65,6 +67,10 @@ section! {
         priority: u32 = 0,
         /// The zone it runs in.
         zone: Option<String>,
+        /// Tags, for subsets.
+        tags: Vec<String>,
+        /// What else is said of it, for subsets.
+        metadata: Map<String>,
     }
 }
 
@@ -101,8 +107,20 @@ section! {
         max_idle: Option<NonZeroUsize>,
         /// Connections for each endpoint.
         max_connections: Option<NonZeroUsize>,
+        /// Requests that wait for one of those, for each endpoint.
+        max_waiting: Option<usize>,
         /// How long an idle connection is kept.
         idle_timeout: Option<Duration>,
+        /// After how long a connection takes no more requests.
+        max_age: Option<Duration>,
+        /// How many requests share an HTTP/2 connection.
+        max_streams: Option<NonZeroUsize>,
+        /// How often HTTP/2 connections with requests under way are pinged; by default never.
+        keep_alive: Option<Duration>,
+        /// How long an endpoint may take to answer that.
+        keep_alive_timeout: Duration = Duration::from_secs(20),
+        /// How large the head of a response may be.
+        max_header_size: Bytes = Bytes(64 << 10),
     }
 }
 
@@ -176,6 +194,13 @@ impl Service {
                 "\"keep\", \"endpoint\" or a name",
             );
         }
+        if let Some(fallback) = &self.fallback {
+            known(fallback, registries, "registry", notes);
+            if self.registry.is_none() {
+                notes.push(&fallback.span, "a fallback of no registry", "add registry = \"<name>\"");
+            }
+        }
+        self.balance.check(notes);
         self.breaker.check(notes);
         self.tls.check(notes);
     }
@@ -183,11 +208,17 @@ impl Service {
 
 impl UpstreamTls {
     pub(super) fn check(&self, notes: &mut Notes<'_>) {
+        let mut sound = true;
         for certificate in [&self.ca, &self.certificate].into_iter().flatten() {
-            pem(certificate, "CERTIFICATE", notes);
+            sound &= pem(certificate, "CERTIFICATE", notes);
         }
         match (&self.certificate, &self.key) {
-            (Some(_), Some(key)) => pem(key, "PRIVATE KEY", notes),
+            (Some(_), Some(key)) => {
+                sound &= pem(key, "PRIVATE KEY", notes);
+                if sound && let Err(error) = crate::build::client_tls(self) {
+                    notes.push(&key.span, error.to_string(), "the key must be the certificate's own");
+                }
+            }
             (Some(one), None) => notes.push(&one.span, "a certificate without its key", "set tls.key"),
             (None, Some(one)) => notes.push(&one.span, "a key without its certificate", "set tls.certificate"),
             (None, None) => {}

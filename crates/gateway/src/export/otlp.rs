@@ -68,8 +68,6 @@ const ATTEMPTS: u32 = 5;
 /// The first wait between them; each is twice the one before.
 const WAIT: Duration = Duration::from_millis(500);
 const LONGEST_WAIT: Duration = Duration::from_secs(30);
-/// How long the end of the program waits for a collector.
-const LAST: Duration = Duration::from_secs(3);
 /// The most of an answer that is read.
 const LARGEST: usize = 64 * 1024;
 
@@ -132,14 +130,14 @@ impl Exporter {
     }
 
     /// Waits until what it was given is sent, but not for long.
-    pub(crate) async fn flush(&self) {
+    pub(crate) async fn flush(&self, within: Duration) {
         let flushed = async {
             let (done, is_done) = oneshot::channel();
             if self.queue.send(Order::Flush(done)).await.is_ok() {
                 let _ = is_done.await;
             }
         };
-        if tokio::time::timeout(LAST, flushed).await.is_err() {
+        if tokio::time::timeout(within, flushed).await.is_err() {
             tracing::warn!("the collector did not take the last spans in time");
         }
     }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use portcullis_core::PeerTls;
 use tokio::net::TcpStream;
@@ -15,10 +16,10 @@ use tokio_rustls::server::TlsStream;
 
 use super::Error;
 
-/// Who a [`Server`](super::Server) is, and whom it lets prove to be who. HTTP/2 and HTTP/1.1 are offered.
+/// Who a [`Server`](super::Server) is, and whom it lets prove to be who. HTTP/2 and HTTP/1.1 are offered. Clones are one.
 #[derive(Clone)]
 pub struct ServerTls {
-    config: Arc<ServerConfig>,
+    config: Arc<ArcSwap<ServerConfig>>,
 }
 
 /// What is asked of clients.
@@ -81,11 +82,17 @@ impl ServerTls {
         let mut config =
             builder.with_single_cert(chain, key).map_err(|_| Error("the certificate and its key do not fit"))?;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        Ok(Self { config: Arc::new(config) })
+        Ok(Self { config: Arc::new(ArcSwap::from_pointee(config)) })
+    }
+
+    /// Shows and asks from now on what `other` does. Connections go on with what they began with; sessions of before are
+    /// not resumed.
+    pub fn replace(&self, other: &Self) {
+        self.config.store(other.config.load_full());
     }
 
     pub(super) async fn accept(&self, stream: TcpStream) -> std::io::Result<TlsStream<TcpStream>> {
-        TlsAcceptor::from(self.config.clone()).accept(stream).await
+        TlsAcceptor::from(self.config.load_full()).accept(stream).await
     }
 }
 

@@ -1,0 +1,348 @@
+//! A service as it runs: its layers, those of before where the file says nothing new of them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use portcullis::balance::{self, BalanceLayer, Budget, HashKey, LeastConnections, Maglev, PeakEwma, Pick, PowerOfTwo};
+use portcullis::balance::{Random, Rendezvous, RingHash, RoundRobin, SlowStart, Sticky, Subset, Zone};
+use portcullis::circuit_break::{CircuitBreakLayer, OpenTime, Outliers, Share, Window};
+use portcullis::discovery::DiscoveryLayer;
+use portcullis::forward::{self, ClientTls, Forward};
+use portcullis::gateway::Upstream;
+use portcullis::health::{self, Checker};
+use portcullis_core::{Endpoints, GrpcCode, TrustedProxies};
+
+use super::Error;
+use super::registries::Registries;
+use crate::config::{self, BalancePolicy, Config, HashBy, HealthKind};
+
+/// Over what time repeated requests are compared with all.
+const BUDGET_WINDOW: Duration = Duration::from_secs(10);
+
+/// A service as it runs.
+#[derive(Clone)]
+pub(crate) struct Service {
+    pub(super) config: config::Service,
+    trusted: config::TrustedProxies,
+    /// What the registry calls it.
+    pub(crate) name: String,
+    pub(crate) discovery: DiscoveryLayer,
+    balance: BalanceLayer<Arc<dyn Pick>>,
+    /// Of the balancer.
+    pub(crate) budget: Budget,
+    pub(crate) circuit_break: CircuitBreakLayer,
+    pub(crate) forward: Forward,
+    pub(crate) health: Option<Checker>,
+}
+
+// === impl Service ===
+
+impl Service {
+    pub(super) fn build(
+        name: &str,
+        service: &config::Service,
+        config: &Config,
+        registries: &mut Registries,
+        proxies: &TrustedProxies,
+        old: Option<&Self>,
+    ) -> Result<Self, Error> {
+        let (discovery, registered) = registries.discovery(name, service, old.map(|old| &old.discovery));
+        let same = |part: fn(&config::Service, &config::Service) -> bool| old.filter(|old| part(&old.config, service));
+        let believes_the_same = |old: &&Self| old.trusted == config.trusted_proxies;
+        let balanced_alike = same(|a, b| a.balance == b.balance && a.retry == b.retry);
+        let (balance, budget) = match balanced_alike.filter(believes_the_same) {
+            Some(old) => (old.balance.clone(), old.budget.clone()),
+            None => {
+                let budget = Budget::new(service.retry.budget, service.retry.budget_per_second, BUDGET_WINDOW);
+                (balance_layer(service, proxies, budget.clone()), budget)
+            }
+        };
+        let circuit_break = match same(|a, b| a.breaker == b.breaker) {
+            Some(old) => old.circuit_break.clone(),
+            None => breaker(&service.breaker)?,
+        };
+        let connected_alike = same(|a, b| {
+            let encrypts = |service: &config::Service| (service.https, service.registry.is_some());
+            (encrypts(a), &a.timeouts, &a.pool, &a.tls, &a.host) == (encrypts(b), &b.timeouts, &b.pool, &b.tls, &b.host)
+        });
+        let connects_as = connected_alike.filter(believes_the_same);
+        let forward = match connects_as {
+            Some(old) => old.forward.clone(),
+            None => forward_to(service, proxies)?,
+        };
+        let asks_the_same = |old: &&Self| {
+            old.config.health == service.health
+                && old.name == registered
+                && Arc::ptr_eq(old.discovery.registry(), discovery.registry())
+        };
+        let health = match (&service.health, connects_as.filter(asks_the_same)) {
+            (None, _) => None,
+            (Some(_), Some(old)) => old.health.clone(),
+            (Some(health), None) => Some(checker(health).start(discovery.clone(), &registered, forward.clone())),
+        };
+        let (config, trusted) = (service.clone(), config.trusted_proxies.clone());
+        Ok(Self { config, trusted, name: registered, discovery, balance, budget, circuit_break, forward, health })
+    }
+
+    pub(super) fn upstream(&self) -> Upstream {
+        // The gateway asks for it by its name here; the discovery layer knows what the registry calls it.
+        Upstream::new(portcullis::discovery::FixedRegistry::new())
+            .with_discovery(self.discovery.clone())
+            .with_balance(self.balance.clone())
+            .with_circuit_break(self.circuit_break.clone())
+            .with_forward(self.forward.clone())
+    }
+
+    /// What is known of its endpoints.
+    pub(crate) fn status(&self) -> Option<portcullis::discovery::Status> {
+        self.discovery.status().into_iter().find(|status| *status.service == *self.name)
+    }
+
+    pub(crate) fn endpoints(&self) -> Option<Endpoints> {
+        self.status()?.endpoints
+    }
+
+    /// Whether both move by the same breakers.
+    pub(crate) fn has_breaker_of(&self, other: &Self) -> bool {
+        self.config.breaker == other.config.breaker
+    }
+
+    /// Whether a route leads to it.
+    pub(crate) fn is_asked_for(&self, config: &Config) -> bool {
+        config.routes.iter().flat_map(|route| &route.to).any(|backend| *backend.0.service == self.name)
+    }
+
+    pub(super) fn reset_breakers(&self) {
+        let handle = self.circuit_break.handle();
+        for endpoint in self.endpoints().iter().flat_map(|endpoints| endpoints.iter()) {
+            handle.endpoint(endpoint).reset();
+        }
+    }
+}
+
+// === layers ===
+
+fn balance_layer(service: &config::Service, proxies: &TrustedProxies, budget: Budget) -> BalanceLayer<Arc<dyn Pick>> {
+    let balance = &service.balance;
+    let key = hash_key(&balance.hash, proxies);
+    let pick: Arc<dyn Pick> = match (*balance.policy, key) {
+        (BalancePolicy::RingHash, Some(key)) => {
+            let ring = RingHash::by(key);
+            Arc::new(match &balance.bounded_load {
+                Some(factor) => ring.bounded_load(**factor),
+                None => ring,
+            })
+        }
+        (BalancePolicy::Maglev, Some(key)) => Arc::new(Maglev::by(key)),
+        (BalancePolicy::Rendezvous, Some(key)) => Arc::new(Rendezvous::by(key)),
+        (BalancePolicy::LeastConnections, _) => Arc::new(LeastConnections::default()),
+        (BalancePolicy::RoundRobin, _) => Arc::new(RoundRobin::new()),
+        (BalancePolicy::Random, _) => Arc::new(Random::new()),
+        (BalancePolicy::PeakEwma, _) => Arc::new(PeakEwma::new()),
+        // Without a key there is nothing to hash by, which is said to be a mistake.
+        (
+            BalancePolicy::PowerOfTwo | BalancePolicy::RingHash | BalancePolicy::Maglev | BalancePolicy::Rendezvous,
+            _,
+        ) => Arc::new(PowerOfTwo),
+    };
+    let mut layer = BalanceLayer::new(pick)
+        .policy(attempts(&service.retry, balance, balance.subset.as_deref()))
+        .panic_threshold(balance.panic_threshold)
+        .overprovisioning(balance.overprovisioning)
+        .budget(budget)
+        // What was tried is noted by the observer.
+        .leaves_served(false);
+    if let Some(wait) = balance.wait {
+        layer = layer.wait(wait);
+    }
+    if let Some(zone) = &balance.zone {
+        layer = layer.zone(Zone::prefer(zone.as_str()));
+    }
+    if let Some(window) = balance.slow_start {
+        layer = layer.slow_start(SlowStart::over(window));
+    }
+    layer
+}
+
+fn hash_key(hash: &[config::At<HashBy>], proxies: &TrustedProxies) -> Option<HashKey> {
+    let keys = hash.iter().map(|by| match &**by {
+        HashBy::Header(name) => HashKey::header(name.clone()),
+        HashBy::Cookie(name) => HashKey::cookie(name.as_str()),
+        HashBy::Query(name) => HashKey::query(name.as_str()),
+        HashBy::Claim(name) => HashKey::claim(name.as_str()),
+        HashBy::Subject => HashKey::subject(),
+        HashBy::Address => HashKey::client_address(proxies.clone()),
+        HashBy::Path => HashKey::path(),
+    });
+    keys.reduce(HashKey::or)
+}
+
+/// How requests are attempted, and at which endpoints.
+pub(super) fn attempts(
+    retry: &config::Retry,
+    balance: &config::Balance,
+    subset: Option<&config::Subset>,
+) -> balance::Policy {
+    let mut policy = balance::Policy::new()
+        .attempts(retry.attempts)
+        .on_reset(retry.on_reset)
+        .on_statuses(retry.on_statuses.iter().copied())
+        .on_grpc(retry.on_grpc.iter().map(|&code| GrpcCode::from_number(code)))
+        .repeat_any_method(retry.any_method)
+        .replay(usize::try_from(retry.max_body.0).unwrap_or(usize::MAX))
+        .backoff(retry.backoff, retry.max_backoff);
+    if let Some(timeout) = retry.attempt_timeout {
+        policy = policy.attempt_timeout(timeout);
+    }
+    if let Some(sticky) = balance.sticky.as_ref().and_then(sticky) {
+        policy = policy.sticky(sticky);
+    }
+    if let Some(subset) = subset.and_then(subset_of) {
+        policy = policy.subset(subset);
+    }
+    policy
+}
+
+fn sticky(sticky: &config::Sticky) -> Option<Sticky> {
+    let mut built = Sticky::cookie(&sticky.cookie, sticky.secret_bytes()?)?;
+    if sticky.secure {
+        built = built.secure();
+    }
+    Some(match sticky.max_age {
+        Some(age) => built.max_age(age),
+        None => built,
+    })
+}
+
+fn subset_of(subset: &config::Subset) -> Option<Subset> {
+    let tags = subset.tags.iter().map(Subset::tag);
+    let terms = tags.chain(subset.metadata.iter().map(|(key, value)| Subset::metadata(key, value)));
+    let all = terms.reduce(|all, term| all.and(&term))?;
+    Some(if subset.or_any { all.or_any() } else { all })
+}
+
+fn breaker(breaker: &config::Breaker) -> Result<CircuitBreakLayer, Error> {
+    if !breaker.enabled {
+        return Ok(CircuitBreakLayer::new().failures(0));
+    }
+    let open = match breaker.open_limit {
+        Some(limit) => OpenTime::growing(breaker.open_for, limit),
+        None => OpenTime::fixed(breaker.open_for),
+    };
+    let mut layer = CircuitBreakLayer::new()
+        .failures(breaker.failures)
+        .open_for(open)
+        .probes(breaker.probes)
+        .successes(breaker.successes)
+        .probe_timeout(breaker.probe_timeout);
+    let wrong = |error: portcullis::circuit_break::Error| Error::of("the breaker", error);
+    if let Some(outliers) = &breaker.outliers {
+        let open = OpenTime::growing(outliers.open_for, outliers.open_limit.max(outliers.open_for));
+        let share = |share: config::Share| Share::new(share.0).map_err(wrong);
+        let rules = Outliers::new()
+            .every(outliers.every)
+            .deviations(outliers.deviations)
+            .failure_rate(outliers.failure_rate.map(share).transpose()?)
+            .calls(outliers.calls.get())
+            .endpoints(outliers.endpoints)
+            .at_most(share(outliers.at_most)?)
+            .open_for(open);
+        layer = layer.outliers(rules);
+    }
+    let window = match (&breaker.window, &breaker.window_calls) {
+        (Some(time), _) => Window::of_time(**time),
+        (None, Some(calls)) => Window::of_calls(**calls),
+        (None, None) => return Ok(layer),
+    };
+    let mut window = window.map_err(wrong)?.at_least(breaker.at_least);
+    if let Some(share) = &breaker.failure_rate {
+        window = window.failure_rate(Share::new(share.0).map_err(wrong)?);
+    }
+    if let (Some(share), Some(after)) = (&breaker.slow_rate, &breaker.slow_after) {
+        window = window.slow_rate(**after, Share::new(share.0).map_err(wrong)?);
+    }
+    Ok(layer.window(window))
+}
+
+fn forward_to(service: &config::Service, proxies: &TrustedProxies) -> Result<Forward, Error> {
+    let timeouts = &service.timeouts;
+    let mut policy = forward::Policy::new();
+    if let Some(time) = timeouts.connect {
+        policy = policy.connect_timeout(time);
+    }
+    if let Some(time) = timeouts.response {
+        policy = policy.response_timeout(time);
+    }
+    if let Some(time) = timeouts.total {
+        policy = policy.total_timeout(time);
+    }
+    if let Some(time) = timeouts.idle {
+        policy = policy.idle_timeout(time);
+    }
+    policy = policy.host(match service.host.as_str() {
+        "keep" => forward::Host::Keep,
+        "endpoint" => forward::Host::Endpoint,
+        name => forward::Host::Fixed(name.parse().map_err(|_| Error::of("host", "it cannot stand in a header"))?),
+    });
+    let mut forward = Forward::new().trusted_proxies(proxies.clone()).policy(policy);
+    let pool = &service.pool;
+    forward = forward.max_head(usize::try_from(pool.max_header_size.0).unwrap_or(usize::MAX));
+    if let Some(idle) = pool.max_idle {
+        forward = forward.max_idle(idle.get());
+    }
+    if let Some(connections) = pool.max_connections {
+        forward = forward.max_connections(connections.get());
+    }
+    if let Some(waiting) = pool.max_waiting {
+        forward = forward.max_waiting(waiting);
+    }
+    if let Some(time) = pool.idle_timeout {
+        forward = forward.pool_idle_timeout(time);
+    }
+    if let Some(age) = pool.max_age {
+        forward = forward.max_age(age);
+    }
+    if let Some(streams) = pool.max_streams {
+        forward = forward.max_streams(streams.get());
+    }
+    if let Some(interval) = pool.keep_alive {
+        forward = forward.keep_alive(interval, pool.keep_alive_timeout);
+    }
+    if service.https || service.registry.is_some() || service.tls.ca.is_some() {
+        let tls = client_tls(&service.tls);
+        forward = match tls {
+            Ok(tls) => forward.tls(tls),
+            // Without endpoints that speak TLS nobody misses it.
+            Err(_) if !service.https && service.tls.ca.is_none() => forward,
+            Err(error) => return Err(Error::of("tls", error)),
+        };
+    }
+    Ok(forward)
+}
+
+pub(crate) fn client_tls(tls: &config::UpstreamTls) -> Result<ClientTls, forward::Error> {
+    let mut built = match &tls.ca {
+        Some(ca) => ClientTls::trusting(ca.bytes())?,
+        None => ClientTls::system()?,
+    };
+    if let (Some(certificate), Some(key)) = (&tls.certificate, &tls.key) {
+        built = built.client_certificate(certificate.bytes(), key.bytes())?;
+    }
+    match &tls.name {
+        Some(name) => built.server_name(name),
+        None => Ok(built),
+    }
+}
+
+fn checker(health: &config::Health) -> health::HealthCheck {
+    let check = match health.kind {
+        HealthKind::Http => health::HealthCheck::http(health.path.as_deref().unwrap_or("/")),
+        HealthKind::Tcp => health::HealthCheck::tcp(),
+        HealthKind::Grpc => health::HealthCheck::grpc(health.path.as_deref().unwrap_or("")),
+    };
+    check
+        .interval(health.interval)
+        .timeout(health.timeout)
+        .unhealthy_after(health.unhealthy)
+        .healthy_after(health.healthy)
+}

@@ -1,0 +1,195 @@
+//! Ways to prove who one is.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use http::HeaderName;
+
+use super::mistake::{Notes, help};
+use super::plain::{Bytes, Rate};
+use super::read::At;
+use super::secret::{Blob, Secret, pem};
+use super::section::{section, words};
+
+section! {
+    /// A way to prove who one is: signed tokens (JWT), API keys, names with passwords, or client certificates. Several ways
+    /// are several providers: whoever one of them accepts is accepted.
+    pub struct Provider {
+        /// Tokens: a shared secret; HS256, unless `algorithm` says otherwise.
+        secret: Option<At<Secret>>,
+        /// Tokens: a public key, as PEM; needs `algorithm`.
+        public_key: Option<At<Blob>>,
+        /// Tokens: a set of keys, as a file (JWKS).
+        jwks: Option<At<Blob>>,
+        /// Tokens: a set of keys at a URL, fetched again when needed.
+        jwks_url: Option<At<String>>,
+        /// Tokens: finds the keys by the issuer's /.well-known/openid-configuration.
+        discover: Option<At<bool>>,
+        /// API keys, in the header `header`.
+        api_keys: Vec<At<ApiKey>>,
+        /// Names with passwords (Basic).
+        users: Vec<At<User>>,
+        /// Client certificates; the listener must have a `client_ca`.
+        certificates: Vec<At<Certificate>>,
+        /// The header with the API key.
+        header: HeaderName = HeaderName::from_static("x-api-key"),
+        /// Authorities of the server the keys are fetched from, as PEM, instead of the system's.
+        ca: Option<At<Blob>>,
+        /// Hosts that may have the keys besides the issuer's, with `discover`.
+        allow_hosts: Vec<String>,
+        /// How long keys are used while they cannot be fetched.
+        max_stale: Option<Duration>,
+        /// The algorithm that goes with `secret` or `public_key`, such as "ES256".
+        algorithm: Option<At<String>>,
+        /// Who must have issued a token.
+        issuer: Option<String>,
+        /// Whom a token must be for; one of these.
+        audiences: Vec<String>,
+        /// What a token's `typ` must be.
+        typ: Option<String>,
+        /// Takes access tokens only (RFC 9068), so that nobody comes with an ID token.
+        access_tokens_only: bool = false,
+        /// How old a token may be, however long it is good for.
+        max_age: Option<Duration>,
+        /// Where in a token the caller's name is; "/sub" by default.
+        subject_from: Option<String>,
+        /// Where in a token the roles are, such as "/realm_access/roles".
+        roles_from: Option<String>,
+        /// Claims that must be there.
+        require: Vec<String>,
+        /// How far clocks may be apart.
+        leeway: Option<Duration>,
+        /// How much memory remembers tokens that verified; 0 remembers none.
+        cache: Option<Bytes>,
+        /// How many tokens of one address may fail to verify, such as "100/5s".
+        failures: Option<Rate>,
+    }
+}
+
+section! {
+    /// A caller with an API key.
+    pub struct ApiKey {
+        /// The key: at least 16 bytes.
+        key: At<Secret>,
+        /// Who the caller is.
+        subject: String,
+        /// What the caller was granted.
+        scopes: Vec<String>,
+        /// What the caller's roles are.
+        roles: Vec<String>,
+    }
+}
+
+section! {
+    /// A caller with a password.
+    pub struct User {
+        /// Who the caller is.
+        name: String,
+        /// The password.
+        password: At<Secret>,
+        /// What the caller was granted.
+        scopes: Vec<String>,
+        /// What the caller's roles are.
+        roles: Vec<String>,
+    }
+}
+
+section! {
+    /// A caller with a certificate.
+    pub struct Certificate {
+        /// Its SHA-256 fingerprint, as `openssl x509 -noout -fingerprint -sha256` prints it after the =.
+        fingerprint: At<String>,
+        /// Who the caller is.
+        subject: String,
+        /// What the caller was granted.
+        scopes: Vec<String>,
+        /// What the caller's roles are.
+        roles: Vec<String>,
+    }
+}
+
+words! {
+    /// What callers show.
+    pub enum Shown {
+        /// A signed token.
+        Token = "token",
+        /// An API key.
+        ApiKey = "api key",
+        /// A name with a password.
+        Password = "password",
+        /// A certificate.
+        Certificate = "certificate",
+    }
+}
+
+const WAYS: &str = "secret, public_key, jwks, jwks_url, discover, api_keys, users, certificates";
+
+impl Provider {
+    /// What its callers show.
+    #[must_use]
+    pub fn shown(&self) -> Shown {
+        match (self.api_keys.is_empty(), self.users.is_empty(), self.certificates.is_empty()) {
+            (false, ..) => Shown::ApiKey,
+            (_, false, _) => Shown::Password,
+            (.., false) => Shown::Certificate,
+            (true, true, true) => Shown::Token,
+        }
+    }
+
+    /// Whether it finds its keys by its issuer.
+    #[must_use]
+    pub fn discovers(&self) -> bool {
+        self.discover.as_ref().is_some_and(|discover| **discover)
+    }
+
+    /// Where it says what its callers show.
+    fn ways(&self) -> impl Iterator<Item = &Range<usize>> {
+        let keys = [
+            self.secret.as_ref().map(|at| &at.span),
+            self.public_key.as_ref().map(|at| &at.span),
+            self.jwks.as_ref().map(|at| &at.span),
+            self.jwks_url.as_ref().map(|at| &at.span),
+            self.discover.as_ref().filter(|discover| ***discover).map(|at| &at.span),
+            self.api_keys.first().map(|at| &at.span),
+            self.users.first().map(|at| &at.span),
+            self.certificates.first().map(|at| &at.span),
+        ];
+        keys.into_iter().flatten()
+    }
+
+    pub(super) fn check(&self, name: &str, span: &Range<usize>, notes: &mut Notes<'_>) {
+        let mut ways = self.ways();
+        match (ways.next(), ways.next()) {
+            (None, _) => notes.push(span, format!("the provider {name:?} has no key"), format!("add one of {WAYS}")),
+            (Some(_), Some(second)) => {
+                notes.push(second, "two things that callers could show", "make two providers of them");
+            }
+            (Some(_), None) => {}
+        }
+        if self.discovers() && self.issuer.is_none() {
+            notes.push(span, "not said whose keys", "add issuer = \"https://issuer.example\"");
+        }
+        if let Some(ca) = &self.ca {
+            pem(ca, "CERTIFICATE", notes);
+            if self.jwks_url.is_none() && !self.discovers() {
+                notes.push(&ca.span, "there is no server whose authorities they could be", "set jwks_url");
+            }
+        }
+        match (&self.algorithm, &self.public_key) {
+            (None, Some(key)) => {
+                notes.push(&key.span, "not said which algorithm goes with the key", "add algorithm = \"ES256\"");
+            }
+            (Some(algorithm), _) if portcullis::auth::Algorithm::from_name(algorithm).is_none() => {
+                let known = [
+                    "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384",
+                    "EdDSA",
+                ];
+                notes.push(&algorithm.span, format!("no algorithm {:?}", **algorithm), help(algorithm, known));
+            }
+            _ => {}
+        }
+        if let Err(error) = crate::build::Known::by(self, "realm") {
+            notes.push(self.ways().next().unwrap_or(span), error, "");
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! Where callers come in: ports that are bound, certificates that can be renewed, and registries that are told.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::time::Duration;
+
+use portcullis::discovery::{Health, HealthCheck, Registration, ServiceDefinition};
+use portcullis::serve::{ClientCertificates, Server, ServerTls};
+use portcullis_core::{Address, Instance, Protocol, Scheme};
+use tokio::task::JoinHandle;
+
+use crate::config::{Config, Listener, ListenerTls, Register};
+use crate::state::State;
+
+/// How long it takes at first, and at most, until a registry that did not register us is asked again.
+const AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(15));
+
+/// A listener that is bound and does not serve yet.
+pub(crate) struct Door {
+    pub(crate) name: String,
+    pub(crate) server: Server,
+    pub(crate) address: SocketAddr,
+    pub(crate) tls: Option<ServerTls>,
+    pub(crate) register: Option<Register>,
+}
+
+/// The certificates of a file that are to be shown from now on, and where.
+pub(crate) struct Renewal(Vec<(ServerTls, ServerTls)>);
+
+// === impl Door ===
+
+impl Door {
+    /// Binds all listeners of a file; where one cannot be bound, none is.
+    pub(crate) fn all(config: &Config, threads: NonZeroUsize) -> Result<Vec<Self>, String> {
+        if config.listeners.is_empty() {
+            let at = Listener::at(SocketAddr::from(([127, 0, 0, 1], 8080)));
+            return Self::open("main", &at, threads).map(|door| vec![door]);
+        }
+        config.listeners.iter().map(|(name, listener)| Self::open(name, listener, threads)).collect()
+    }
+
+    fn open(name: &str, listener: &Listener, threads: NonZeroUsize) -> Result<Self, String> {
+        let address = *listener.address;
+        let cannot = |error| cannot_listen(address, &error);
+        if !listener.reuse_port {
+            // The threads share the port, and would share it with a stranger who asked; so see that there is none.
+            TcpListener::bind(address).map_err(cannot)?;
+        }
+        let tls = match &listener.tls {
+            Some(tls) => Some(encrypt(tls).map_err(|error| format!("TLS at {address}: {error}"))?),
+            None => None,
+        };
+        let mut server = Server::bind_per_core(address, threads)
+            .map_err(cannot)?
+            .max_connections(listener.max_connections.get())
+            .header_timeout(listener.header_timeout)
+            .handshake_timeout(listener.handshake_timeout)
+            .write_timeout(listener.write_timeout)
+            .keep_alive(listener.keep_alive, listener.keep_alive_timeout)
+            .max_head(usize::try_from(listener.max_header_size.0).unwrap_or(usize::MAX))
+            .max_streams(listener.max_streams.get());
+        if let Some(tls) = &tls {
+            server = server.tls(tls.clone());
+        }
+        let address = server.local_addr().map_err(|error| error.to_string())?;
+        let register = listener.register.as_ref().map(|register| (**register).clone());
+        Ok(Self { name: name.to_owned(), server, address, tls, register })
+    }
+}
+
+/// Why there is nobody at an address, and what may be the cause.
+pub(crate) fn cannot_listen(address: SocketAddr, error: &io::Error) -> String {
+    let help = match error.kind() {
+        io::ErrorKind::AddrInUse => "; another program listens there",
+        io::ErrorKind::PermissionDenied => "; this user may not",
+        io::ErrorKind::AddrNotAvailable => "; this machine has no such address",
+        _ => "",
+    };
+    format!("cannot listen at {address}: {error}{help}")
+}
+
+/// What a listener encrypts with.
+pub(crate) fn encrypt(tls: &ListenerTls) -> Result<ServerTls, String> {
+    let (chain, key) = (tls.certificate.bytes(), tls.key.bytes());
+    let built = match &tls.client_ca {
+        Some(ca) => {
+            let clients = if tls.require_client { ClientCertificates::Required } else { ClientCertificates::Optional };
+            ServerTls::with_client_authorities(chain, key, ca.bytes(), clients)
+        }
+        None => ServerTls::new(chain, key),
+    };
+    built.map_err(|error| error.to_string())
+}
+
+// === impl Renewal ===
+
+impl Renewal {
+    /// What `now` shows other than `before`, of listeners that encrypt.
+    pub(crate) fn of(before: &Config, now: &Config, shown: &[(String, ServerTls)]) -> Result<Self, String> {
+        let mut renewed = Vec::new();
+        for (name, old) in shown {
+            let tls = |config: &Config| config.listeners.get(name).and_then(|listener| listener.tls.clone());
+            if let Some(tls) = tls(now).filter(|now| tls(before).as_ref() != Some(now)) {
+                let new = encrypt(&tls).map_err(|error| format!("the listener {name:?}: {error}"))?;
+                renewed.push((old.clone(), new));
+            }
+        }
+        Ok(Self(renewed))
+    }
+
+    pub(crate) fn commit(self) {
+        for (old, new) in self.0 {
+            old.replace(&new);
+        }
+    }
+}
+
+// === registration ===
+
+/// Registers a listener until it is told to stop; done when it is registered no more.
+pub(crate) fn register(state: &Arc<State>, register: Register, address: SocketAddr, encrypted: bool) -> JoinHandle<()> {
+    let state = state.clone();
+    tokio::spawn(async move {
+        let registration = tokio::select! {
+            registration = registered(&state, &register, address, encrypted) => registration,
+            () = state.stopping() => return,
+        };
+        state.stopping().await;
+        if let Some(registration) = registration
+            && let Err(error) = registration.deregister().await
+        {
+            tracing::warn!(service = register.service, %error, "could not deregister");
+        }
+    })
+}
+
+/// Asks until it is registered; `None` where that cannot be.
+async fn registered(state: &State, register: &Register, at: SocketAddr, encrypted: bool) -> Option<Registration> {
+    let definition = definition(register, at, encrypted);
+    let (mut wait, most) = AGAIN;
+    loop {
+        // The file says which; it may be another after a reload.
+        let registry = state.running().registries.named(&register.registry)?;
+        match registry.register(definition.clone()).await {
+            Ok(registration) => return Some(registration),
+            Err(error) if error.is_invalid() || error.is_unsupported() => {
+                tracing::error!(service = register.service, %error, "cannot register");
+                return None;
+            }
+            Err(error) => {
+                tracing::warn!(service = register.service, %error, ?wait, "not registered; trying again");
+                tokio::time::sleep(wait.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+                wait = (wait * 2).min(most);
+            }
+        }
+    }
+}
+
+fn definition(register: &Register, at: SocketAddr, encrypted: bool) -> ServiceDefinition {
+    let address: Address = register.address.as_ref().map_or_else(|| at.into(), |address| (**address).clone());
+    let id = register.id.clone().unwrap_or_else(|| format!("{}-{address}", register.service).replace(':', "-"));
+    let mut instance = Instance::new(id, address.clone());
+    instance.weight = register.weight;
+    instance.tags = register.tags.iter().map(|tag| tag.as_str().into()).collect();
+    instance.metadata =
+        register.metadata.iter().map(|(key, value)| (key.as_str().into(), value.as_str().into())).collect();
+    instance.scheme = if encrypted { Scheme::Https } else { Scheme::Http };
+    instance.protocol = Protocol::Auto;
+    let definition = ServiceDefinition::of(register.service.as_str(), instance);
+    let Some(every) = register.check else { return definition };
+    // It listens already: well until seen otherwise.
+    let mut check = HealthCheck::tcp(address.to_string()).interval(every).initial(Health::Passing);
+    if let Some(after) = register.forget_after {
+        check = check.deregister_critical_after(after);
+    }
+    definition.check(check)
+}
