@@ -13,10 +13,11 @@
 //!
 //! # Reload
 //!
-//! On `HUP`, on `POST /reload` at the operators' side, and with `server.watch` when the file changes, the file is read
-//! again. What it says is built beside what runs and put in force in one step, or refused whole. Layers that it says nothing
+//! On `HUP`, on `POST /reload` at the operators' side, and with `server.watch` when the file changes, or a secret, key or
+//! certificate that it names, the file is read again. What it says is built beside what runs and put in force in one step, or refused whole. Layers that it says nothing
 //! new of are taken over with all they know: counters, breakers, latencies, limits, connections. Requests under way end by
-//! the layers they began with. Listeners and their certificates, the operators' address, threads and the log's format count
+//! the layers they began with. Listeners show new certificates to whoever connects from then on, and connections go on with
+//! those they began with. Where listeners are, the operators' address, threads, the log's format and the time to drain count
 //! from the next start; the answer says so when they differ.
 //!
 //! # Operators
@@ -34,6 +35,8 @@
 //! | `POST /reload` | reads the file again |
 //! | `POST /drain` | ends it, as `TERM` does |
 //! | `POST /breaker` | `{"service": …, "endpoint": …, "state": "open" \| "closed" \| "auto"}`; without an endpoint, all of the service |
+//! | `POST /register` | `{"service": …, "address": "host:port"}`, and perhaps `id`, `weight`, `zone`, `tags`, `metadata`, `https`: an instance in the embedded registry; with `"ttl": "30s"` until that is over, unless it comes again. `registry` names one of several |
+//! | `POST /deregister` | `{"service": …, "id": …}` |
 //! | `POST /log` | `{"level": "warn,portcullis_forward=debug"}` until the next start or reload of another level |
 //!
 //! What changes something needs `admin.writable`, and `admin.token` as a bearer token if there is one; a file that allows it
@@ -88,8 +91,10 @@
 //!
 //! # The end
 //!
-//! `TERM`, `INT` and `POST /drain` make it not ready. After `server.drain_delay` the listeners close, requests under way have
-//! `server.drain_timeout`, and it exits with 0. A second signal ends it at once.
+//! `TERM`, `INT` and `POST /drain` make it not ready, and take off what `listeners.<name>.register` registered. After
+//! `server.drain_delay` the listeners close, requests under way have `server.drain_timeout`, less what the last spans and
+//! lines may take (a quarter, at most two seconds), and it exits with 0 within both together. A registry that does not
+//! answer is waited for as long as those, and told while the rest goes on. A second signal ends it at once.
 //!
 //! | exit code | |
 //! |---|---|
