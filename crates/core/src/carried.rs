@@ -45,6 +45,19 @@ pub trait Carried: Sized + sealed::Field {
     }
 }
 
+/// All that was left in a request: looked for once, then read without looking again.
+///
+/// ```
+/// use portcullis_core::{Carried, CarriedValues, Destination};
+///
+/// let mut request = http::Request::new(());
+/// Destination::new("orders").attach(request.extensions_mut());
+/// let left = CarriedValues::of(request.extensions());
+/// assert_eq!(left.get::<Destination>().unwrap().as_str(), "orders");
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CarriedValues<'a>(Option<&'a Carrier>);
+
 /// The logical name of the service a request asks for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Destination(Arc<str>);
@@ -169,6 +182,22 @@ impl Baggage {
             }
             Packed::Any(extensions) => extensions,
         }
+    }
+}
+
+// === impl CarriedValues ===
+
+impl<'a> CarriedValues<'a> {
+    /// What was left in these extensions.
+    #[must_use]
+    pub fn of(extensions: &'a Extensions) -> Self {
+        Self(extensions.get())
+    }
+
+    /// The value of that type, if any was left.
+    #[must_use]
+    pub fn get<T: Carried>(self) -> Option<&'a T> {
+        T::field(self.0?).as_ref()
     }
 }
 
