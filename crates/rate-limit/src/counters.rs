@@ -1,13 +1,11 @@
 //! What happened so far.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-
-use crate::table::Mark;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 /// What happened so far.
 pub(crate) struct Counters([Stripe; STRIPES]);
 
-/// Counters of different keys do not meet in one cache line.
+/// Counters of different threads do not meet in one cache line.
 #[derive(Default)]
 #[repr(align(64))]
 pub(crate) struct Stripe {
@@ -20,6 +18,13 @@ pub(crate) struct Stripe {
 
 const STRIPES: usize = 32;
 
+thread_local! {
+    static STRIPE: usize = {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        NEXT.fetch_add(1, Ordering::Relaxed) % STRIPES
+    };
+}
+
 // === impl Counters ===
 
 impl Counters {
@@ -27,12 +32,10 @@ impl Counters {
         Self(std::array::from_fn(|_| Stripe::default()))
     }
 
-    pub(crate) fn add(&self, mark: Mark, which: impl Fn(&Stripe) -> &AtomicU64) {
-        which(&self.0[mark.low() % STRIPES]).fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub(crate) fn add_anywhere(&self, which: impl Fn(&Stripe) -> &AtomicU64) {
-        which(&self.0[0]).fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn add(&self, which: impl Fn(&Stripe) -> &AtomicU64) {
+        // A thread that ends has no stripe of its own any more.
+        let stripe = STRIPE.try_with(|stripe| *stripe).unwrap_or(0);
+        which(&self.0[stripe]).fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn sum(&self, which: impl Fn(&Stripe) -> &AtomicU64) -> u64 {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use http::{Extensions, HeaderMap, HeaderName, Method, Uri};
-use portcullis_core::{Carried, Destination, Identity, Route, TrustedProxies, ipv6_prefix};
+use portcullis_core::{CarriedValues, Destination, Identity, PeerAddress, Route, TrustedProxies, ipv6_prefix};
 
 /// The bits of an IPv6 address that one caller has, unless told otherwise: what one customer is given.
 pub const DEFAULT_IPV6_PREFIX: u8 = 64;
@@ -47,6 +47,7 @@ pub struct RequestHead<'a> {
     uri: &'a Uri,
     headers: &'a HeaderMap,
     extensions: &'a Extensions,
+    carried: CarriedValues<'a>,
     proxies: &'a TrustedProxies,
 }
 
@@ -171,7 +172,7 @@ impl Key for Caller {
 
 impl Key for Subject {
     fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
-        let Some(identity) = Identity::of(request.extensions) else { return false };
+        let Some(identity) = request.identity() else { return false };
         key.tag(b's');
         key.push(identity.subject().as_bytes());
         match identity.issuer() {
@@ -184,9 +185,7 @@ impl Key for Subject {
 
 impl Key for Claim {
     fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
-        let Some(claim) = Identity::of(request.extensions).and_then(|identity| identity.claim(&self.0)) else {
-            return false;
-        };
+        let Some(claim) = request.identity().and_then(|identity| identity.claim(&self.0)) else { return false };
         match claim.as_str() {
             Some(text) => {
                 key.tag(b'c');
@@ -206,12 +205,12 @@ impl Key for ClientAddress {
         let Some(address) = request.client_address() else { return false };
         match ipv6_prefix(address, self.ipv6_prefix) {
             IpAddr::V4(v4) => {
-                key.tag(b'4');
-                key.raw(&v4.octets());
+                let [a, b, c, d] = v4.octets();
+                key.fixed([b'4', a, b, c, d]);
             }
             IpAddr::V6(v6) => {
                 key.tag(b'6');
-                key.raw(&v6.octets());
+                key.fixed(v6.octets());
             }
         }
         true
@@ -226,13 +225,13 @@ impl Key for Header {
 
 impl Key for RouteName {
     fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
-        Route::of(request.extensions).is_some_and(|route| key.push_found(b'r', route.name().as_bytes()))
+        request.carried.get::<Route>().is_some_and(|route| key.push_found(b'r', route.name().as_bytes()))
     }
 }
 
 impl Key for ServiceName {
     fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
-        Destination::of(request.extensions).is_some_and(|service| key.push_found(b'd', service.as_str().as_bytes()))
+        request.carried.get::<Destination>().is_some_and(|service| key.push_found(b'd', service.as_str().as_bytes()))
     }
 }
 
@@ -258,6 +257,7 @@ impl<'a> RequestHead<'a> {
             uri: request.uri(),
             headers: request.headers(),
             extensions: request.extensions(),
+            carried: CarriedValues::of(request.extensions()),
             proxies,
         }
     }
@@ -289,13 +289,18 @@ impl<'a> RequestHead<'a> {
     /// Who is calling, if they proved it.
     #[must_use]
     pub fn identity(&self) -> Option<&'a Identity> {
-        Identity::of(self.extensions)
+        self.carried.get()
     }
 
     /// The client's whole address, if the server left the peer's.
     #[must_use]
     pub fn client_address(&self) -> Option<IpAddr> {
-        self.proxies.client_of(self.extensions, self.headers)
+        let PeerAddress(peer) = self.carried.get()?;
+        Some(self.proxies.client(peer.ip(), self.headers))
+    }
+
+    pub(crate) const fn carried(&self) -> CarriedValues<'a> {
+        self.carried
     }
 }
 
@@ -308,7 +313,7 @@ impl KeyBytes {
 
     /// Adds one part. Its length goes with it.
     pub fn push(&mut self, part: &[u8]) {
-        self.raw(&(part.len() as u32).to_le_bytes());
+        self.fixed((part.len() as u32).to_le_bytes());
         self.raw(part);
     }
 
@@ -323,7 +328,17 @@ impl KeyBytes {
     }
 
     fn tag(&mut self, tag: u8) {
-        self.raw(&[tag]);
+        self.fixed([tag]);
+    }
+
+    pub(crate) fn fixed<const N: usize>(&mut self, part: [u8; N]) {
+        match self.short.get_mut(self.len..).and_then(<[u8]>::first_chunk_mut) {
+            Some(room) if self.long.is_empty() => {
+                *room = part;
+                self.len += N;
+            }
+            _ => self.raw(&part),
+        }
     }
 
     fn raw(&mut self, part: &[u8]) {

@@ -78,6 +78,7 @@
 //! * *The clock*: it is monotonic, and steps of the time of day change nothing; with a store it is the server's that counts.
 
 mod answer;
+mod charge;
 mod counters;
 mod error;
 mod handle;
@@ -158,15 +159,19 @@ pin_project! {
     #[project = Project]
     enum State<S, B, F> {
         Admitted { #[pin] inner: F, after: After },
-        Waiting { #[pin] sleep: Sleep, place: WaitingPlace, call: Option<(S, Request<B>, After)> },
-        Asking { asking: Asking, call: Option<(S, Request<B>, Arc<Limiter>)> },
+        Waiting { sleep: Pin<Box<Sleep>>, place: WaitingPlace, call: Later<S, B, After> },
+        Asking { asking: Asking, call: Later<S, B, Arc<Limiter>> },
         Refused { rejection: Option<Rejection>, dialect: Dialect },
     }
 }
 
+/// A call that is not made yet, in a place of its own: most are made at once, and their futures are moved about.
+type Later<S, B, With> = Option<Box<(S, Request<B>, With)>>;
+
 /// What is left to do when the response is there.
+#[derive(Default)]
 struct After {
-    fields: HeaderMap,
+    fields: Option<Box<HeaderMap>>,
     held: Option<Held>,
 }
 
@@ -297,38 +302,14 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         let limiter = &self.limiter;
         let state = match limiter.begin(&RequestHead::new(&request, &limiter.proxies)) {
-            Begun::Decided(Ok(admission)) => self.go_on(admission, request),
+            Begun::Decided(Ok(admission)) => State::go_on(admission, request, &mut self.inner, limiter),
             Begun::Decided(Err(rejection)) => State::refused(rejection, &request),
             Begun::Asked(asking) => {
-                let not_ready = self.inner.clone();
-                let ready = std::mem::replace(&mut self.inner, not_ready);
-                State::Asking { asking, call: Some((ready, request, self.limiter.clone())) }
+                let limiter = limiter.clone();
+                State::Asking { asking, call: Some(Box::new((take_ready(&mut self.inner), request, limiter))) }
             }
         };
         ResponseFuture { state }
-    }
-}
-
-impl<S> RateLimit<S> {
-    /// Calls the inner service, now or later.
-    fn go_on<B>(&mut self, admission: Admission, request: Request<B>) -> State<S, B, S::Future>
-    where
-        S: Service<Request<B>> + Clone,
-    {
-        let limiter = &self.limiter;
-        let mut after = After::new(limiter, &admission.standings, admission.holdings);
-        let Some(refusal) = admission.late else {
-            after.start();
-            return State::Admitted { inner: self.inner.call(request), after };
-        };
-        let Some(place) = limiter.wait() else {
-            limiter.counters.add_anywhere(|stripe| &stripe.refused);
-            return State::refused(limiter.refuse(refusal), &request);
-        };
-        limiter.counters.add_anywhere(|stripe| &stripe.delayed);
-        let not_ready = self.inner.clone();
-        let ready = std::mem::replace(&mut self.inner, not_ready);
-        State::Waiting { sleep: tokio::time::sleep(admission.wait), place, call: Some((ready, request, after)) }
     }
 }
 
@@ -336,7 +317,7 @@ impl<S> RateLimit<S> {
 
 impl<S, B, R> Future for ResponseFuture<S, B>
 where
-    S: Service<Request<B>, Response = Response<R>>,
+    S: Service<Request<B>, Response = Response<R>> + Clone,
     R: http_body::Body<Data = Bytes>,
 {
     type Output = Result<Response<Body<R, Held>>, S::Error>;
@@ -350,20 +331,18 @@ where
                     return Poll::Ready(Ok(after.finish(response)));
                 }
                 Project::Waiting { sleep, call, .. } => {
-                    ready!(sleep.poll(cx));
-                    let Some((mut service, request, mut after)) = call.take() else { return Poll::Pending };
+                    ready!(sleep.as_mut().poll(cx));
+                    let Some(call) = call.take() else { return Poll::Pending };
+                    let (mut service, request, mut after) = *call;
                     after.start();
                     State::Admitted { inner: service.call(request), after }
                 }
                 Project::Asking { asking, call } => {
                     let answer = ready!(asking.as_mut().poll(cx));
-                    let Some((mut service, request, limiter)) = call.take() else { return Poll::Pending };
+                    let Some(call) = call.take() else { return Poll::Pending };
+                    let (mut service, request, limiter) = *call;
                     match answer {
-                        Ok(admission) => {
-                            let mut after = After::new(&limiter, &admission.standings, admission.holdings);
-                            after.start();
-                            State::Admitted { inner: service.call(request), after }
-                        }
+                        Ok(admission) => State::go_on(admission, request, &mut service, &limiter),
                         Err(rejection) => State::refused(rejection, &request),
                     }
                 }
@@ -390,6 +369,27 @@ impl<S: Service<Request<B>>, B> fmt::Debug for ResponseFuture<S, B> {
 
 // === impl State ===
 
+impl<S: Service<Request<B>> + Clone, B> State<S, B, S::Future> {
+    /// Calls the service that is ready, now or later.
+    fn go_on(admission: Admission, request: Request<B>, ready: &mut S, limiter: &Arc<Limiter>) -> Self {
+        let Admission(Some(kept)) = admission else {
+            return Self::Admitted { inner: ready.call(request), after: After::default() };
+        };
+        let mut after = After::new(limiter, &kept.standings, kept.holdings);
+        let Some(refusal) = kept.late else {
+            after.start();
+            return Self::Admitted { inner: ready.call(request), after };
+        };
+        let Some(place) = limiter.wait() else {
+            limiter.counters.add(|stripe| &stripe.refused);
+            return Self::refused(limiter.refuse(refusal), &request);
+        };
+        limiter.counters.add(|stripe| &stripe.delayed);
+        let sleep = Box::pin(tokio::time::sleep(kept.wait));
+        Self::Waiting { sleep, place, call: Some(Box::new((take_ready(ready), request, after))) }
+    }
+}
+
 impl<S, B, F> State<S, B, F> {
     fn refused(rejection: Rejection, request: &Request<B>) -> Self {
         Self::Refused { rejection: Some(rejection), dialect: Dialect::of(request.headers()) }
@@ -400,8 +400,11 @@ impl<S, B, F> State<S, B, F> {
 
 impl After {
     fn new(limiter: &Arc<Limiter>, standings: &[Standing], holdings: Vec<Holding>) -> Self {
-        let mut fields = HeaderMap::new();
-        limiter.fields.write(standings, &mut fields);
+        let fields = (!standings.is_empty()).then(|| {
+            let mut fields = Box::default();
+            limiter.fields.write(standings, &mut fields);
+            fields
+        });
         let held = (!holdings.is_empty()).then(|| Held::new(limiter.clone(), holdings));
         Self { fields, held }
     }
@@ -413,12 +416,18 @@ impl After {
     }
 
     fn finish<R: http_body::Body<Data = Bytes>>(&mut self, mut response: Response<R>) -> Response<Body<R, Held>> {
-        if !self.fields.is_empty() {
-            response.headers_mut().extend(self.fields.drain().filter_map(|(name, value)| Some((name?, value))));
+        if let Some(fields) = self.fields.take() {
+            response.headers_mut().extend(fields.into_iter().filter_map(|(name, value)| Some((name?, value))));
         }
         match self.held.take() {
             Some(held) => held.watch(response),
             None => response.map(Body::new),
         }
     }
+}
+
+/// The service that is ready, in exchange for one that is not.
+fn take_ready<S: Clone>(service: &mut S) -> S {
+    let not_ready = service.clone();
+    std::mem::replace(service, not_ready)
 }

@@ -4,6 +4,8 @@ use std::fmt;
 use std::num::NonZeroU32;
 use std::sync::Arc;
 
+use siphasher::sip::SipHasher13;
+
 use crate::held::Settlement;
 use crate::key::{Key, RequestHead};
 use crate::rate::{Cell, Rate};
@@ -29,6 +31,8 @@ pub struct Priority(u8);
 #[derive(Clone)]
 struct Inner {
     name: Arc<str>,
+    /// The name as keys begin with it, even; odd for the counters of a route.
+    prefix: u64,
     quantity: Quantity,
     /// Where its counters lie; kept when the rate changes, and so are they.
     span: Span,
@@ -162,7 +166,8 @@ impl Limit {
             Quantity::Rate(_, cell) => Span::of(cell.window),
             Quantity::Concurrent(_) => Span::default(),
         };
-        Self(Arc::new(Inner { name, quantity, span, key, cost, plan, priority, settle, shadow: false }))
+        let prefix = SipHasher13::new().hash(name.as_bytes()) & !1;
+        Self(Arc::new(Inner { name, prefix, quantity, span, key, cost, plan, priority, settle, shadow: false }))
     }
 
     pub(crate) fn span(&self) -> Span {
@@ -180,6 +185,10 @@ impl Limit {
             Some(rate) => self.with_rate(rate.burst(burst)),
             None => self,
         }
+    }
+
+    pub(crate) fn prefix(&self) -> u64 {
+        self.0.prefix
     }
 
     pub(crate) fn shared_name(&self) -> &Arc<str> {

@@ -1,4 +1,4 @@
-//! Several limits on one request: all of them are charged, or none.
+//! What all services of one layer share, and how a request begins.
 
 use std::fmt;
 use std::pin::Pin;
@@ -7,15 +7,15 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use portcullis_core::{Carried, Clock, Deadline, Rejection, Route, TrustedProxies};
+use portcullis_core::{Clock, Deadline, Moment, Rejection, Route, TrustedProxies};
 
-use crate::answer::{Fields, Refusal, Standing, Wait};
+use crate::answer::{Fields, Refusal, Standing};
 use crate::counters::Counters;
 use crate::held::Holding;
 use crate::in_flight::InFlight;
 use crate::key::{Caller, Key, KeyBytes, RequestHead};
-use crate::limit::{Limit, Policy, Quantity};
-use crate::rate::{Cell, Rate};
+use crate::limit::{Limit, Policy};
+use crate::rate::Rate;
 use crate::table::{Mark, Table};
 
 /// What all services of one layer share.
@@ -44,15 +44,6 @@ pub(crate) enum Begun {
 
 pub(crate) type Asking = Pin<Box<dyn Future<Output = Result<Admission, Rejection>> + Send>>;
 
-/// What a concurrency limit did.
-#[cfg(feature = "redis")]
-pub(crate) enum Entered {
-    In(Mark),
-    Full(Refusal),
-    /// It is none, or a shadow.
-    NotLimited,
-}
-
 /// Lets requests wait instead of refusing them.
 #[derive(Debug)]
 pub(crate) struct Delay {
@@ -64,9 +55,13 @@ pub(crate) struct Delay {
 /// A place among those that wait; dropping it gives it back.
 pub(crate) struct WaitingPlace(Arc<Limiter>);
 
-/// A request that may go on.
+/// A request that may go on; most have nothing to remember.
 #[derive(Default)]
-pub(crate) struct Admission {
+pub(crate) struct Admission(pub(crate) Option<Box<Kept>>);
+
+/// What is remembered of an admission.
+#[derive(Default)]
+pub(crate) struct Kept {
     /// Not yet, but after this.
     pub(crate) wait: Duration,
     /// How its limits stand, if anybody wants to know.
@@ -85,28 +80,6 @@ pub(crate) struct Limits<'a> {
     route: &'a str,
     own: &'a [Limit],
     base: &'a [Limit],
-}
-
-/// What one limit is asked.
-struct Ask<'a> {
-    limit: &'a Limit,
-    mark: Mark,
-    what: What,
-}
-
-enum What {
-    Charge { rate: Rate, cell: Cell, units: u32, window: u64 },
-    Place { max: u32 },
-}
-
-/// What was done for an [`Ask`].
-enum Done {
-    Charged {
-        overflow: bool,
-    },
-    Entered,
-    /// The limit would have refused, but is a shadow.
-    Nothing,
 }
 
 // === impl Limiter ===
@@ -163,7 +136,7 @@ impl Limiter {
         if self.exempt.as_ref().is_some_and(|exempt| exempt(head)) {
             return Begun::Decided(Ok(Admission::default()));
         }
-        let route = Route::of(head.extensions());
+        let route = head.carried().get::<Route>();
         let policy = route.and_then(Route::policy::<Policy>);
         let default = policy.is_none_or(Policy::is_beside_default).then(|| self.limits.load());
         let limits = Limits {
@@ -175,36 +148,12 @@ impl Limiter {
         if let Some(store) = &self.store {
             return store.begin(self, limits, head);
         }
-        Begun::Decided(self.admit(limits, head).map_err(|refusal| self.refuse(refusal)))
+        Begun::Decided(self.charge_all(limits, head).map_err(|refusal| self.refuse(refusal)))
     }
 
     pub(crate) fn refuse(&self, refusal: Refusal) -> Rejection {
         tracing::debug!(limit = &*refusal.standing.name, wait = ?refusal.wait, "refused: too many requests");
         refusal.into_rejection(self.fields)
-    }
-
-    fn admit(&self, limits: Limits<'_>, head: &RequestHead<'_>) -> Result<Admission, Refusal> {
-        let mut admission = Admission::default();
-        let count = limits.own.len() + limits.base.len();
-        if count == 0 {
-            return Ok(admission);
-        }
-        let moment = self.clock.now();
-        let delay = self.delay.as_ref().map_or(0, |delay| {
-            let deadline = Deadline::of(head.extensions()).map_or(Duration::MAX, |deadline| deadline.0.since(moment));
-            nanos(delay.longest.min(deadline))
-        });
-        let now = moment.as_nanos();
-        let done = if count == 1 {
-            self.take(limits, head, now, delay, &mut admission)
-        } else {
-            // First a look, so that a limit which refuses costs the others nothing, not even for a moment.
-            self.foresee(limits, head, now, delay).and_then(|()| self.take(limits, head, now, delay, &mut admission))
-        };
-        done.map(|()| admission).map_err(|(mark, refusal)| {
-            self.counters.add(mark, |stripe| &stripe.refused);
-            refusal
-        })
     }
 
     /// Corrects a charge of so many units, made at that time, to `cost`.
@@ -227,166 +176,9 @@ impl Limiter {
         Some(WaitingPlace(self.clone()))
     }
 
-    /// The refusal with the longest wait, if one of the limits refuses now.
-    fn foresee(
-        &self,
-        mut limits: Limits<'_>,
-        head: &RequestHead<'_>,
-        now: u64,
-        delay: u64,
-    ) -> Result<(), (Mark, Refusal)> {
-        let mut worst: Option<(Mark, Refusal)> = None;
-        while let Some((limit, own)) = limits.next() {
-            let Some(ask) = self.ask(limit, own.then_some(limits.route), head) else { continue };
-            let refusal = match ask.what {
-                _ if limit.is_shadow() => None,
-                What::Place { max } => {
-                    let inside = self.in_flight().count(ask.mark);
-                    (inside >= max).then(|| ask.refusal(u64::from(inside), now))
-                }
-                What::Charge { cell, units, window, .. } => {
-                    let time = self.table.peek(ask.mark);
-                    let admitted = Cell::charge(time, now, cell.cost(units), window.saturating_add(delay));
-                    admitted.is_none().then(|| ask.refusal(time, now))
-                }
-            };
-            if let Some(refusal) = refusal
-                && worst.as_ref().is_none_or(|(_, worst)| refusal.wait > worst.wait)
-            {
-                worst = Some((ask.mark, refusal));
-            }
-        }
-        worst.map_or(Ok(()), Err)
-    }
-
-    /// Charges the first limit, then the others; gives back if one of them refuses.
-    fn take(
-        &self,
-        mut limits: Limits<'_>,
-        head: &RequestHead<'_>,
-        now: u64,
-        delay: u64,
-        admission: &mut Admission,
-    ) -> Result<(), (Mark, Refusal)> {
-        let Some((limit, own)) = limits.next() else { return Ok(()) };
-        let Some(ask) = self.ask(limit, own.then_some(limits.route), head) else {
-            return self.take(limits, head, now, delay, admission);
-        };
-        let done = self.take_one(&ask, now, delay, admission)?;
-        self.take(limits, head, now, delay, admission).inspect_err(|_| self.give_back(&ask, &done))?;
-        // All of them admit: what this one has to remember.
-        match (&ask.what, done) {
-            (_, Done::Nothing) => self.counters.add(ask.mark, |stripe| &stripe.shadowed),
-            (What::Charge { cell, units, .. }, Done::Charged { overflow }) => {
-                let settle = limit.settlement().cloned();
-                if settle.is_some() || !admission.wait.is_zero() {
-                    let (mark, interval) = (ask.mark, cell.interval);
-                    admission.holdings.push(Holding::Charge { mark, interval, units: *units, at: now, settle });
-                }
-                if overflow {
-                    self.counters.add(ask.mark, |stripe| &stripe.overflowed);
-                }
-                self.counters.add(ask.mark, |stripe| &stripe.admitted);
-            }
-            _ => {
-                admission.holdings.push(Holding::Place(ask.mark));
-                self.counters.add(ask.mark, |stripe| &stripe.admitted);
-            }
-        }
-        Ok(())
-    }
-
-    fn take_one(
-        &self,
-        ask: &Ask<'_>,
-        now: u64,
-        delay: u64,
-        admission: &mut Admission,
-    ) -> Result<Done, (Mark, Refusal)> {
-        let tell = self.fields.are_on_every_response();
-        let done = match ask.what {
-            What::Place { max } => self
-                .in_flight()
-                .enter(ask.mark, max)
-                .map(|inside| {
-                    if tell {
-                        admission.standings.push(ask.standing(u64::from(inside), now));
-                    }
-                    Done::Entered
-                })
-                .map_err(u64::from),
-            What::Charge { cell, units, window, .. } => {
-                let furthest = if ask.limit.is_shadow() { window } else { window.saturating_add(delay) };
-                self.table.charge(ask.mark, now, |time| Cell::charge(time, now, cell.cost(units), furthest)).map(
-                    |charged| {
-                        let wait = Duration::from_nanos(charged.time.saturating_sub(now).saturating_sub(window));
-                        if wait > admission.wait {
-                            let before = charged.time.saturating_sub(cell.cost(units));
-                            (admission.wait, admission.late) = (wait, Some(ask.refusal(before, now)));
-                        }
-                        if tell {
-                            admission.standings.push(ask.standing(charged.time, now));
-                        }
-                        Done::Charged { overflow: charged.overflow }
-                    },
-                )
-            }
-        };
-        match done {
-            Err(_) if ask.limit.is_shadow() => Ok(Done::Nothing),
-            done => done.map_err(|found| (ask.mark, ask.refusal(found, now))),
-        }
-    }
-
-    fn give_back(&self, ask: &Ask<'_>, done: &Done) {
-        match (&ask.what, done) {
-            (What::Charge { cell, units, .. }, Done::Charged { .. }) => self.table.refund(ask.mark, cell.cost(*units)),
-            (What::Place { .. }, Done::Entered) => self.in_flight().leave(ask.mark),
-            _ => {}
-        }
-    }
-
-    /// Enters a concurrency limit.
-    #[cfg(feature = "redis")]
-    pub(crate) fn enter(&self, limit: &Limit, route: Option<&str>, head: &RequestHead<'_>) -> Entered {
-        if limit.charge(head).is_some() {
-            return Entered::NotLimited;
-        }
-        let Some(ask) = self.ask(limit, route, head) else { return Entered::NotLimited };
-        let What::Place { max } = ask.what else { return Entered::NotLimited };
-        match self.in_flight().enter(ask.mark, max) {
-            Ok(_) => {
-                self.counters.add(ask.mark, |stripe| &stripe.admitted);
-                Entered::In(ask.mark)
-            }
-            Err(_) if limit.is_shadow() => {
-                self.counters.add(ask.mark, |stripe| &stripe.shadowed);
-                Entered::NotLimited
-            }
-            Err(inside) => {
-                self.counters.add(ask.mark, |stripe| &stripe.refused);
-                Entered::Full(ask.refusal(u64::from(inside), 0))
-            }
-        }
-    }
-
-    /// What `limit` is asked for this request; nothing if it does not count.
-    fn ask<'a>(&self, limit: &'a Limit, route: Option<&str>, head: &RequestHead<'_>) -> Option<Ask<'a>> {
-        let what = match limit.quantity(head) {
-            Quantity::Concurrent(max) => What::Place { max: max.get() },
-            Quantity::Rate(rate, cell) => {
-                let units = limit.units(head);
-                What::Charge { rate, cell, units: (units > 0).then_some(units)?, window: limit.window(cell, head) }
-            }
-        };
-        let mut key = KeyBytes::new();
-        self.write_key(limit, route, head, &mut key);
-        Some(Ask { limit, mark: self.table.mark(limit.span(), key.bytes()), what })
-    }
-
     /// A limit's name, its route if it is the route's own, and the caller.
     pub(crate) fn write_key(&self, limit: &Limit, route: Option<&str>, head: &RequestHead<'_>, key: &mut KeyBytes) {
-        key.push(limit.name().as_bytes());
+        key.fixed((limit.prefix() | u64::from(route.is_some())).to_le_bytes());
         if let Some(route) = route {
             key.push(route.as_bytes());
         }
@@ -408,7 +200,6 @@ impl fmt::Debug for Limiter {
 // === impl Limits ===
 
 impl<'a> Limits<'a> {
-    #[cfg(feature = "redis")]
     pub(crate) fn route(&self) -> &'a str {
         self.route
     }
@@ -425,32 +216,22 @@ impl<'a> Limits<'a> {
     }
 }
 
-// === impl Ask ===
+// === impl Admission ===
 
-impl Ask<'_> {
-    /// A refusal because of an arrival time, or of so many inside.
-    fn refusal(&self, found: u64, now: u64) -> Refusal {
-        let wait = match self.what {
-            What::Place { .. } => Wait::ForAnother,
-            What::Charge { cell, units, window, .. } => {
-                Cell::wait(found, now, cell.cost(units), window).map_or(Wait::Never, Wait::For)
-            }
-        };
-        let mut standing = self.standing(found, now);
-        if let Wait::For(wait) = wait {
-            standing.reset = Some(wait);
-        }
-        Refusal { standing, wait }
+impl Admission {
+    pub(crate) fn kept(&mut self) -> &mut Kept {
+        self.0.get_or_insert_default()
     }
 
-    fn standing(&self, found: u64, now: u64) -> Standing {
-        let name = self.limit.shared_name();
-        match self.what {
-            What::Place { max } => Standing::of_concurrency(name, max, u32::try_from(found).unwrap_or(u32::MAX)),
-            What::Charge { rate, cell, .. } => {
-                let reset = Duration::from_nanos(found.saturating_sub(now));
-                Standing::of_rate(name, rate, cell.remaining(found, now), reset)
-            }
+    pub(crate) fn waits(&self) -> bool {
+        self.0.as_ref().is_some_and(|kept| kept.late.is_some())
+    }
+
+    /// Not before this is over; else it is refused.
+    pub(crate) fn wait(&mut self, wait: Duration, late: impl FnOnce() -> Refusal) {
+        let kept = self.kept();
+        if wait > kept.wait {
+            (kept.wait, kept.late) = (wait, Some(late()));
         }
     }
 }
@@ -460,6 +241,12 @@ impl Ask<'_> {
 impl Delay {
     pub(crate) fn new(longest: Duration, places: usize) -> Self {
         Self { longest, places, waiting: AtomicUsize::new(0) }
+    }
+
+    /// How many nanoseconds this request may wait.
+    pub(crate) fn longest_for(&self, head: &RequestHead<'_>, now: Moment) -> u64 {
+        let left = head.carried().get::<Deadline>().map_or(Duration::MAX, |deadline| deadline.0.since(now));
+        u64::try_from(self.longest.min(left).as_nanos()).unwrap_or(u64::MAX)
     }
 
     pub(crate) fn waiting(&self) -> usize {
@@ -475,8 +262,4 @@ impl Drop for WaitingPlace {
             delay.waiting.fetch_sub(1, Ordering::Relaxed);
         }
     }
-}
-
-fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

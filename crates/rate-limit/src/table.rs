@@ -7,15 +7,15 @@
 //!   └──────┘                              └────────┘            └─────────┘                    └──────┘ ◄┘
 //! ```
 //!
-//! An entry is two words: the *mark* of its key, a keyed hash, and its *arrival time* with a state and a version. Charging
-//! a key that has an entry is one compare-and-set on the second word. Only giving an entry to another key takes the set's
+//! An entry is the *tag* of its key, 48 bits of a keyed hash, and a word: its *arrival time* with a state and a version.
+//! Charging a key that has an entry is one compare-and-set on the word. Only giving an entry to another key takes the set's
 //! *head*, and nobody ever waits for it: who finds it taken charges the *floor*.
 //!
 //! The floor of a set is an upper bound on the debt of every key that has no entry in it. It is raised by what an entry
 //! held before that entry is given away, and by every charge made without an entry. A key that gets an entry starts at the
 //! floor. So whatever happens in whatever order, no key's debt is ever forgotten:
 //!
-//! * *A charge on an entry that changes hands* fails: the word changes before the mark does, and never repeats, because an
+//! * *A charge on an entry that changes hands* fails: the word changes before the tag does, and never repeats, because an
 //!   arrival time only grows or changes its version.
 //! * *A charge on the floor while the key gets an entry*: the one publishes, then reads the floor; the other charges the
 //!   floor, then looks for an entry. Between the two stands a fence on both sides, so one of them sees the other.
@@ -25,20 +25,30 @@
 //! Keys whose limits have windows of very different length lie in sets of their own: else strangers could raise a floor by
 //! a day, and with it shut out whoever is limited by the second.
 //!
+//! The entries of a set that are given away first lie in one cache line, its *front*, and the fronts of all sets lie
+//! together: most charges need one line of a quarter of the memory, whatever the number of keys. Whoever is about to charge
+//! [touches](Table::touch) the front, so that the line is on its way while the clock is read.
+//!
 //! An entry whose time is over carries no information, and raising the floor to it costs nobody. While every entry of a set
 //! is in use, newcomers to that set share its floor: that is the overflow bucket. One who starts while it is ahead is a
 //! *guest*, and makes room again as soon as the floor has passed it.
 
-use std::hash::{BuildHasher, Hasher, RandomState};
+use std::hash::{BuildHasher, RandomState};
 use std::sync::OnceLock;
 
-use crate::sync::{AtomicU64, Ordering, fence};
+use siphasher::sip::SipHasher13;
 
-/// Entries in a set: 256 bytes with the head and the floor.
+use crate::sync::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
+
+/// Entries that lie together: one such group is in front, so many are behind. 256 bytes a set.
 #[cfg(not(portcullis_loom))]
-const WAYS: usize = 15;
+const GROUP: usize = 4;
+#[cfg(not(portcullis_loom))]
+const BEHIND: usize = 3;
 #[cfg(portcullis_loom)]
-const WAYS: usize = 2;
+const GROUP: usize = 1;
+#[cfg(portcullis_loom)]
+const BEHIND: usize = 1;
 
 /// How often a newcomer looks again before it charges the floor because another one is being let in.
 #[cfg(not(portcullis_loom))]
@@ -56,10 +66,24 @@ pub(crate) const END: u64 = (1 << 58) - 1;
 #[derive(Debug)]
 pub(crate) struct Table {
     /// By [`Span`], made when one is first used: a floor that is a day ahead must not hold up who is limited by the second.
-    sets: [OnceLock<Box<[Set]>>; SPANS],
+    spans: [OnceLock<Sets>; SPANS],
     /// Sets of each span.
     count: usize,
-    seed: RandomState,
+    hasher: SipHasher13,
+}
+
+/// The sets of one span.
+#[derive(Debug)]
+struct Sets {
+    fronts: Box<[Front]>,
+    backs: Box<[Back]>,
+}
+
+/// Where a key may lie.
+#[derive(Clone, Copy, Debug)]
+struct Set<'a> {
+    front: &'a Front,
+    back: &'a Back,
 }
 
 /// How far ahead of now a limit's arrival times may be, roughly. Keys of one span share sets with no other's.
@@ -95,18 +119,35 @@ pub(crate) struct Fill {
 
 #[derive(Debug)]
 #[repr(align(64))]
-struct Set {
-    entries: [Entry; WAYS],
+struct Front {
+    group: Group,
+    /// Written to have the line fetched; never read.
+    touched: AtomicU64,
+}
+
+#[derive(Debug)]
+#[repr(align(64))]
+struct Back {
+    groups: [Group; BEHIND],
     /// Not zero while somebody gives an entry to another key.
     head: AtomicU64,
     /// A [`Word`] whose version counts the raises.
     floor: AtomicU64,
 }
 
+/// Some entries: the words, and the tags in two parts.
 #[derive(Debug)]
-struct Entry {
-    word: AtomicU64,
-    mark: AtomicU64,
+struct Group {
+    words: [AtomicU64; GROUP],
+    low: [AtomicU32; GROUP],
+    high: [AtomicU16; GROUP],
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry<'a> {
+    word: &'a AtomicU64,
+    low: &'a AtomicU32,
+    high: &'a AtomicU16,
 }
 
 /// State in the upper two bits, version in the next four, nanoseconds in the rest.
@@ -130,14 +171,19 @@ impl Table {
     /// Room for `capacity` keys at once.
     pub(crate) fn new(capacity: usize) -> Self {
         let count = capacity.div_ceil(KEYS_PER_SET).clamp(1, 1 << 29);
-        Self { sets: Default::default(), count, seed: RandomState::new() }
+        let seed = RandomState::new();
+        let hasher = SipHasher13::new_with_keys(seed.hash_one(0), seed.hash_one(1));
+        Self { spans: Default::default(), count, hasher }
     }
 
     /// The span is in the upper two bits.
     pub(crate) fn mark(&self, span: Span, key: &[u8]) -> Mark {
-        let mut hasher = self.seed.build_hasher();
-        hasher.write(key);
-        Mark(hasher.finish() >> 2 | u64::from(span.0) << 62 | 1)
+        Mark(self.hasher.hash(key) >> 2 | u64::from(span.0) << 62 | 1)
+    }
+
+    /// Has the memory of the key's front fetched, and does not wait for it.
+    pub(crate) fn touch(&self, mark: Mark) {
+        self.set(mark).front.touched.store(0, Ordering::Relaxed);
     }
 
     /// Lets `decide` make of the key's arrival time a later one; an arrival time that is over may be any that is over.
@@ -177,24 +223,27 @@ impl Table {
     /// Counts, entry by entry.
     pub(crate) fn fill(&self, now: u64) -> Fill {
         let mut fill = Fill::default();
-        for set in self.sets.iter().filter_map(OnceLock::get).flatten() {
-            fill.sets += 1;
-            fill.entries += WAYS;
-            fill.live += set.entries.iter().filter(|entry| entry.word().time() > now).count();
-            fill.overflowing += usize::from(set.floor().time() > now);
+        for sets in self.spans.iter().filter_map(OnceLock::get) {
+            for set in (0..sets.fronts.len()).map(|index| sets.at(index)) {
+                fill.sets += 1;
+                fill.entries += set.entries().count();
+                fill.live += set.entries().filter(|entry| entry.read().time() > now).count();
+                fill.overflowing += usize::from(set.floor().time() > now);
+            }
         }
         fill
     }
 
     /// The bytes it keeps, for the spans that were used so far.
     pub(crate) fn bytes(&self) -> usize {
-        self.sets.iter().filter_map(OnceLock::get).map(|sets| size_of_val::<[Set]>(sets)).sum()
+        let of = |sets: &Sets| size_of_val::<[Front]>(&sets.fronts) + size_of_val::<[Back]>(&sets.backs);
+        self.spans.iter().filter_map(OnceLock::get).map(of).sum()
     }
 
-    fn set(&self, mark: Mark) -> &Set {
-        let sets = self.sets[(mark.0 >> 62) as usize].get_or_init(|| (0..self.count).map(|_| Set::new()).collect());
-        let index = ((mark.0 >> 32 & 0x3fff_ffff) * sets.len() as u64) >> 30;
-        &sets[index as usize]
+    fn set(&self, mark: Mark) -> Set<'_> {
+        let sets = self.spans[(mark.0 >> 62) as usize].get_or_init(|| Sets::new(self.count));
+        let index = ((mark.0 >> 32 & 0x3fff_ffff) * sets.fronts.len() as u64) >> 30;
+        sets.at(index as usize)
     }
 }
 
@@ -212,8 +261,14 @@ impl Span {
 
 impl Mark {
     /// Bits to spread by.
+    #[cfg(feature = "redis")]
     pub(crate) fn low(self) -> usize {
         self.0 as u32 as usize
+    }
+
+    /// What an entry keeps of it: never zero.
+    fn tag(self) -> (u32, u16) {
+        (self.0 as u32, (self.0 >> 32) as u16)
     }
 
     /// Two halves that have nothing to do with each other.
@@ -232,33 +287,53 @@ impl Mark {
     }
 }
 
-// === impl Set ===
+// === impl Sets ===
 
-impl Set {
-    fn new() -> Self {
+impl Sets {
+    fn new(count: usize) -> Self {
         Self {
-            entries: std::array::from_fn(|_| Entry { word: AtomicU64::new(0), mark: AtomicU64::new(0) }),
-            head: AtomicU64::new(0),
-            floor: AtomicU64::new(0),
+            fronts: (0..count).map(|_| Front { group: Group::new(), touched: AtomicU64::new(0) }).collect(),
+            backs: (0..count).map(|_| Back::new()).collect(),
         }
     }
 
-    /// The entry of that key. Its word was read before its mark: if the word can still be replaced, the mark was right.
-    fn find(&self, mark: Mark) -> Option<(&Entry, Word)> {
-        self.beginning_at(mark).map(|entry| (entry, entry.word())).find(|(entry, word)| {
-            // The order matters: see above.
-            entry.mark.load(Ordering::Acquire) == mark.0 && word.state() != MOVING
-        })
+    fn at(&self, index: usize) -> Set<'_> {
+        Set { front: &self.fronts[index], back: &self.backs[index] }
+    }
+}
+
+// === impl Back ===
+
+impl Back {
+    fn new() -> Self {
+        Self { groups: std::array::from_fn(|_| Group::new()), head: AtomicU64::new(0), floor: AtomicU64::new(0) }
+    }
+}
+
+// === impl Set ===
+
+impl<'a> Set<'a> {
+    fn entries(self) -> impl Iterator<Item = Entry<'a>> {
+        self.front.group.entries().chain(self.behind())
     }
 
-    /// All entries, the one the key prefers first.
-    fn beginning_at(&self, mark: Mark) -> impl Iterator<Item = &Entry> {
-        let (before, after) = self.entries.split_at(mark.low() % WAYS);
-        after.iter().chain(before)
+    fn behind(self) -> impl Iterator<Item = Entry<'a>> {
+        self.back.groups.iter().flat_map(Group::entries)
+    }
+
+    /// The entry of that key. Its word was read before its tag: if the word can still be replaced, the tag was right.
+    fn find(self, mark: Mark) -> Option<(Entry<'a>, Word)> {
+        let tag = mark.tag();
+        let of_key = |entry: Entry<'a>| {
+            let word = entry.read();
+            // The order matters: see above.
+            (entry.tag() == tag && word.state() != MOVING).then_some((entry, word))
+        };
+        self.front.group.entries().find_map(of_key).or_else(|| self.behind().find_map(of_key))
     }
 
     /// Charges the key's entry. `None` when it has none, or somebody else was quicker.
-    fn charge(&self, mark: Mark, now: u64, decide: &impl Fn(u64) -> Option<u64>) -> Option<Result<Charged, u64>> {
+    fn charge(self, mark: Mark, now: u64, decide: &impl Fn(u64) -> Option<u64>) -> Option<Result<Charged, u64>> {
         let (entry, word) = self.find(mark)?;
         if word.state() == PENDING {
             return self.activate(entry, word, now, decide);
@@ -269,8 +344,8 @@ impl Set {
 
     /// The first charge of an entry, by whoever comes first.
     fn activate(
-        &self,
-        entry: &Entry,
+        self,
+        entry: Entry<'a>,
         word: Word,
         now: u64,
         decide: &impl Fn(u64) -> Option<u64>,
@@ -283,7 +358,7 @@ impl Set {
     }
 
     /// Charges a key that has no entry: gives it one, else charges the floor.
-    fn admit(&self, mark: Mark, now: u64, decide: &impl Fn(u64) -> Option<u64>) -> Option<Result<Charged, u64>> {
+    fn admit(self, mark: Mark, now: u64, decide: &impl Fn(u64) -> Option<u64>) -> Option<Result<Charged, u64>> {
         let floor = self.floor();
         if decide(floor.time()).is_none() {
             return Some(Err(floor.time()));
@@ -292,16 +367,15 @@ impl Set {
             if self.find(mark).is_some() {
                 return None;
             }
-            if let Some((entry, word)) = self.victim(mark, now) {
+            if let Some((entry, word)) = self.victim(now) {
                 if word.time() > 0 {
                     self.raise(word.time());
                 }
                 if !entry.replace(word, word.moving()) {
                     return None;
                 }
-                entry.mark.store(mark.0, Ordering::Release);
                 let pending = word.pending();
-                entry.word.store(pending.0, Ordering::Release);
+                entry.give(mark, pending);
                 let done = self.activate(entry, pending, now, decide);
                 drop(head);
                 return done;
@@ -311,7 +385,7 @@ impl Set {
     }
 
     /// Charges the floor, unless that cannot be told from a charge the key's entry does not know of.
-    fn overflow(&self, mark: Mark, decide: &impl Fn(u64) -> Option<u64>) -> Option<Result<Charged, u64>> {
+    fn overflow(self, mark: Mark, decide: &impl Fn(u64) -> Option<u64>) -> Option<Result<Charged, u64>> {
         let floor = self.floor();
         let Some(time) = decide(floor.time()) else { return Some(Err(floor.time())) };
         let charged = floor.at(time);
@@ -327,39 +401,42 @@ impl Set {
         None
     }
 
-    /// The entry to give away: the one that was over first, else one that says no more than the floor.
+    /// The entry to give away: of those in front, else of those behind, the one that was over first, or says no more than
+    /// the floor.
     ///
     /// Only guests go for the second reason. Without it a set that overflowed once would stay full: newcomers start at the
     /// floor, and so live long. With it for all, strangers could displace a caller in debt.
-    fn victim(&self, mark: Mark, now: u64) -> Option<(&Entry, Word)> {
+    fn victim(self, now: u64) -> Option<(Entry<'a>, Word)> {
         let floor = self.floor().time();
-        let over = |entry| {
-            let word = Entry::word(entry);
-            let over = word.time() <= now || word.state() == GUEST && word.time() <= floor;
+        let over = |entry: Entry<'a>| {
+            let word = entry.read();
+            // Whoever gets the entry starts one later than it ends.
+            let over = word.time() < now || word.state() == GUEST && word.time() <= floor;
             over.then_some((entry, word))
         };
-        self.beginning_at(mark).filter_map(over).min_by_key(|(_, word)| word.time())
+        let in_front = self.front.group.entries().filter_map(over).min_by_key(|(_, word)| word.time());
+        in_front.or_else(|| self.behind().filter_map(over).min_by_key(|(_, word)| word.time()))
     }
 
-    fn take_head(&self) -> Option<Head<'_>> {
+    fn take_head(self) -> Option<Head<'a>> {
         for _ in 0..=PATIENCE {
-            if self.head.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
-                return Some(Head(&self.head));
+            if self.back.head.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+                return Some(Head(&self.back.head));
             }
             std::hint::spin_loop();
         }
         None
     }
 
-    fn floor(&self) -> Word {
-        Word(self.floor.load(Ordering::Acquire))
+    fn floor(self) -> Word {
+        Word(self.back.floor.load(Ordering::Acquire))
     }
 
-    fn replace_floor(&self, old: Word, new: Word) -> bool {
-        self.floor.compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    fn replace_floor(self, old: Word, new: Word) -> bool {
+        self.back.floor.compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
-    fn raise(&self, time: u64) {
+    fn raise(self, time: u64) {
         loop {
             let floor = self.floor();
             if self.replace_floor(floor, floor.next_version().at(time.max(floor.time()))) {
@@ -369,15 +446,43 @@ impl Set {
     }
 }
 
+// === impl Group ===
+
+impl Group {
+    fn new() -> Self {
+        Self {
+            words: std::array::from_fn(|_| AtomicU64::new(0)),
+            low: std::array::from_fn(|_| AtomicU32::new(0)),
+            high: std::array::from_fn(|_| AtomicU16::new(0)),
+        }
+    }
+
+    fn entries(&self) -> impl Iterator<Item = Entry<'_>> {
+        (0..GROUP).map(|i| Entry { word: &self.words[i], low: &self.low[i], high: &self.high[i] })
+    }
+}
+
 // === impl Entry ===
 
-impl Entry {
-    fn word(&self) -> Word {
+impl Entry<'_> {
+    fn read(self) -> Word {
         Word(self.word.load(Ordering::Acquire))
     }
 
-    fn replace(&self, old: Word, new: Word) -> bool {
+    fn tag(self) -> (u32, u16) {
+        (self.low.load(Ordering::Acquire), self.high.load(Ordering::Acquire))
+    }
+
+    fn replace(self, old: Word, new: Word) -> bool {
         self.word.compare_exchange(old.0, new.0, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// Publishes an entry that was moving as that key's.
+    fn give(self, mark: Mark, word: Word) {
+        let (low, high) = mark.tag();
+        self.low.store(low, Ordering::Release);
+        self.high.store(high, Ordering::Release);
+        self.word.store(word.0, Ordering::Release);
     }
 }
 

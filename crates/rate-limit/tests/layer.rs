@@ -283,7 +283,7 @@ async fn ten_thousand_strangers_do_not_displace_a_caller_in_debt() {
     }
     assert_eq!(status(&service, from("192.0.2.1")).await, 429);
     let stats = layer.handle().stats();
-    assert_eq!((stats.live, stats.places, stats.bytes), (375, 375, 6400));
+    assert_eq!((stats.live, stats.places, stats.bytes), (400, 400, 6400));
     assert!(stats.overflowed > 0 && stats.overflowing == stats.buckets, "{stats:?}");
 }
 

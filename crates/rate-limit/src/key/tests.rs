@@ -2,7 +2,7 @@
 
 use super::*;
 use http::{HeaderValue, Request, header};
-use portcullis_core::{PeerAddress, Proof};
+use portcullis_core::{Carried, Proof};
 use std::net::SocketAddr;
 
 fn bytes(key: &impl Key, request: &Request<()>) -> (bool, Vec<u8>) {

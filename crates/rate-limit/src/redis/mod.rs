@@ -17,8 +17,9 @@ use self::leases::Local;
 use self::question::{Ask, Taken};
 use self::shared::Shared;
 use crate::Error;
+use crate::charge::Entered;
 use crate::key::RequestHead;
-use crate::limiter::{Begun, Entered, Limiter, Limits};
+use crate::limiter::{Begun, Limiter, Limits};
 use crate::table::Mark;
 
 /// How long a request waits for the store, unless told otherwise.
@@ -196,7 +197,7 @@ impl RedisStore {
                 taken.asks.push(ask);
                 continue;
             }
-            limiter.counters.add(ask.mark, |stripe| &stripe.refused);
+            limiter.counters.add(|stripe| &stripe.refused);
             return Begun::Decided(Err(limiter.refuse(ask.refusal(until.since(now)))));
         }
         if !taken.asks.iter().any(|ask| matches!(ask.local, Local::Ask(_) | Local::Wait)) {

@@ -73,7 +73,7 @@ impl Taken {
                     && !ask.limit.is_shadow()
                 {
                     count(&shared.counts.remembered);
-                    self.limiter.counters.add(ask.mark, |stripe| &stripe.refused);
+                    self.limiter.counters.add(|stripe| &stripe.refused);
                     return Err(ask.refusal(until.since(now)));
                 }
             }
@@ -123,10 +123,10 @@ impl Taken {
                 continue;
             }
             if ask.limit.is_shadow() {
-                self.limiter.counters.add(ask.mark, |stripe| &stripe.shadowed);
+                self.limiter.counters.add(|stripe| &stripe.shadowed);
                 continue;
             }
-            self.limiter.counters.add(ask.mark, |stripe| &stripe.refused);
+            self.limiter.counters.add(|stripe| &stripe.refused);
             let refusal = ask.refusal(again.unwrap_or_default());
             if worst.as_ref().is_none_or(|worst| refusal.wait > worst.wait) {
                 worst = Some(refusal);
@@ -143,7 +143,9 @@ impl Taken {
         self.kept = true;
         let limiter = &self.limiter;
         let mut admission = Admission::default();
-        admission.holdings.extend(std::mem::take(&mut self.places).into_iter().map(Holding::Place));
+        for place in std::mem::take(&mut self.places) {
+            admission.kept().holdings.push(Holding::Place(place));
+        }
         let mut replies = replies.iter();
         for ask in &self.asks {
             let (lease, ahead) = match ask.local {
@@ -155,7 +157,7 @@ impl Taken {
                 }
                 // A shadow that refused.
                 Local::Refused { .. } => {
-                    limiter.counters.add(ask.mark, |stripe| &stripe.shadowed);
+                    limiter.counters.add(|stripe| &stripe.shadowed);
                     continue;
                 }
                 Local::Ask(_) | Local::Wait => match replies.next() {
@@ -163,15 +165,15 @@ impl Taken {
                     reply => (None, reply.map_or(Duration::ZERO, |reply| from_ticks(reply.ahead))),
                 },
             };
-            limiter.counters.add(ask.mark, |stripe| &stripe.admitted);
+            limiter.counters.add(|stripe| &stripe.admitted);
             if limiter.fields.are_on_every_response() {
                 let remaining = ask.cell.remaining((now + ahead).as_nanos(), now.as_nanos());
-                admission.standings.push(Standing::of_rate(ask.limit.shared_name(), ask.rate, remaining, ahead));
+                admission.kept().standings.push(Standing::of_rate(ask.limit.shared_name(), ask.rate, remaining, ahead));
             }
             if let Some(settle) = ask.limit.settlement() {
                 let (store, key) = (self.store.clone(), self.store.shared.key(&ask.key));
                 let (mark, interval, units, settle) = (ask.mark, ticks(ask.cell.interval), ask.units, settle.clone());
-                admission.holdings.push(Holding::Stored { store, mark, key, interval, units, lease, settle });
+                admission.kept().holdings.push(Holding::Stored { store, mark, key, interval, units, lease, settle });
             }
         }
         admission
@@ -196,11 +198,11 @@ impl Taken {
             let charged = table.charge(ask.mark, time, |debt| Cell::charge(debt, time, cost_here, window));
             let Err(debt) = charged else { continue };
             if ask.limit.is_shadow() {
-                self.limiter.counters.add(ask.mark, |stripe| &stripe.shadowed);
+                self.limiter.counters.add(|stripe| &stripe.shadowed);
                 continue;
             }
             self.asks.iter().take(done).for_each(|before| table.refund(before.mark, cost(before)));
-            self.limiter.counters.add(ask.mark, |stripe| &stripe.refused);
+            self.limiter.counters.add(|stripe| &stripe.refused);
             let wait = Cell::wait(debt, time, cost_here, window).unwrap_or_default();
             return Err(self.limiter.refuse(ask.refusal(wait)));
         }

@@ -15,7 +15,7 @@ fn model(preemptions: usize, check: impl Fn() + Sync + Send + 'static) {
 }
 
 /// Charges one unit of a burst of `burst`; whether it was admitted.
-fn take(set: &Set, key: u64, now: u64, burst: u64) -> bool {
+fn take(set: Set<'_>, key: u64, now: u64, burst: u64) -> bool {
     let decide = |time| Cell::charge(time, now, COST, burst * COST);
     loop {
         if let Some(done) = set.charge(Mark(key), now, &decide).or_else(|| set.admit(Mark(key), now, &decide)) {
@@ -25,12 +25,12 @@ fn take(set: &Set, key: u64, now: u64, burst: u64) -> bool {
     }
 }
 
-fn together(set: &Arc<Set>, tasks: Vec<Box<dyn FnOnce(&Set) -> bool + Send>>) -> usize {
+fn together(sets: &Arc<Sets>, tasks: Vec<Box<dyn FnOnce(Set<'_>) -> bool + Send>>) -> usize {
     let threads: Vec<_> = tasks
         .into_iter()
         .map(|task| {
-            let set = set.clone();
-            loom::thread::spawn(move || task(&set))
+            let sets = sets.clone();
+            loom::thread::spawn(move || task(sets.at(0)))
         })
         .collect();
     threads.into_iter().map(|thread| usize::from(thread.join().unwrap())).sum()
@@ -39,47 +39,51 @@ fn together(set: &Arc<Set>, tasks: Vec<Box<dyn FnOnce(&Set) -> bool + Send>>) ->
 #[test]
 fn loom_a_new_key_gets_one_entry() {
     model(3, || {
-        let set = Arc::new(Set::new());
-        let admitted = together(&set, vec![Box::new(|set| take(set, 1, 100, 1)), Box::new(|set| take(set, 1, 100, 1))]);
+        let sets = Arc::new(Sets::new(1));
+        let set = sets.at(0);
+        let admitted =
+            together(&sets, vec![Box::new(|set| take(set, 1, 100, 1)), Box::new(|set| take(set, 1, 100, 1))]);
         // None, if one charges the floor and the other inherits that: a race may cost a newcomer, never gain.
-        assert!(admitted + usize::from(take(&set, 1, 100, 1)) <= 1);
+        assert!(admitted + usize::from(take(set, 1, 100, 1)) <= 1);
     });
 }
 
 #[test]
 fn loom_a_key_that_loses_its_entry_loses_no_debt() {
     model(3, || {
-        let set = Arc::new(Set::new());
-        // Both entries are over at 110; one of the two others takes the place of 1, and so does perhaps the other.
-        assert!(take(&set, 1, 100, 1) && take(&set, 2, 100, 1));
+        let sets = Arc::new(Sets::new(1));
+        let set = sets.at(0);
+        // Both entries are over at 111; one of the two others takes the place of 1, and so does perhaps the other.
+        assert!(take(set, 1, 100, 1) && take(set, 2, 100, 1));
         let admitted = together(
-            &set,
+            &sets,
             vec![
-                Box::new(|set| take(set, 1, 110, 1)),
+                Box::new(|set| take(set, 1, 111, 1)),
                 Box::new(|set| {
-                    take(set, 3, 110, 1);
-                    take(set, 4, 110, 1);
+                    take(set, 3, 111, 1);
+                    take(set, 4, 111, 1);
                     false
                 }),
             ],
         );
-        assert!(admitted + usize::from(take(&set, 1, 110, 1)) <= 1);
+        assert!(admitted + usize::from(take(set, 1, 111, 1)) <= 1);
     });
 }
 
 #[test]
 fn loom_a_late_clock_does_not_bring_a_debt_to_be_forgotten() {
     model(3, || {
-        let set = Arc::new(Set::new());
-        assert!(take(&set, 1, 100, 1) && take(&set, 2, 90, 1));
+        let sets = Arc::new(Sets::new(1));
+        let set = sets.at(0);
+        assert!(take(set, 1, 100, 1) && take(set, 2, 90, 1));
         let admitted = together(
-            &set,
+            &sets,
             vec![
                 // Read its clock at 105, when the debt of 1 was not over.
                 Box::new(|set| take(set, 1, 105, 1)),
                 Box::new(|set| {
-                    take(set, 3, 110, 1);
-                    take(set, 4, 110, 1);
+                    take(set, 3, 111, 1);
+                    take(set, 4, 111, 1);
                     false
                 }),
             ],
@@ -91,11 +95,12 @@ fn loom_a_late_clock_does_not_bring_a_debt_to_be_forgotten() {
 #[test]
 fn loom_the_shared_bucket_is_inherited() {
     model(2, || {
-        let set = Arc::new(Set::new());
+        let sets = Arc::new(Sets::new(1));
+        let set = sets.at(0);
         // One entry is in use, the other one free: of three who come, some charge the floor.
-        assert!(take(&set, 2, 100, 1));
+        assert!(take(set, 2, 100, 1));
         let admitted = together(
-            &set,
+            &sets,
             vec![
                 Box::new(|set| take(set, 1, 105, 2)),
                 Box::new(|set| {
@@ -105,25 +110,26 @@ fn loom_the_shared_bucket_is_inherited() {
                 Box::new(|set| take(set, 1, 105, 2)),
             ],
         );
-        assert!(admitted + usize::from(take(&set, 1, 105, 2)) <= 2);
+        assert!(admitted + usize::from(take(set, 1, 105, 2)) <= 2);
     });
 }
 
 #[test]
 fn loom_a_refund_meets_no_other_key() {
     model(3, || {
-        let set = Arc::new(Set::new());
-        assert!(take(&set, 1, 100, 2) && take(&set, 2, 100, 1));
-        let other = set.clone();
+        let sets = Arc::new(Sets::new(1));
+        let set = sets.at(0);
+        assert!(take(set, 1, 100, 2) && take(set, 2, 100, 1));
+        let other = sets.clone();
         let refund = loom::thread::spawn(move || {
-            while let Some((entry, word)) = other.find(Mark(1)) {
+            while let Some((entry, word)) = other.at(0).find(Mark(1)) {
                 if word.state() == PENDING || entry.replace(word, word.earlier(COST)) {
                     break;
                 }
             }
         });
-        let newcomer = take(&set, 3, 110, 1);
+        let newcomer = take(set, 3, 111, 1);
         refund.join().unwrap();
-        assert!(!(newcomer && take(&set, 3, 110, 1)), "the refund went to 3");
+        assert!(!(newcomer && take(set, 3, 111, 1)), "the refund went to 3");
     });
 }

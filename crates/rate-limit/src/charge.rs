@@ -1,0 +1,279 @@
+//! Several limits on one request: all of them are charged, or none.
+
+use std::cell::Cell as Remembered;
+use std::time::Duration;
+
+use crate::answer::{Refusal, Standing, Wait};
+use crate::held::Holding;
+use crate::key::{KeyBytes, RequestHead};
+use crate::limit::{Limit, Quantity};
+use crate::limiter::{Admission, Limiter, Limits};
+use crate::rate::{Cell, Rate};
+use crate::table::Mark;
+
+/// What a concurrency limit did.
+#[cfg(feature = "redis")]
+pub(crate) enum Entered {
+    In(Mark),
+    Full(Refusal),
+    /// It is none, or a shadow.
+    NotLimited,
+}
+
+/// What one limit is asked.
+struct Ask<'a> {
+    limit: &'a Limit,
+    mark: Mark,
+    what: What,
+}
+
+#[derive(Clone, Copy)]
+enum What {
+    Charge { rate: Rate, cell: Cell, units: u32, window: u64 },
+    Place { max: u32 },
+}
+
+/// One limit of a request, and those before it: a list on the stack, whatever their number.
+struct Link<'a> {
+    ask: Ask<'a>,
+    done: Remembered<Done>,
+    before: Option<&'a Self>,
+}
+
+/// What was done for an [`Ask`].
+#[derive(Clone, Copy, Default)]
+enum Done {
+    Charged {
+        overflow: bool,
+    },
+    Entered,
+    /// The limit would have refused, but is a shadow.
+    #[default]
+    Nothing,
+}
+
+// === impl Limiter ===
+
+impl Limiter {
+    /// Charges all limits, or none.
+    pub(crate) fn charge_all(&self, limits: Limits<'_>, head: &RequestHead<'_>) -> Result<Admission, Refusal> {
+        self.gather(limits, head, None)
+    }
+
+    /// Asks for the next limit on top of those before it, and decides when there is none.
+    fn gather(
+        &self,
+        mut limits: Limits<'_>,
+        head: &RequestHead<'_>,
+        before: Option<&Link<'_>>,
+    ) -> Result<Admission, Refusal> {
+        while let Some((limit, own)) = limits.next() {
+            if let Some(ask) = self.ask(limit, own.then_some(limits.route()), head) {
+                let link = Link { ask, done: Remembered::default(), before };
+                return self.gather(limits, head, Some(&link));
+            }
+        }
+        let Some(last) = before else { return Ok(Admission::default()) };
+        let now = self.clock.now();
+        let delay = self.delay.as_ref().map_or(0, |delay| delay.longest_for(head, now));
+        let now = now.as_nanos();
+        if last.before.is_some() {
+            // First a look, so that a limit which refuses costs the others nothing, not even for a moment.
+            self.foresee(last, now, delay)?;
+        }
+        self.take(last, now, delay)
+    }
+
+    /// The refusal with the longest wait, if one of the limits refuses now.
+    fn foresee(&self, last: &Link<'_>, now: u64, delay: u64) -> Result<(), Refusal> {
+        let mut worst: Option<Refusal> = None;
+        for Link { ask, .. } in last.and_before() {
+            let refusal = match ask.what {
+                _ if ask.limit.is_shadow() => None,
+                What::Place { max } => {
+                    let inside = self.in_flight().count(ask.mark);
+                    (inside >= max).then(|| ask.refusal(u64::from(inside), now))
+                }
+                What::Charge { cell, units, window, .. } => {
+                    let time = self.table.peek(ask.mark);
+                    let admitted = Cell::charge(time, now, cell.cost(units), window.saturating_add(delay));
+                    admitted.is_none().then(|| ask.refusal(time, now))
+                }
+            };
+            if let Some(refusal) = refusal
+                && worst.as_ref().is_none_or(|worst| refusal.wait > worst.wait)
+            {
+                worst = Some(refusal);
+            }
+        }
+        worst.map_or(Ok(()), |worst| Err(self.refused(worst)))
+    }
+
+    /// Charges each limit; gives back if one of them refuses.
+    fn take(&self, last: &Link<'_>, now: u64, delay: u64) -> Result<Admission, Refusal> {
+        let mut admission = Admission::default();
+        for link in last.and_before() {
+            match self.take_one(&link.ask, now, delay, &mut admission) {
+                Ok(done) => link.done.set(done),
+                Err(refusal) => {
+                    last.and_before().take_while(|other| !std::ptr::eq(*other, link)).for_each(|other| {
+                        self.give_back(other);
+                    });
+                    return Err(self.refused(refusal));
+                }
+            }
+        }
+        for link in last.and_before() {
+            self.remember(link, now, &mut admission);
+        }
+        if let Some(kept) = &mut admission.0 {
+            kept.standings.reverse();
+        }
+        Ok(admission)
+    }
+
+    fn take_one(&self, ask: &Ask<'_>, now: u64, delay: u64, admission: &mut Admission) -> Result<Done, Refusal> {
+        let tell = self.fields.are_on_every_response();
+        let done = match ask.what {
+            What::Place { max } => self
+                .in_flight()
+                .enter(ask.mark, max)
+                .map(|inside| {
+                    if tell {
+                        admission.kept().standings.push(ask.standing(u64::from(inside), now));
+                    }
+                    Done::Entered
+                })
+                .map_err(u64::from),
+            What::Charge { cell, units, window, .. } => {
+                let furthest = if ask.limit.is_shadow() { window } else { window.saturating_add(delay) };
+                let cost = cell.cost(units);
+                self.table.charge(ask.mark, now, |time| Cell::charge(time, now, cost, furthest)).map(|charged| {
+                    let wait = Duration::from_nanos(charged.time.saturating_sub(now).saturating_sub(window));
+                    if !wait.is_zero() {
+                        admission.wait(wait, || ask.refusal(charged.time.saturating_sub(cost), now));
+                    }
+                    if tell {
+                        admission.kept().standings.push(ask.standing(charged.time, now));
+                    }
+                    Done::Charged { overflow: charged.overflow }
+                })
+            }
+        };
+        match done {
+            Err(_) if ask.limit.is_shadow() => Ok(Done::Nothing),
+            done => done.map_err(|found| ask.refusal(found, now)),
+        }
+    }
+
+    /// All limits admit: what this one has to remember.
+    fn remember(&self, link: &Link<'_>, now: u64, admission: &mut Admission) {
+        let Link { ask, done, .. } = link;
+        match (ask.what, done.get()) {
+            (_, Done::Nothing) => return self.counters.add(|stripe| &stripe.shadowed),
+            (What::Charge { cell, units, .. }, Done::Charged { overflow }) => {
+                let (mark, interval, settle) = (ask.mark, cell.interval, ask.limit.settlement().cloned());
+                if settle.is_some() || admission.waits() {
+                    admission.kept().holdings.push(Holding::Charge { mark, interval, units, at: now, settle });
+                }
+                if overflow {
+                    self.counters.add(|stripe| &stripe.overflowed);
+                }
+            }
+            _ => admission.kept().holdings.push(Holding::Place(ask.mark)),
+        }
+        self.counters.add(|stripe| &stripe.admitted);
+    }
+
+    fn give_back(&self, link: &Link<'_>) {
+        match (link.ask.what, link.done.get()) {
+            (What::Charge { cell, units, .. }, Done::Charged { .. }) => {
+                self.table.refund(link.ask.mark, cell.cost(units));
+            }
+            (What::Place { .. }, Done::Entered) => self.in_flight().leave(link.ask.mark),
+            _ => {}
+        }
+    }
+
+    fn refused(&self, refusal: Refusal) -> Refusal {
+        self.counters.add(|stripe| &stripe.refused);
+        refusal
+    }
+
+    /// Enters a concurrency limit.
+    #[cfg(feature = "redis")]
+    pub(crate) fn enter(&self, limit: &Limit, route: Option<&str>, head: &RequestHead<'_>) -> Entered {
+        if limit.charge(head).is_some() {
+            return Entered::NotLimited;
+        }
+        let Some(ask) = self.ask(limit, route, head) else { return Entered::NotLimited };
+        let What::Place { max } = ask.what else { return Entered::NotLimited };
+        match self.in_flight().enter(ask.mark, max) {
+            Ok(_) => {
+                self.counters.add(|stripe| &stripe.admitted);
+                Entered::In(ask.mark)
+            }
+            Err(_) if limit.is_shadow() => {
+                self.counters.add(|stripe| &stripe.shadowed);
+                Entered::NotLimited
+            }
+            Err(inside) => Entered::Full(self.refused(ask.refusal(u64::from(inside), 0))),
+        }
+    }
+
+    /// What `limit` is asked for this request; nothing if it does not count.
+    fn ask<'a>(&self, limit: &'a Limit, route: Option<&str>, head: &RequestHead<'_>) -> Option<Ask<'a>> {
+        let what = match limit.quantity(head) {
+            Quantity::Concurrent(max) => What::Place { max: max.get() },
+            Quantity::Rate(rate, cell) => {
+                let units = limit.units(head);
+                What::Charge { rate, cell, units: (units > 0).then_some(units)?, window: limit.window(cell, head) }
+            }
+        };
+        let mut key = KeyBytes::new();
+        self.write_key(limit, route, head, &mut key);
+        let mark = self.table.mark(limit.span(), key.bytes());
+        if let What::Charge { .. } = what {
+            self.table.touch(mark);
+        }
+        Some(Ask { limit, mark, what })
+    }
+}
+
+// === impl Ask ===
+
+impl Ask<'_> {
+    /// A refusal because of an arrival time, or of so many inside.
+    fn refusal(&self, found: u64, now: u64) -> Refusal {
+        let wait = match self.what {
+            What::Place { .. } => Wait::ForAnother,
+            What::Charge { cell, units, window, .. } => {
+                Cell::wait(found, now, cell.cost(units), window).map_or(Wait::Never, Wait::For)
+            }
+        };
+        let mut standing = self.standing(found, now);
+        if let Wait::For(wait) = wait {
+            standing.reset = Some(wait);
+        }
+        Refusal { standing, wait }
+    }
+
+    fn standing(&self, found: u64, now: u64) -> Standing {
+        let name = self.limit.shared_name();
+        match self.what {
+            What::Place { max } => Standing::of_concurrency(name, max, u32::try_from(found).unwrap_or(u32::MAX)),
+            What::Charge { rate, cell, .. } => {
+                let reset = Duration::from_nanos(found.saturating_sub(now));
+                Standing::of_rate(name, rate, cell.remaining(found, now), reset)
+            }
+        }
+    }
+}
+
+// === impl Link ===
+
+impl Link<'_> {
+    fn and_before(&self) -> impl Iterator<Item = &Self> {
+        std::iter::successors(Some(self), |link| link.before)
+    }
+}
