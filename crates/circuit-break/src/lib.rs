@@ -64,6 +64,43 @@
 //! calls has failed, there is nothing to count. Put a timeout below it, and a [`Bulkhead`] above it. It does not count what
 //! succeeds unless a window needs to know; how many requests an endpoint got is counted by the endpoint.
 //!
+//! # What it costs, beside others
+//!
+//! Nanoseconds over a bare call that takes 12 (request, response, and body read to its end), on a noisy virtual machine of two
+//! cores; one reading of the clock is 34 of them. `cargo bench -p portcullis-circuit-break --bench call` prints them anew.
+//! Neither peer sees the body; failsafe does not see the response either.
+//!
+//! | admitted | this | failsafe | tower-resilience |
+//! |---|---|---|---|
+//! | failures in a row | 49 | 18 | 231 |
+//! | window of calls | 58 | | 233 |
+//! | window of time, clock apart | 62 | 79, with a clock | |
+//! | the decision to refuse | 35 | 30 | 149, an error |
+//!
+//! No allocation, and up to 280 bytes for each endpoint, a window of time with its ten buckets included. All calls successful at
+//! one breaker, nanoseconds a call with one thread, then two: 67 and 71 to 88; failsafe 32 and 120 to 157; tower-resilience 247
+//! and 400 to 800. What is left of a call is mostly the hold on what the layer shares, and moving the response.
+//!
+//! # What was tried on it
+//!
+//! * Every interleaving of two and three threads under loom, without a bound on preemptions: seven models of the breaker
+//!   with its gate in 5 s, eight of the gate alone in 51 s.
+//! * Random histories (admit, succeed, fail, ignore, drop, late results, jumps of the clock, modes, another mover) against a
+//!   naive model: a thousand in each test run, and a million by the command in the README.
+//! * What went wrong in other breakers, each as a test by its name: `tests/known_bugs.rs` and `tests/bulkhead.rs`.
+//! * Three backends over sockets under 200 calls a second for 15 s: one hangs from the third second to the ninth, one
+//!   answers 500 every other second, one is fine. `cargo run --release --example recovery`:
+//!
+//! | stack | client errors | the hanging one left alone after |
+//! |---|---|---|
+//! | no breaker | 28.9 % | never |
+//! | breaker | 2.0 % | 0.32 s |
+//! | no breaker, a second attempt | 12.9 % | never |
+//! | breaker, a second attempt | 0.20 % | 0.30 s |
+//!
+//! An endpoint may take 250 ms to its head there, so nothing can be known sooner; it has its traffic back with the first
+//! probe after the open time, at most 2 s and its jitter: 2.5 s after it was well, as measured.
+//!
 //! # When things fail
 //!
 //! | what | the request gets |
