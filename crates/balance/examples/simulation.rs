@@ -1,7 +1,7 @@
 //! How good the policies are: a seeded simulation of servers behind balancers, run through the layer itself.
 //!
-//! `cargo run --release -p portcullis-balance --example simulation`, or of it only the tables named after `--`: `even`,
-//! `uneven`, `fails`, `gateways`, `weights`, `hashes`
+//! `cargo run --release -p portcullis-balance --example simulation`, whose output is the crate's `simulation.md`; named after
+//! `--`, only some of its tables: `even`, `uneven`, `fails`, `gateways`, `weights`, `hashes`
 //!
 //! Times are in units of the mean service time. Each server works off its queue one by one; service times are exponential
 //! and requests arrive at random (M/M/1 behind each policy). The same seed gives the same table.
