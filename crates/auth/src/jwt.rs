@@ -263,7 +263,10 @@ impl Authenticate for Jwt {
             Err(denied) => return Attempt::Now(Err(denied)),
         };
         let now = self.0.wall.since_epoch();
-        let tag = self.0.cache.as_ref().and_then(|cache| cache.tag(self.0.version, token));
+        let tag = match &self.0.cache {
+            Some(cache) if token::may_be_one(token) => cache.tag(self.0.version, token),
+            _ => None,
+        };
         if let (Some(cache), Some(tag)) = (&self.0.cache, tag)
             && let Some((identity, certificate)) = cache.find(tag, now)
         {

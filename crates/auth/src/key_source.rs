@@ -188,6 +188,9 @@ impl KeySource {
         loop {
             // Whichever comes first: it is time, or somebody asks.
             let _ = tokio::time::timeout(next, refresh.wanted()).await;
+            if refresh.is_failing() {
+                self.expire(&shared, refresh, &mut seen);
+            }
             refresh.begin();
             match self.read_into(&shared, &mut seen).await {
                 Ok(lifetime) => {
@@ -197,14 +200,25 @@ impl KeySource {
                 }
                 Err(error) => {
                     tracing::warn!(source = %self, %error, keys = shared.len(), "keys could not be read");
-                    if refresh.age().is_some_and(|age| age > self.max_stale) && shared.replace(Vec::new()) {
-                        tracing::error!(source = %self, "keys are too old to be used any longer");
-                        seen = None;
-                    }
-                    next = pause.mul_f64(1.0 + fastrand::f64() / 2.0);
+                    let left = self.expire(&shared, refresh, &mut seen);
+                    next = left.min(pause.mul_f64(1.0 + fastrand::f64() / 2.0));
                     pause = (pause * 2).min(MIN_LIFETIME);
                     refresh.done(false);
                 }
+            }
+        }
+    }
+
+    /// Gives keys up that could not be read again for too long. How long the others still have.
+    fn expire(&self, shared: &Shared, refresh: &Refresh, seen: &mut Option<[u8; 32]>) -> Duration {
+        match refresh.age().and_then(|age| self.max_stale.checked_sub(age)) {
+            Some(left) if !left.is_zero() => left,
+            _ => {
+                if shared.replace(Vec::new()) {
+                    tracing::error!(source = %self, "keys are too old to be used any longer");
+                    *seen = None;
+                }
+                Duration::MAX
             }
         }
     }
@@ -282,5 +296,29 @@ impl fmt::Display for KeySource {
 impl fmt::Debug for KeySource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("KeySource").field("place", &self.place).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::{Instant, sleep};
+
+    /// To the millisecond, though the tries in between come at chance.
+    #[tokio::test(start_paused = true)]
+    async fn keys_that_cannot_be_read_again_are_used_until_their_age_is_over() {
+        let path = std::env::temp_dir().join(format!("portcullis-{}-{}", std::process::id(), fastrand::u64(..)));
+        let secret = "A".repeat(43);
+        std::fs::write(&path, format!(r#"{{"keys":[{{"kty":"oct","alg":"HS256","k":"{secret}"}}]}}"#)).unwrap();
+        let age = Duration::from_secs(600);
+        let keys = KeySource::file(&path).max_stale(age).start().unwrap();
+        let before = Instant::now();
+        sleep(FILE_INTERVAL * 3 / 2).await;
+        std::fs::remove_file(&path).unwrap();
+        let last = before + FILE_INTERVAL;
+        tokio::time::sleep_until(last + age - Duration::from_millis(50)).await;
+        assert_eq!(keys.len(), 1);
+        tokio::time::sleep_until(last + age + Duration::from_millis(50)).await;
+        assert!(keys.is_empty());
     }
 }

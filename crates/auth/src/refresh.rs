@@ -144,8 +144,13 @@ impl Refresh {
         }
     }
 
+    /// Whether the last try was in vain.
+    pub(crate) fn is_failing(&self) -> bool {
+        self.failing.load(Ordering::Acquire)
+    }
+
     pub(crate) fn is_blind(&self) -> bool {
-        self.failing.load(Ordering::Acquire) || self.age().is_none()
+        self.is_failing() || self.age().is_none()
     }
 
     pub(crate) fn freshness(&self) -> Freshness {
