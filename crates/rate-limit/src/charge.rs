@@ -75,7 +75,7 @@ impl Limiter {
         }
         let Some(last) = before else { return Ok(Admission::default()) };
         let now = self.clock.now();
-        let delay = self.delay.as_ref().map_or(0, |delay| delay.longest_for(head, now));
+        let delay = self.delay_of(head, now);
         let now = now.as_nanos();
         if last.before.is_some() {
             // First a look, so that a limit which refuses costs the others nothing, not even for a moment.

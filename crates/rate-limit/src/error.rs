@@ -13,6 +13,8 @@ enum Kind {
     Url,
     #[cfg(feature = "redis-tls")]
     Provider,
+    #[cfg(feature = "redis-tls")]
+    Authorities,
 }
 
 // === impl Error ===
@@ -30,6 +32,18 @@ impl Error {
     #[cfg(feature = "redis-tls")]
     pub(crate) const fn provider() -> Self {
         Self(Kind::Provider)
+    }
+
+    #[cfg(feature = "redis-tls")]
+    pub(crate) const fn authorities() -> Self {
+        Self(Kind::Authorities)
+    }
+
+    /// What should hold the certificates of authorities holds none.
+    #[cfg(feature = "redis-tls")]
+    #[must_use]
+    pub const fn is_authorities(&self) -> bool {
+        matches!(self.0, Kind::Authorities)
     }
 
     /// The store wants TLS, and the process has no default provider of rustls.
@@ -60,6 +74,8 @@ impl fmt::Display for Error {
             // The URL may hold a password.
             #[cfg(feature = "redis")]
             Kind::Url => f.write_str("the store's url is not one of redis"),
+            #[cfg(feature = "redis-tls")]
+            Kind::Authorities => f.write_str("the store's authorities are no certificates in pem"),
             #[cfg(feature = "redis-tls")]
             Kind::Provider => f.write_str("tls to the store needs a default crypto provider of rustls"),
         }

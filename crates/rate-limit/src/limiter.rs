@@ -15,7 +15,7 @@ use crate::held::Holding;
 use crate::in_flight::InFlight;
 use crate::key::{Caller, Key, KeyBytes, RequestHead};
 use crate::limit::{Limit, Policy};
-use crate::rate::Rate;
+use crate::rate::{Rate, nanos};
 use crate::table::{Mark, Table};
 
 /// What all services of one layer share.
@@ -168,6 +168,17 @@ impl Limiter {
         }
     }
 
+    /// How many nanoseconds a request may wait for its turn.
+    pub(crate) fn delay_of(&self, head: &RequestHead<'_>, now: Moment) -> u64 {
+        self.delay.as_ref().map_or(0, |delay| delay.longest_for(head, now))
+    }
+
+    /// How many nanoseconds any request may wait.
+    #[cfg(feature = "redis")]
+    pub(crate) fn longest_delay(&self) -> u64 {
+        self.delay.as_ref().map_or(0, |delay| nanos(delay.longest))
+    }
+
     /// A place among those that wait, if there is one.
     pub(crate) fn wait(self: &Arc<Self>) -> Option<WaitingPlace> {
         let delay = self.delay.as_ref()?;
@@ -244,9 +255,12 @@ impl Delay {
     }
 
     /// How many nanoseconds this request may wait.
-    pub(crate) fn longest_for(&self, head: &RequestHead<'_>, now: Moment) -> u64 {
+    fn longest_for(&self, head: &RequestHead<'_>, now: Moment) -> u64 {
+        if self.waiting() >= self.places {
+            return 0;
+        }
         let left = head.carried().get::<Deadline>().map_or(Duration::MAX, |deadline| deadline.0.since(now));
-        u64::try_from(self.longest.min(left).as_nanos()).unwrap_or(u64::MAX)
+        nanos(self.longest.min(left))
     }
 
     pub(crate) fn waiting(&self) -> usize {

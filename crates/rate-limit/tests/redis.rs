@@ -241,6 +241,27 @@ async fn what_a_response_cost_more_is_charged_with_the_next_question() {
 }
 
 #[tokio::test]
+async fn requests_wait_in_turn_for_a_store_too() {
+    let redis = Redis::start().await;
+    let layer = RateLimitLayer::new(Rate::per_second(n(2))).burst(n(1)).delay(Duration::from_millis(1100), 8);
+    let layer = layer.store(store(&redis));
+    let service = layer.layer(Ok200);
+    let start = Instant::now();
+    let call = async |_| (status(&service, "192.0.2.1").await, start.elapsed());
+    let answers = futures::future::join_all((0..8).map(call)).await;
+    let mut admitted: Vec<Duration> = answers.iter().filter(|(status, _)| *status == 200).map(|(_, at)| *at).collect();
+    admitted.sort_unstable();
+    assert!(admitted.len() >= 3 && admitted.len() < 8, "{answers:?}");
+    for (turn, at) in (0..).zip(&admitted) {
+        assert!(*at + Duration::from_millis(1) >= turn * Duration::from_millis(500), "{admitted:?}");
+    }
+    assert_eq!(layer.handle().stats().delayed, admitted.len() as u64 - 1);
+    let mut hurried = from("192.0.2.1");
+    portcullis_core::Deadline(portcullis_core::Clock::system().now()).attach(hurried.extensions_mut());
+    assert_eq!(service.oneshot(hurried).await.unwrap().status(), 429, "it would be too late");
+}
+
+#[tokio::test]
 async fn keys_expire_and_tell_nothing_of_the_caller() {
     let redis = Redis::start().await;
     let service = RateLimitLayer::new(Rate::per_second(n(100))).store(store(&redis).prefix("{p}")).layer(Ok200);

@@ -2,6 +2,8 @@
 
 mod leases;
 mod question;
+#[cfg(test)]
+mod script_tests;
 mod shared;
 
 use std::fmt;
@@ -33,7 +35,8 @@ pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
 ///
 /// One script decides, by the server's clock, with a resolution of 1/16 µs; a request's limits are charged in one round
 /// trip, all or none. In every window the fleet is admitted at most `burst + rate · time`, with two exceptions: a store that
-/// lost its memory starts anew, and one whose clock jumps forward lets leases expire early.
+/// lost its memory starts anew, and one whose clock is set forward takes that for time that passed. A clock that is set
+/// back costs nobody anything: for a key no time passes until it goes on.
 ///
 /// # Leases
 ///
@@ -54,7 +57,8 @@ pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
 ///
 /// # What it does not do
 ///
-/// Concurrency limits count in each process. Requests are not [delayed](crate::RateLimitLayer::delay). What a request
+/// Concurrency limits count in each process. A request that is [delayed](crate::RateLimitLayer::delay) has been charged, and
+/// stays so if it goes away while it waits; what a key has leased goes to those who need not wait. What a request
 /// [turned out](crate::Limit::settle) to cost more is charged with the next question to the store, whoever asks; less is given
 /// back if it was leased.
 ///
@@ -114,21 +118,41 @@ const TICKS: (u64, u64) = (16, 1000);
 
 impl RedisStore {
     /// The store at a URL such as `redis://:password@host:6379/0`, or `rediss://…` with the feature `redis-tls`, which trusts
-    /// the system's certificates and encrypts with the process's default provider of rustls. It connects when the first request comes, and again with back-off whenever it has to; the connection
-    /// lives on the runtime of that request.
+    /// the system's certificates and encrypts with the process's default provider of rustls. It connects when the first
+    /// request comes, and again with back-off whenever it has to; the connection lives on the runtime of that request.
     ///
     /// # Errors
     ///
     /// A URL that is none, or one of TLS without the feature or without a default provider of rustls.
     pub fn new(url: &str) -> Result<Self, Error> {
-        let client = Client::open(url).map_err(|_| Error::url())?;
         #[cfg(feature = "redis-tls")]
-        if url.starts_with("rediss:") && rustls::crypto::CryptoProvider::get_default().is_none() {
-            return Err(Error::provider());
+        needs_provider(url)?;
+        Ok(Self::of(Client::open(url).map_err(|_| Error::url())?))
+    }
+
+    /// The same, but over TLS it trusts only certificates that these authorities signed, given as PEM.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new), and text that holds no certificate.
+    #[cfg(feature = "redis-tls")]
+    pub fn trusting(url: &str, authorities: &[u8]) -> Result<Self, Error> {
+        use rustls::pki_types::CertificateDer;
+        use rustls::pki_types::pem::PemObject;
+
+        needs_provider(url)?;
+        let read = CertificateDer::pem_slice_iter(authorities).collect::<Result<Vec<_>, _>>();
+        if read.is_ok_and(|certificates| !certificates.is_empty()) {
+            let certificates = redis::TlsCertificates { client_tls: None, root_cert: Some(authorities.to_vec()) };
+            return Ok(Self::of(Client::build_with_tls(url, certificates).map_err(|_| Error::url())?));
         }
+        Err(Error::authorities())
+    }
+
+    fn of(client: Client) -> Self {
         let settings =
             Settings { deadline: DEFAULT_STORE_DEADLINE, on_failure: OnFailure::default(), lease: DEFAULT_LEASE };
-        Ok(Self { settings, shared: Arc::new(Shared::new(client, "{portcullis}".into(), crate::DEFAULT_CAPACITY)) })
+        Self { settings, shared: Arc::new(Shared::new(client, "{portcullis}".into(), crate::DEFAULT_CAPACITY)) }
     }
 
     /// Begins every key with this instead of `{portcullis}`. Keep something in braces: a cluster keeps keys together by
@@ -178,7 +202,7 @@ impl RedisStore {
     /// Decides here if it can, else asks.
     pub(crate) fn begin(&self, limiter: &Arc<Limiter>, mut limits: Limits<'_>, head: &RequestHead<'_>) -> Begun {
         let now = limiter.clock.now();
-        let mut taken = Taken::new(self, limiter);
+        let mut taken = Taken::new(self, limiter, limiter.delay_of(head, now));
         while let Some((limit, own)) = limits.next() {
             let route = own.then_some(limits.route());
             match limiter.enter(limit, route, head) {
@@ -242,6 +266,12 @@ impl fmt::Debug for RedisStore {
     }
 }
 
+#[cfg(feature = "redis-tls")]
+fn needs_provider(url: &str) -> Result<(), Error> {
+    let missing = url.starts_with("rediss:") && rustls::crypto::CryptoProvider::get_default().is_none();
+    if missing { Err(Error::provider()) } else { Ok(()) }
+}
+
 fn count(counter: &AtomicU64) {
     counter.fetch_add(1, Ordering::Relaxed);
 }
@@ -250,6 +280,11 @@ fn count(counter: &AtomicU64) {
 fn ticks(nanos: u64) -> u64 {
     let ticks = (u128::from(nanos) * u128::from(TICKS.0)).div_ceil(u128::from(TICKS.1));
     u64::try_from(ticks).unwrap_or(u64::MAX).min(1 << 51)
+}
+
+/// Rounded down: a request waits no longer than it may.
+fn ticks_within(nanos: u64) -> u64 {
+    ticks(nanos.saturating_sub(TICKS.1 / TICKS.0))
 }
 
 fn from_ticks(ticks: u64) -> Duration {

@@ -34,6 +34,8 @@ pub(super) struct Taken {
     pub(super) limiter: Arc<Limiter>,
     pub(super) asks: Vec<Ask>,
     pub(super) places: Vec<Mark>,
+    /// How many nanoseconds the request may wait for its turn.
+    pub(super) delay: u64,
     pub(super) kept: bool,
 }
 
@@ -50,8 +52,9 @@ pub(super) struct Reply {
 // === impl Taken ===
 
 impl Taken {
-    pub(super) fn new(store: &RedisStore, limiter: &Arc<Limiter>) -> Self {
-        Self { store: store.clone(), limiter: limiter.clone(), asks: Vec::new(), places: Vec::new(), kept: false }
+    pub(super) fn new(store: &RedisStore, limiter: &Arc<Limiter>, delay: u64) -> Self {
+        let (store, limiter) = (store.clone(), limiter.clone());
+        Self { store, limiter, asks: Vec::new(), places: Vec::new(), delay, kept: false }
     }
 
     /// Waits for leases that others are asking for, no longer than an answer of its own would be waited for.
@@ -91,7 +94,7 @@ impl Taken {
             return Ok(self.admit(&[], sent));
         }
         count(&shared.counts.round_trips);
-        let answer = tokio::time::timeout(settings.deadline, shared.invoke(settings, &self.asks)).await;
+        let answer = tokio::time::timeout(settings.deadline, shared.invoke(settings, &self.asks, self.delay)).await;
         let now = self.limiter.clock.now();
         let replies = match answer.unwrap_or_else(|_| Err("no answer in time".into())) {
             Ok(replies) => replies,
@@ -115,7 +118,9 @@ impl Taken {
                 // A tenth for clocks that run at different speeds.
                 until: sent + settings.lease * 9 / 10,
             });
-            let until = again.filter(|_| for_all).map(|again| now + again);
+            // Others may perhaps wait longer than this one.
+            let sooner = Duration::from_nanos(self.limiter.longest_delay() - self.delay);
+            let until = again.filter(|_| for_all).map(|again| (now + again).back(sooner));
             if let Some(report) = shared.leases.learn(ask.mark, given, until, now) {
                 shared.owe(ask.mark, &shared.key(&ask.key), 0, Some(report));
             }
@@ -166,6 +171,10 @@ impl Taken {
                 },
             };
             limiter.counters.add(|stripe| &stripe.admitted);
+            let wait = ahead.saturating_sub(Duration::from_nanos(ask.window));
+            if self.delay > 0 && !wait.is_zero() && !ask.limit.is_shadow() {
+                admission.wait(wait, || ask.refusal(wait));
+            }
             if limiter.fields.are_on_every_response() {
                 let remaining = ask.cell.remaining((now + ahead).as_nanos(), now.as_nanos());
                 admission.kept().standings.push(Standing::of_rate(ask.limit.shared_name(), ask.rate, remaining, ahead));

@@ -1,7 +1,8 @@
 -- Charges several limits in one step, all of them or none. Time is the server's, in ticks of 1/16 microsecond since
 -- 1,700,000,000: whole numbers that a double holds exactly until the year 2041.
 --
--- A key holds "<arrival time>[;<lease>,<ticks>,<expiry>]...": a lease is withheld from everybody else until it is reported
+-- A key holds "<arrival time>,<now>[;<lease>,<ticks>,<expiry>]...": what was written when, so that a clock that was set
+-- back takes everything back with it, and no time passes until it goes on. A lease is withheld from everybody else until it is reported
 -- or expires, and only then charged. So no window ever sees more than burst + rate * time: see the store's documentation.
 --
 -- ARGV: the life of a lease, then for each key
@@ -12,6 +13,7 @@
 --   new:              the name of the lease to give
 --   debt:             ticks to charge whatever comes of it
 --   flags:            1: a shadow, which never refuses; 2: nothing is asked, only reported and owed
+--   delay:            how much further the arrival time may be, if the request waits until its turn
 -- Reply: 1 or 0 for admitted, then for each key the units leased, the ticks the arrival time is ahead of now with all
 -- leases, the ticks until coming back makes sense, and 1 if this key would have refused.
 
@@ -22,7 +24,7 @@ local entries = {}
 local admitted = 1
 
 for i, key in ipairs(KEYS) do
-  local at = 1 + (i - 1) * 10
+  local at = 1 + (i - 1) * 11
   local entry = {
     interval = tonumber(ARGV[at + 1]),
     window = tonumber(ARGV[at + 2]),
@@ -31,6 +33,7 @@ for i, key in ipairs(KEYS) do
     batch = tonumber(ARGV[at + 5]),
     new = ARGV[at + 8],
     flags = tonumber(ARGV[at + 10]),
+    delay = tonumber(ARGV[at + 11]),
     arrival = 0,
     leases = {},
     withheld = 0,
@@ -40,9 +43,11 @@ for i, key in ipairs(KEYS) do
   local old, used = ARGV[at + 6], tonumber(ARGV[at + 7])
   local state = redis.call('GET', key)
   if state then
-    entry.arrival = tonumber(string.match(state, '^%d+')) or 0
+    local arrival, written = string.match(state, '^(%d+),(%d+)')
+    local back = math.max(0, (tonumber(written) or now) - now)
+    entry.arrival = (tonumber(arrival) or 0) - back
     for id, ticks, expiry in string.gmatch(state, ';([^,]+),(%d+),(%d+)') do
-      ticks, expiry = tonumber(ticks), tonumber(expiry)
+      ticks, expiry = tonumber(ticks), tonumber(expiry) - back
       if id == old then
         -- Whatever was used was used before now, and before it expired.
         entry.arrival = math.max(entry.arrival, math.min(now, expiry)) + math.min(used, ticks)
@@ -58,7 +63,7 @@ for i, key in ipairs(KEYS) do
   end
   entry.arrival = math.max(entry.arrival, now) + tonumber(ARGV[at + 9])
   entry.free = now + entry.window - entry.arrival - entry.withheld
-  if entry.cost > entry.free and entry.flags % 4 < 2 then
+  if entry.cost > entry.free + entry.delay and entry.flags % 4 < 2 then
     entry.refuses = 1
     if entry.flags % 2 == 0 then
       admitted = 0
@@ -72,7 +77,7 @@ for i, key in ipairs(KEYS) do
   local entry = entries[i]
   local leased, again = 0, 0
   if entry.refuses == 1 then
-    again = entry.cost - entry.free + (entry.batch - 1) * entry.interval
+    again = entry.cost - entry.free - entry.delay + (entry.batch - 1) * entry.interval
   elseif admitted == 1 then
     entry.arrival = entry.arrival + entry.cost
     local free = entry.free - entry.cost
@@ -86,13 +91,13 @@ for i, key in ipairs(KEYS) do
       entry.last = math.max(entry.last, now + life)
       free = free - ticks
     end
-    if free < entry.interval then
-      again = entry.batch * entry.interval - free
+    if free + entry.delay < entry.interval then
+      again = entry.batch * entry.interval - free - entry.delay
     end
   end
   local ahead = entry.arrival + entry.withheld - now
   if ahead > 0 then
-    local state = string.format('%.0f', entry.arrival) .. table.concat(entry.leases)
+    local state = string.format('%.0f,%.0f', entry.arrival, now) .. table.concat(entry.leases)
     -- Until everything it says is over, were all leases used as they expire.
     local over = math.max(entry.arrival, entry.last) + entry.withheld - now
     redis.call('SET', key, state, 'PX', string.format('%.0f', math.floor(over / 16000) + 1))

@@ -12,8 +12,9 @@ use sha2::{Digest, Sha256};
 
 use super::leases::{Leases, Local, Question};
 use super::question::{Ask, Reply};
-use super::{Settings, ticks};
+use super::{Settings, ticks, ticks_within};
 use crate::key::KeyBytes;
+use crate::rate::nanos;
 use crate::table::Mark;
 
 pub(super) struct Shared {
@@ -90,7 +91,8 @@ impl Shared {
         format!("{:x}.{id:x}", self.me)
     }
 
-    pub(super) async fn invoke(&self, settings: Settings, asks: &[Ask]) -> Result<Vec<Reply>, String> {
+    /// Asks about all of them, each of which may have to wait so long in nanoseconds.
+    pub(super) async fn invoke(&self, settings: Settings, asks: &[Ask], delay: u64) -> Result<Vec<Reply>, String> {
         let connection = self.connection.get_or_init(|| {
             let config = ConnectionManagerConfig::new()
                 .set_response_timeout(Some(settings.deadline.max(Duration::from_secs(1))))
@@ -100,8 +102,9 @@ impl Shared {
             ConnectionManager::new_lazy_with_config(self.client.clone(), config).ok()
         });
         let Some(mut connection) = connection.clone() else { return Err("no connection can be made".into()) };
+        let delay = ticks_within(delay);
         let mut call = self.script.prepare_invoke();
-        call.arg(ticks(u64::try_from(settings.lease.as_nanos()).unwrap_or(u64::MAX)));
+        call.arg(ticks(nanos(settings.lease)));
         let mut leases = Vec::new();
         let mut debts = self.owed_now(asks);
         for ask in asks.iter().filter(|ask| ask.is_asked()) {
@@ -121,11 +124,23 @@ impl Shared {
                 .arg(used)
                 .arg(self.lease(lease))
                 .arg(owed.map_or(0, |owed| owed.ticks))
-                .arg(u8::from(ask.limit.is_shadow()));
+                .arg(u8::from(ask.limit.is_shadow()))
+                .arg(delay);
         }
         for owed in debts.into_values() {
             let (old, used) = owed.report.map_or((String::new(), 0), |(id, used)| (self.lease(id), used));
-            call.key(owed.key).arg(1).arg(0).arg(0).arg(0).arg(1).arg(old).arg(used).arg("").arg(owed.ticks).arg(2);
+            call.key(owed.key)
+                .arg(1)
+                .arg(0)
+                .arg(0)
+                .arg(0)
+                .arg(1)
+                .arg(old)
+                .arg(used)
+                .arg("")
+                .arg(owed.ticks)
+                .arg(2)
+                .arg(0);
         }
         let numbers: Vec<i64> = call.invoke_async(&mut connection).await.map_err(|error| error.to_string())?;
         let each = numbers.get(1..).unwrap_or_default().chunks_exact(4).zip(leases).map(|(reply, lease)| {
