@@ -59,6 +59,9 @@ const PATIENCE: u32 = 0;
 /// As many keys as fill a set to a bit more than a quarter: then one set in 200,000 has more than fit.
 const KEYS_PER_SET: usize = 4;
 
+/// So many fronts, a MiB, stay in the caches next to a core.
+const NEAR: usize = 1 << 14;
+
 /// No arrival time lies beyond: nine years after the clock's origin.
 pub(crate) const END: u64 = (1 << 58) - 1;
 
@@ -181,9 +184,11 @@ impl Table {
         Mark(self.hasher.hash(key) >> 2 | u64::from(span.0) << 62 | 1)
     }
 
-    /// Has the memory of the key's front fetched, and does not wait for it.
+    /// Has the memory of the key's front fetched, and does not wait for it; nothing if that is near anyway.
     pub(crate) fn touch(&self, mark: Mark) {
-        self.set(mark).front.touched.store(0, Ordering::Relaxed);
+        if self.count > NEAR {
+            self.set(mark).front.touched.store(0, Ordering::Relaxed);
+        }
     }
 
     /// Lets `decide` make of the key's arrival time a later one; an arrival time that is over may be any that is over.

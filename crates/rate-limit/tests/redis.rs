@@ -12,7 +12,7 @@ use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use portcullis_core::{Carried, PeerAddress, Rejection};
 use portcullis_rate_limit::{
-    Everyone, Fields, Limit, OnFailure, Rate, RateLimit, RateLimitLayer, RedisStore, Settlement,
+    Everyone, Fields, Limit, OnFailure, Priority, Rate, RateLimit, RateLimitLayer, RedisStore, RequestHead, Settlement,
 };
 use portcullis_testing::{Redis, contract};
 use tokio::time::Instant;
@@ -241,6 +241,40 @@ async fn what_a_response_cost_more_is_charged_with_the_next_question() {
 }
 
 #[tokio::test]
+async fn shadows_priorities_and_new_rates_hold_with_a_store() {
+    let redis = Redis::start().await;
+    let layer = RateLimitLayer::new(Rate::per_hour(n(1))).store(store(&redis));
+    let low = |request: &RequestHead<'_>| {
+        if request.headers().contains_key("x-low") { Priority::LOW } else { Priority::CRITICAL }
+    };
+    let handle = layer.handle();
+    handle.set_limits([
+        Limit::new("calls", Rate::per_hour(n(10))).priority(low),
+        Limit::new("shadow", Rate::per_hour(n(1))).shadow(),
+    ]);
+    let service = layer.layer(Ok200);
+    let low = async || {
+        let mut request = from("192.0.2.1");
+        request.headers_mut().insert("x-low", "1".parse().unwrap());
+        service.clone().oneshot(request).await.unwrap().status().as_u16()
+    };
+    for _ in 0..5 {
+        assert_eq!(low().await, 200);
+    }
+    assert_eq!(low().await, 429, "half is left to others");
+    for _ in 0..5 {
+        assert_eq!(status(&service, "192.0.2.1").await, 200);
+    }
+    assert_eq!(handle.stats().shadowed, 9, "all but the first that were admitted");
+    assert_eq!(status(&service, "192.0.2.1").await, 429);
+    let double = Rate::new(n(20), Duration::from_secs(3600)).unwrap();
+    assert!(handle.set_rate("calls", double));
+    assert_eq!(status(&service, "192.0.2.1").await, 429, "an hour of debt stays an hour");
+    assert_eq!(status(&service, "192.0.2.2").await, 200);
+    assert_eq!(admitted(&service, "192.0.2.2", 32).await, 19);
+}
+
+#[tokio::test]
 async fn requests_wait_in_turn_for_a_store_too() {
     let redis = Redis::start().await;
     let layer = RateLimitLayer::new(Rate::per_second(n(2))).burst(n(1)).delay(Duration::from_millis(1100), 8);
@@ -248,7 +282,11 @@ async fn requests_wait_in_turn_for_a_store_too() {
     let service = layer.layer(Ok200);
     let start = Instant::now();
     let call = async |_| (status(&service, "192.0.2.1").await, start.elapsed());
-    let answers = futures::future::join_all((0..8).map(call)).await;
+    let mut hurried = from("192.0.2.1");
+    portcullis_core::Deadline(portcullis_core::Clock::system().now()).attach(hurried.extensions_mut());
+    let all = futures::future::join_all((0..8).map(call));
+    let (answers, hurried) = futures::future::join(all, service.clone().oneshot(hurried)).await;
+    assert_eq!(hurried.unwrap().status(), 429, "it would be too late");
     let mut admitted: Vec<Duration> = answers.iter().filter(|(status, _)| *status == 200).map(|(_, at)| *at).collect();
     admitted.sort_unstable();
     assert!(admitted.len() >= 3 && admitted.len() < 8, "{answers:?}");
@@ -256,9 +294,6 @@ async fn requests_wait_in_turn_for_a_store_too() {
         assert!(*at + Duration::from_millis(1) >= turn * Duration::from_millis(500), "{admitted:?}");
     }
     assert_eq!(layer.handle().stats().delayed, admitted.len() as u64 - 1);
-    let mut hurried = from("192.0.2.1");
-    portcullis_core::Deadline(portcullis_core::Clock::system().now()).attach(hurried.extensions_mut());
-    assert_eq!(service.oneshot(hurried).await.unwrap().status(), 429, "it would be too late");
 }
 
 #[tokio::test]
