@@ -153,12 +153,12 @@ impl Taken {
         }
         let mut replies = replies.iter();
         for ask in &self.asks {
-            let (lease, ahead) = match ask.local {
+            let (lease, ahead, wait) = match ask.local {
                 Local::Charged { lease, left } => {
                     count(&self.store.shared.counts.leased);
                     // As far as this process knows.
                     let ahead = ask.cell.window.saturating_sub(ask.cell.cost(left));
-                    (Some(lease), Duration::from_nanos(ahead))
+                    (Some(lease), Duration::from_nanos(ahead), Duration::ZERO)
                 }
                 // A shadow that refused.
                 Local::Refused { .. } => {
@@ -167,12 +167,15 @@ impl Taken {
                 }
                 Local::Ask(_) | Local::Wait => match replies.next() {
                     Some(reply) if reply.refuses => continue,
-                    reply => (None, reply.map_or(Duration::ZERO, |reply| from_ticks(reply.ahead))),
+                    Some(reply) => {
+                        let wait = reply.ahead.saturating_sub(ask.window_ticks());
+                        (None, from_ticks(reply.ahead), from_ticks(wait))
+                    }
+                    None => (None, Duration::ZERO, Duration::ZERO),
                 },
             };
             limiter.counters.add(|stripe| &stripe.admitted);
-            let wait = ahead.saturating_sub(Duration::from_nanos(ask.window));
-            if self.delay > 0 && !wait.is_zero() && !ask.limit.is_shadow() {
+            if !wait.is_zero() && !ask.limit.is_shadow() {
                 admission.wait(wait, || ask.refusal(wait));
             }
             if limiter.fields.are_on_every_response() {
