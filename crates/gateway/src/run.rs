@@ -181,22 +181,21 @@ fn signals(state: &Arc<State>) -> io::Result<()> {
 async fn watch(state: Arc<State>) {
     let look = || {
         let named = state.running().config.files();
-        let all = state.file().map(ToOwned::to_owned).into_iter().chain(named);
-        let about = |file: PathBuf| {
-            let about = std::fs::metadata(&file).ok();
-            (file, about.map(|about| (about.modified().ok(), about.len())))
-        };
-        all.map(about).collect::<BTreeMap<_, _>>()
+        let all = state.file.iter().cloned().chain(named);
+        // One that is gone is being written.
+        let about =
+            |file: PathBuf| std::fs::metadata(&file).ok().map(|about| (file, (about.modified().ok(), about.len())));
+        all.filter_map(about).collect::<BTreeMap<_, _>>()
     };
-    let mut seen = look();
+    // Nothing has been seen of those that are looked at for the first time: they may have changed since they were read.
+    let mut seen = BTreeMap::new();
     loop {
-        tokio::time::sleep(LOOK).await;
         let now = look();
-        // One that is gone is being written; one that was not looked at before was read just now.
-        let changed = now.iter().any(|(file, about)| about.is_some() && seen.get(file).is_some_and(|old| old != about));
-        seen.extend(now.into_iter().filter(|(_, about)| about.is_some()));
-        if changed && state.running().config.server.watch {
+        let changed = now.iter().any(|(file, about)| seen.get(file) != Some(about));
+        seen.extend(now);
+        if changed && state.running().config.server.watch && !state.is_as_the_file_says().await {
             let _ = state.reload().await;
         }
+        tokio::time::sleep(LOOK).await;
     }
 }

@@ -131,6 +131,13 @@ impl State {
         result
     }
 
+    /// Whether another reading would change nothing.
+    pub(crate) async fn is_as_the_file_says(&self) -> bool {
+        let Some(file) = self.file.clone() else { return true };
+        let loaded = tokio::task::spawn_blocking(move || Config::load(&file)).await;
+        loaded.is_ok_and(|loaded| loaded.is_ok_and(|config| config == self.running().config))
+    }
+
     fn replace(&self, config: Config) -> Result<String, String> {
         let before = self.running.load_full();
         let mut next = Running::build(config, Some(&before)).map_err(|error| error.to_string())?;

@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http::Method;
@@ -56,124 +56,6 @@ async fn the_access_log_says_what_happened_and_never_the_query() {
     assert_eq!((&line["status"], &line["service"], &line["attempts"]), (&json!(200), &json!("a"), &json!(1)));
     assert!(line["trace"].as_str().is_some_and(|trace| trace.len() == 32), "{line}");
     assert!(!log.contains("secret"));
-}
-
-#[tokio::test]
-async fn a_reload_takes_effect_at_once_and_keeps_what_did_not_change() {
-    let (one, two) = (Backend::start("one").await, Backend::start("two").await);
-    let limits = "limits.each = { rate = \"5/h\" }\nlimiter.default = [\"each\"]\n";
-    let first = file(&[("a", &[one.address()])], &format!("{limits}{ALL}"));
-    let program = Program::start(&first);
-    for _ in 0..3 {
-        assert_eq!(program.get("/").await.header("x-backend"), "one");
-    }
-    program.write(&file(
-        &[("a", &[one.address(), two.address()])],
-        &format!("{limits}{ALL}[[routes]]\npath = \"/new\"\nrespond = {{ body = \"new\" }}\n"),
-    ));
-    let answer = program.order("/reload", &json!(null)).await;
-    assert_eq!((answer.status.as_u16(), answer.text().as_str()), (200, "the file is in force\n"));
-    assert_eq!(program.get("/new").await.text(), "new");
-    // The list is followed as a registry is: a moment later.
-    let mut endpoints = json!(null);
-    for _ in 0..500 {
-        endpoints = program.ask("/endpoints").await.json();
-        if endpoints["a"]["endpoints"].as_array().is_some_and(|all| all.len() == 2) {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    assert_eq!(endpoints["a"]["endpoints"].as_array().map(Vec::len), Some(2));
-    let kept = endpoints["a"]["endpoints"].as_array().and_then(|all| all.iter().find(|one_of| one_of["requests"] == 3));
-    assert!(kept.is_some(), "the endpoint that stayed kept its counters: {endpoints}");
-    // The limit goes on counting where it was: two are left of five.
-    let mut statuses = Vec::new();
-    for _ in 0..3 {
-        statuses.push(program.get("/").await.status.as_u16());
-    }
-    assert_eq!(statuses, [200, 200, 429]);
-}
-
-#[tokio::test]
-async fn a_wrong_file_changes_nothing_and_says_why() {
-    let backend = Backend::start("one").await;
-    let program = Program::start(&file(&[("a", &[backend.address()])], ALL));
-    program.write("[[routes]]\npath = \"/\"\nto = \"b\"\n");
-    let answer = program.order("/reload", &json!(null)).await;
-    assert_eq!(answer.status, 422);
-    assert!(answer.text().contains("gateway.toml:3:6: there is no service \"b\""), "{}", answer.text());
-    program.write(&file(&[("a", &[backend.address()])], &format!("{ALL}{ALL}")));
-    let answer = program.order("/reload", &json!(null)).await;
-    assert!(answer.text().contains("two routes for"), "{}", answer.text());
-    assert_eq!(program.get("/").await.header("x-backend"), "one");
-    assert!(program.ask("/metrics").await.text().contains("portcullis_config_reloads_total{result=\"refused\"} 2"));
-    std::fs::remove_file(program.folder.join("gateway.toml")).expect("a file");
-    assert_eq!(program.order("/reload", &json!(null)).await.status, 422);
-    assert_eq!(program.get("/").await.status, 200);
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn nothing_is_lost_when_files_change_under_load() {
-    let (one, two) = (Backend::start("one").await, Backend::start("two").await);
-    let files = [
-        file(&[("a", &[one.address()])], ALL),
-        file(&[("a", &[two.address()])], ALL),
-        file(
-            &[("a", &[one.address(), two.address()])],
-            &format!("limits.each = {{ rate = \"100000/s\" }}\nlimiter.default = [\"each\"]\n{ALL}"),
-        ),
-    ];
-    let program = Program::start(&files[0]);
-    let (over, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
-    let mut clients = tokio::task::JoinSet::new();
-    for _ in 0..4 {
-        let (over, sent, gateway) = (over.clone(), sent.clone(), program.gateway);
-        clients.spawn(async move {
-            let mut lost = Vec::new();
-            while !over.load(Ordering::Relaxed) {
-                sent.fetch_add(1, Ordering::Relaxed);
-                match get(gateway, "/", &[]).await {
-                    Ok(answer) if answer.status == 200 => {}
-                    other => lost.push(format!("{other:?}")),
-                }
-            }
-            lost
-        });
-    }
-    for round in 0..30 {
-        program.write(&files[round % 3]);
-        assert_eq!(program.order("/reload", &json!(null)).await.status, 200);
-    }
-    over.store(true, Ordering::Relaxed);
-    let lost: Vec<String> = clients.join_all().await.concat();
-    let sent = sent.load(Ordering::Relaxed);
-    assert!(lost.is_empty(), "{} of {sent} lost: {}", lost.len(), lost[0]);
-    assert!(sent > 50, "only {sent} were sent");
-}
-
-#[tokio::test]
-async fn a_hangup_and_a_change_of_the_file_reload_it() {
-    let backend = Backend::start("one").await;
-    let with = |word: &str| {
-        let more = format!("{ALL}[[routes]]\npath = \"/word\"\nrespond = {{ body = \"{word}\" }}\n");
-        file(&[("a", &[backend.address()])], &more).replace("threads = 2", "threads = 2, watch = true")
-    };
-    let program = Program::start(&with("first"));
-    let until = async |word: &str| {
-        for _ in 0..500 {
-            if program.get("/word").await.text() == word {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        panic!("not {word}: {}", log(&program.folder));
-    };
-    until("first").await;
-    program.write(&with("second"));
-    program.signal("HUP");
-    until("second").await;
-    program.write(&with("the third"));
-    until("the third").await;
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@
     reason = "each test uses some of it, and what helps the tests fails with them"
 )]
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,9 @@ use portcullis_testing::process::scratch_folder;
 /// The program, as it runs.
 pub(crate) struct Program {
     pub(crate) child: Child,
+    /// The first listener by name.
     pub(crate) gateway: SocketAddr,
+    pub(crate) listeners: BTreeMap<String, SocketAddr>,
     pub(crate) admin: SocketAddr,
     pub(crate) folder: PathBuf,
 }
@@ -45,13 +48,19 @@ impl Program {
             .spawn()
             .expect("the program");
         let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
-        let mut address = |what: &str| {
+        let mut listeners = BTreeMap::new();
+        let admin = loop {
             let line = lines.next().and_then(Result::ok).unwrap_or_else(|| panic!("it ended: {}", log(&folder)));
-            let at = line.strip_prefix(what).unwrap_or_else(|| panic!("{line:?} is not {what:?}"));
-            at.split(' ').next().and_then(|at| at.parse().ok()).unwrap_or_else(|| panic!("no address in {line:?}"))
+            let at = line.split_once("://").map(|(_, at)| at.split(' ').next().unwrap_or_default().parse());
+            let Some(Ok(address)) = at else { panic!("no address in {line:?}") };
+            if line.starts_with("operators at") {
+                break address;
+            }
+            let name = line.split(['(', ')']).nth(1).unwrap_or_default();
+            listeners.insert(name.to_owned(), address);
         };
-        let (gateway, admin) = (address("listening at http://"), address("operators at http://"));
-        Self { child, gateway, admin, folder }
+        let gateway = listeners.values().next().copied().expect("a listener");
+        Self { child, gateway, listeners, admin, folder }
     }
 
     pub(crate) fn write(&self, file: &str) {
@@ -80,6 +89,22 @@ impl Program {
 
     pub(crate) async fn ask(&self, target: &str) -> Answer {
         get(self.admin, target, &[]).await.unwrap_or_else(|error| panic!("{error}: {}", log(&self.folder)))
+    }
+
+    pub(crate) async fn with(&self, headers: &[(&str, &str)]) -> Answer {
+        get(self.gateway, "/", headers).await.unwrap_or_else(|error| panic!("{error}: {}", log(&self.folder)))
+    }
+
+    /// Asks the operator's side until `is` so of its answer, ten seconds at the most.
+    pub(crate) async fn until(&self, target: &str, is: impl Fn(&Answer) -> bool) -> Answer {
+        for _ in 0..1000 {
+            let answer = self.ask(target).await;
+            if is(&answer) {
+                return answer;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("not so: {}\n{}", self.ask(target).await.text(), log(&self.folder));
     }
 
     pub(crate) async fn order(&self, target: &str, body: &serde_json::Value) -> Answer {
