@@ -78,18 +78,19 @@ impl<'a> Token<'a> {
     /// Reads the header. What is not one word cannot be read at all (RFC 6750 §3.1, `invalid_request`).
     pub(crate) fn parse(token: &'a [u8]) -> Result<Self, Denied> {
         let not_one_word = || Denied::malformed("the token is not one word");
-        let text = std::str::from_utf8(token).map_err(|_| not_one_word())?;
         // Without a way out early, so that the compiler takes many bytes at a time.
         let stray = |byte: u8| !(b'!'..=b'~').contains(&byte) | (byte == b',');
         if token.iter().fold(false, |found, byte| found | stray(*byte)) {
             return Err(not_one_word());
         }
-        let mut parts = text.split('.');
+        let mut parts = token.split(|byte| *byte == b'.');
         let (Some(header), Some(payload), Some(signature), None) =
             (parts.next(), parts.next(), parts.next(), parts.next())
         else {
             return Err(malformed());
         };
+        let text = |part| std::str::from_utf8(part).map_err(|_| not_one_word());
+        let (header, payload, signature) = (text(header)?, text(payload)?, text(signature)?);
         let parts = Parts { signed: &token[..header.len() + 1 + payload.len()], payload, signature };
         let header = base64url(header).ok_or_else(malformed)?;
         let header = json::members(&header).ok_or_else(malformed)?;
