@@ -10,7 +10,9 @@ use bytes::Bytes;
 use http::{Request, Response, header};
 use http_body_util::Full;
 use portcullis_core::{Carried, Identity, PeerAddress, Proof, Rejection, Route, TrustedProxies};
-use portcullis_rate_limit::{Everyone, Fields, Header, Limit, Policy, Priority, Rate, RateLimit, RateLimitLayer};
+use portcullis_rate_limit::{
+    Everyone, Fields, Header, Limit, Policy, Priority, Rate, RateLimit, RateLimitLayer, RequestHead,
+};
 use portcullis_testing::contract;
 use tower::{Layer, Service, ServiceExt};
 
@@ -229,6 +231,34 @@ async fn plans_give_callers_different_rates() {
     assert_eq!(status(&service, keyed("gold")).await, 429);
     assert_eq!(status(&service, keyed("tin")).await, 200);
     assert_eq!(status(&service, keyed("tin")).await, 429);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_claim_says_how_often() {
+    let quota = |request: &RequestHead<'_>| {
+        let quota = request.identity()?.claim("quota")?.as_u64()?;
+        Some(per_second(NonZeroU32::new(u32::try_from(quota).ok()?)?.get()))
+    };
+    let layer = RateLimitLayer::new(per_second(1));
+    layer.handle().set_limits([Limit::new("quota", per_second(1)).plan(quota)]);
+    let service = layer.layer(Ok200);
+    let called = |subject: &str, claims: serde_json::Value| {
+        let mut request = from("192.0.2.1");
+        let serde_json::Value::Object(claims) = claims else { unreachable!() };
+        Identity::new(subject, Proof::Jwt).with_claims(claims).attach(request.extensions_mut());
+        request
+    };
+    for (subject, claims, allowed) in [
+        ("ada", serde_json::json!({ "quota": 3 }), 3),
+        ("bob", serde_json::json!({ "quota": "three" }), 1),
+        ("eve", serde_json::json!({ "quota": 0 }), 1),
+        ("kim", serde_json::json!({}), 1),
+    ] {
+        for _ in 0..allowed {
+            assert_eq!(status(&service, called(subject, claims.clone())).await, 200, "{subject}");
+        }
+        assert_eq!(status(&service, called(subject, claims)).await, 429, "{subject}");
+    }
 }
 
 #[tokio::test(start_paused = true)]
