@@ -327,14 +327,16 @@ impl<'a> Set<'a> {
     }
 
     /// The entry of that key. Its word was read before its tag: if the word can still be replaced, the tag was right.
+    #[inline]
     fn find(self, mark: Mark) -> Option<(Entry<'a>, Word)> {
         let tag = mark.tag();
-        let of_key = |entry: Entry<'a>| {
-            let word = entry.read();
-            // The order matters: see above.
-            (entry.tag() == tag && word.state() != MOVING).then_some((entry, word))
-        };
-        self.front.group.entries().find_map(of_key).or_else(|| self.behind().find_map(of_key))
+        let in_front = self.front.group.entries().find_map(|entry| entry.if_of(tag));
+        if in_front.is_some() { in_front } else { self.find_behind(tag) }
+    }
+
+    #[inline(never)]
+    fn find_behind(self, tag: (u32, u16)) -> Option<(Entry<'a>, Word)> {
+        self.behind().find_map(|entry| entry.if_of(tag))
     }
 
     /// Charges the key's entry. `None` when it has none, or somebody else was quicker.
@@ -470,6 +472,14 @@ impl Group {
 // === impl Entry ===
 
 impl Entry<'_> {
+    /// The entry with its word, if it has that tag.
+    #[inline]
+    fn if_of(self, tag: (u32, u16)) -> Option<(Self, Word)> {
+        let word = self.read();
+        // The order matters: see above.
+        (self.tag() == tag && word.state() != MOVING).then_some((self, word))
+    }
+
     fn read(self) -> Word {
         Word(self.word.load(Ordering::Acquire))
     }
