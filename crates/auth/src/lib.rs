@@ -12,7 +12,7 @@
 //!   without peer certificates no proof succeeds that wants one.
 //! * **Cost**: a remembered token is hashed once and its identity shared, without a lock or an allocation besides the
 //!   travelling value: a quarter of a microsecond for the whole layer. One that is not remembered costs its signature and
-//!   1.5 µs; refusing garbage 0.2 to 0.9 µs, and 1.25 µs for 8 KB of it. `cargo bench -p portcullis-auth` measures them all.
+//!   1.5 µs; refusing garbage 0.2 to 0.9 µs, 8 KB of it included. `cargo bench -p portcullis-auth` measures them all.
 //!
 //! ```
 //! use std::convert::Infallible;

@@ -61,7 +61,7 @@ pub(crate) fn authorization<'a>(head: &Head<'a>, scheme: &[u8]) -> Result<&'a [u
     Ok(value)
 }
 
-/// Whether it is worth being hashed: a long one is, if it has three parts.
+/// Whether it is worth being hashed and read: a long one is, if it has three parts.
 pub(crate) fn may_be_one(token: &[u8]) -> bool {
     // In pieces whose count fits a byte, so that the compiler takes many bytes at a time.
     let dots = |piece: &[u8]| piece.iter().fold(0_u8, |dots, byte| dots + u8::from(*byte == b'.'));
@@ -83,14 +83,16 @@ impl<'a> Token<'a> {
         if token.iter().fold(false, |found, byte| found | stray(*byte)) {
             return Err(not_one_word());
         }
-        let mut parts = token.split(|byte| *byte == b'.');
+        if !may_be_one(token) {
+            return Err(malformed());
+        }
+        let text = std::str::from_utf8(token).map_err(|_| not_one_word())?;
+        let mut parts = text.split('.');
         let (Some(header), Some(payload), Some(signature), None) =
             (parts.next(), parts.next(), parts.next(), parts.next())
         else {
             return Err(malformed());
         };
-        let text = |part| std::str::from_utf8(part).map_err(|_| not_one_word());
-        let (header, payload, signature) = (text(header)?, text(payload)?, text(signature)?);
         let parts = Parts { signed: &token[..header.len() + 1 + payload.len()], payload, signature };
         let header = base64url(header).ok_or_else(malformed)?;
         let header = json::members(&header).ok_or_else(malformed)?;
