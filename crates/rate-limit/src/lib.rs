@@ -44,6 +44,22 @@
 //! would be near, some sixteenth-thousandth of all callers with the default capacity, and whoever has a place keeps it.
 //! What is forgotten is never forgiven: see the source of the table for why that holds under any interleaving.
 //!
+//! # What it costs
+//!
+//! Time over the bare service in one run beside others (`cargo bench -p portcullis-rate-limit --bench limit`), on two cores of
+//! a virtual machine; of it our clock takes 35 ns, which the second column leaves out, and theirs some 10:
+//!
+//! | | this layer | without its clock | `tower_governor` | `governor` alone |
+//! |---|---|---|---|---|
+//! | one key, by address | 124 ns | 85 ns | 41 ns | 24 ns |
+//! | one key, by identity | 127 ns | | | |
+//! | two limits | 161 ns | | | |
+//! | 100,000 keys at random | 187 ns | 152 ns | 103 ns | 234 ns (text) |
+//! | 1,000,000 keys at random | 285 ns | 250 ns | 356 ns | 589 ns (text) |
+//! | two threads beside one, distinct keys | 1.92 × | | 1.48 × | |
+//!
+//! With many keys the memory decides, and the machine's other tenants with it. No allocation for address and identity keys; 64 bytes for each key of the capacity.
+//!
 //! # Defaults
 //!
 //! | what | default | |
