@@ -2,8 +2,8 @@
 //!
 //! `cargo bench -p portcullis-balance`
 //!
-//! Except for the groups `threads` and `first pick`, a figure is the best of many short batches, which other work on the
-//! machine hardly touches.
+//! Except for the group `first pick`, a figure is the best of many short batches, which other work on the machine hardly
+//! touches.
 
 #![allow(clippy::unwrap_used, missing_docs, reason = "a bench that cannot go on panics")]
 
@@ -11,7 +11,8 @@ use std::convert::Infallible;
 use std::future::{Future, Ready, ready};
 use std::hint::black_box;
 use std::net::SocketAddr;
-use std::sync::{Arc, Barrier};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -106,6 +107,7 @@ fn picks(c: &mut Criterion) {
         for n in sizes {
             let (set, policy, request) = (endpoints(*n), Arc::new(policy()), request());
             let layer = BalanceLayer::new(policy.clone());
+            layer.prepare(&set);
             drop(layer.choose(&set, Asked::of(&request)));
             if policy.observes() {
                 let call = Call::new(Duration::from_millis(20), Outcome::Success, None, Clock::system().now());
@@ -133,58 +135,82 @@ fn picks(c: &mut Criterion) {
     c.bench_function("clock", |b| best(b, || assert!(black_box(Clock::system().now()) > Moment::MIN)));
 }
 
-/// The time of one pick while so many threads pick at once.
+/// The time of one pick while so many threads pick at once: among the same endpoints, or, to see what the machine can, each
+/// among its own.
 fn threads(c: &mut Criterion) {
-    fn one<P: Pick>(c: &mut Criterion, name: &str, policy: P) {
-        let mut group = c.benchmark_group(format!("threads/{name}"));
-        let (set, layer) = (endpoints(1000), BalanceLayer::new(policy));
-        for threads in [1_u64, 2] {
-            group.throughput(Throughput::Elements(threads));
-            group.bench_function(BenchmarkId::from_parameter(threads), |b| {
-                b.iter_custom(|rounds| {
-                    let barrier = Barrier::new(threads as usize + 1);
-                    std::thread::scope(|scope| {
-                        for _ in 0..threads {
-                            scope.spawn(|| {
-                                let request = request();
-                                barrier.wait();
-                                for _ in 0..rounds {
-                                    let permit = layer.choose(&set, Asked::of(&request)).unwrap();
-                                    drop(black_box(permit.endpoint().begin()));
-                                }
-                                barrier.wait();
-                            });
-                        }
-                        barrier.wait();
-                        let began = tokio::time::Instant::now();
-                        barrier.wait();
-                        began.elapsed()
-                    })
-                });
-            });
+    fn one<P: Pick>(c: &mut Criterion, name: &str, policy: impl Fn() -> P) {
+        for n in [100, 1000] {
+            let mut group = c.benchmark_group(format!("threads/{name} of {n}"));
+            let sets: [_; 2] = std::array::from_fn(|_| (endpoints(n), BalanceLayer::new(policy())));
+            for (kind, using) in [("1", &[0][..]), ("2", &[0, 0]), ("2 apart", &[0, 1])] {
+                group.throughput(Throughput::Elements(using.len() as u64));
+                group.bench_function(kind, |b| together(b, &using.iter().map(|i| &sets[*i]).collect::<Vec<_>>()));
+            }
         }
     }
-    one(c, "round-robin", RoundRobin::new());
-    one(c, "random", Random);
-    one(c, "power-of-two", PowerOfTwo);
-    one(c, "peak-ewma", PeakEwma::new());
+    one(c, "round-robin", RoundRobin::new);
+    one(c, "random", || Random);
+    one(c, "power-of-two", || PowerOfTwo);
+    one(c, "peak-ewma", PeakEwma::new);
 }
 
-/// The first pick of a service, which lays the table out.
-fn tables(c: &mut Criterion) {
-    let mut group = c.benchmark_group("first pick of 1000");
-    let request = request();
-    let mut bench = |name: &str, layer: &dyn Fn(&Endpoints) -> bool| {
-        group.bench_function(name, |b| {
-            b.iter_batched(|| endpoints(1000), |set| layer(&set), BatchSize::LargeInput);
+/// Lets a thread pick from each of `sets`, in batches that begin together, and measures the best from the first beginning
+/// to the last end.
+fn together<P: Pick>(b: &mut Bencher<'_>, sets: &[&(Endpoints, BalanceLayer<P>)]) {
+    const BATCH: u64 = 4096;
+    b.iter_custom(|rounds| {
+        let batches = rounds.div_ceil(BATCH).max(20);
+        let (arrived, start) = (AtomicU64::new(0), tokio::time::Instant::now());
+        let pick = |(set, layer): &(Endpoints, BalanceLayer<P>)| -> Vec<(Duration, Duration)> {
+            let request = request();
+            let batch = |number| {
+                arrived.fetch_add(1, Ordering::AcqRel);
+                while arrived.load(Ordering::Acquire) < number * sets.len() as u64 {
+                    std::thread::yield_now();
+                }
+                let began = start.elapsed();
+                for _ in 0..BATCH {
+                    let permit = layer.choose(set, Asked::of(&request)).unwrap();
+                    drop(black_box(permit.endpoint().begin()));
+                }
+                (began, start.elapsed())
+            };
+            (1..=batches).map(batch).collect()
+        };
+        let spans: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = sets.iter().map(|set| scope.spawn(|| pick(set))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
-    };
-    let random = BalanceLayer::new(Random);
-    bench("random", &|set| random.choose(set, Asked::of(&request)).is_some());
-    let maglev = BalanceLayer::new(Maglev::by(HashKey::path()));
-    bench("maglev, 65,537 slots", &|set| maglev.choose(set, Asked::of(&request)).is_some());
-    let ring = BalanceLayer::new(RingHash::by(HashKey::path()));
-    bench("ring-hash, 262,144 points", &|set| ring.choose(set, Asked::of(&request)).is_some());
+        let took = |batch: usize| {
+            let span = spans.iter().map(|spans| spans[batch]).reduce(|a, b| (a.0.min(b.0), a.1.max(b.1))).unwrap();
+            span.1 - span.0
+        };
+        (0..batches as usize).map(took).min().unwrap().mul_f64(rounds as f64 / BATCH as f64)
+    });
+}
+
+/// The first pick of a service, and what it need not wait for: a table.
+fn tables(c: &mut Criterion) {
+    fn one<P: Pick>(c: &mut Criterion, name: &str, layer: &BalanceLayer<P>) {
+        let request = request();
+        let pick = |set: Endpoints| {
+            assert!(layer.choose(&set, Asked::of(&request)).is_some());
+            set
+        };
+        c.benchmark_group("first pick of 1000").bench_function(name, |b| {
+            b.iter_batched(|| endpoints(1000), pick, BatchSize::LargeInput);
+        });
+        c.benchmark_group("prepare for 1000").bench_function(name, |b| {
+            let prepare = |set: Endpoints| {
+                layer.prepare(&set);
+                set
+            };
+            b.iter_batched(|| endpoints(1000), prepare, BatchSize::LargeInput);
+        });
+    }
+    one(c, "random", &BalanceLayer::new(Random));
+    one(c, "maglev, 65,537 slots", &BalanceLayer::new(Maglev::by(HashKey::path())));
+    one(c, "ring-hash, 262,144 points", &BalanceLayer::new(RingHash::by(HashKey::path())));
 }
 
 fn calls(c: &mut Criterion) {

@@ -287,6 +287,7 @@ fn hashes() {
             let (before, after) = (endpoints(&vec![1; n]), endpoints(&vec![1; n - 1]));
             let chosen = |set: &Endpoints| -> Vec<usize> {
                 let layer = BalanceLayer::new(pick());
+                layer.prepare(set);
                 let one = |request| layer.choose(set, Asked::of(request)).unwrap().endpoint().id().parse().unwrap();
                 requests.iter().map(one).collect()
             };

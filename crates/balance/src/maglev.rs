@@ -2,7 +2,7 @@
 
 use crate::hash_key::HashKey;
 use crate::pick::{Asked, Candidates, Pick, mix};
-use crate::table::{Table, Tables, hash_by};
+use crate::table::{Placed, Table, Tables, hash_by};
 
 /// The endpoint that a table has for the hash, so that requests with the same [`HashKey`] go to the same endpoint
 /// (Eisenbud and others: Maglev, NSDI 2016).
@@ -50,6 +50,10 @@ impl Pick for Maglev {
         true
     }
 
+    fn prepare(&self, among: &Candidates<'_>) {
+        self.tables.prepare(among);
+    }
+
     fn point(&self, asked: Asked<'_>) -> Option<u64> {
         hash_by(&self.key, asked).map(mix)
     }
@@ -60,18 +64,18 @@ impl Pick for Maglev {
 impl Table for Slots {
     type Settings = usize;
 
-    fn build(endpoints: &[(u64, u32)], size: &usize) -> Self {
+    fn build(placed: &[Placed], size: &usize) -> Self {
         const EMPTY: u32 = u32::MAX;
         let size = *size as u64;
-        let heaviest = endpoints.iter().map(|(_, weight)| u64::from(*weight)).max().unwrap_or(1);
+        let heaviest = placed.iter().map(|one| u64::from(one.weight)).max().unwrap_or(1);
         let mut slots = vec![EMPTY; size as usize];
         // Each endpoint's own order of the slots, where it stands in it, and how much of a turn it has saved up.
         let mut order: Vec<(u64, u64, u64)> =
-            endpoints.iter().map(|(hash, _)| (hash % size, mix(*hash) % (size - 1) + 1, 0)).collect();
+            placed.iter().map(|one| (one.hash % size, mix(one.hash) % (size - 1) + 1, 0)).collect();
         let mut left = size;
-        while left > 0 && !endpoints.is_empty() {
-            for (position, ((at, skip, saved), (_, weight))) in (0_u32..).zip(order.iter_mut().zip(endpoints)) {
-                *saved += u64::from(*weight);
+        while left > 0 && !placed.is_empty() {
+            for ((at, skip, saved), one) in order.iter_mut().zip(placed) {
+                *saved += u64::from(one.weight);
                 if *saved < heaviest {
                     continue;
                 }
@@ -82,7 +86,7 @@ impl Table for Slots {
                         *at -= size;
                     }
                 }
-                slots[*at as usize] = position;
+                slots[*at as usize] = one.position;
                 left -= 1;
                 if left == 0 {
                     break;
@@ -108,6 +112,11 @@ mod tests {
     use super::*;
     use crate::testing::{Set, asking, spread};
 
+    fn placed(weights: &[u32]) -> Vec<Placed> {
+        let place = |(position, weight): (u32, &u32)| Placed { hash: mix(position.into()), weight: *weight, position };
+        (0..).zip(weights).map(place).collect()
+    }
+
     fn maglev() -> Maglev {
         Maglev::by(HashKey::path())
     }
@@ -115,8 +124,7 @@ mod tests {
     #[test]
     fn shares_are_even_and_as_weights_say() {
         let slots = |weights: &[u32]| {
-            let endpoints: Vec<_> = (1..).zip(weights).map(|(i, weight)| (mix(i), *weight)).collect();
-            let table = Slots::build(&endpoints, &SIZE);
+            let table = Slots::build(&placed(weights), &SIZE);
             let mut seen = vec![0_u32; weights.len()];
             table.0.iter().for_each(|position| seen[*position as usize] += 1);
             seen
@@ -140,7 +148,7 @@ mod tests {
 
     #[test]
     fn few_keys_move_when_an_endpoint_goes() {
-        let endpoints: Vec<_> = (1..=100).map(|i| (mix(i), 1)).collect();
+        let endpoints = placed(&[1; 100]);
         let (all, less) = (Slots::build(&endpoints, &SIZE), Slots::build(&endpoints[..99], &SIZE));
         let moved = all.0.iter().zip(&less.0).filter(|(before, after)| **before != 99 && before != after).count();
         assert!(moved * 100 < SIZE, "{moved} of {SIZE} moved needlessly");

@@ -53,6 +53,12 @@ pub trait Pick: Send + Sync + 'static {
         false
     }
 
+    /// Works out now what picks from `among` need and would get beside the first requests, such as a table, and waits for
+    /// it; see [`BalanceLayer::prepare`](crate::BalanceLayer::prepare). By default nothing.
+    fn prepare(&self, among: &Candidates<'_>) {
+        let _ = among;
+    }
+
     /// Where among [priorities](portcullis_core::Instance::priority) the request falls, out of 2⁶⁴, for policies that send
     /// equal requests to the same endpoint. By default anywhere.
     fn point(&self, asked: Asked<'_>) -> Option<u64> {
@@ -135,6 +141,10 @@ macro_rules! through_a_pointer {
 
             fn wants_all(&self) -> bool {
                 (**self).wants_all()
+            }
+
+            fn prepare(&self, among: &Candidates<'_>) {
+                (**self).prepare(among);
             }
 
             fn point(&self, asked: Asked<'_>) -> Option<u64> {

@@ -2,7 +2,7 @@
 
 use crate::hash_key::HashKey;
 use crate::pick::{Asked, Candidates, Pick, mix};
-use crate::table::{Table, Tables, hash_by};
+use crate::table::{Placed, Table, Tables, hash_by};
 
 /// The endpoint that comes next on a ring, so that requests with the same [`HashKey`] go to the same endpoint and only
 /// those of a lost endpoint move (Karger and others, 1997; laid out as ketama does).
@@ -80,6 +80,10 @@ impl Pick for RingHash {
         true
     }
 
+    fn prepare(&self, among: &Candidates<'_>) {
+        self.tables.prepare(among);
+    }
+
     fn point(&self, asked: Asked<'_>) -> Option<u64> {
         hash_by(&self.key, asked).map(mix)
     }
@@ -90,17 +94,17 @@ impl Pick for RingHash {
 impl Table for Ring {
     type Settings = Size;
 
-    fn build(endpoints: &[(u64, u32)], size: &Size) -> Self {
-        let total: f64 = endpoints.iter().map(|(_, weight)| f64::from(*weight)).sum();
-        let size = size.each.saturating_mul(endpoints.len()).min(size.most) as f64;
+    fn build(placed: &[Placed], size: &Size) -> Self {
+        let total: f64 = placed.iter().map(|one| f64::from(one.weight)).sum();
+        let size = size.each.saturating_mul(placed.len()).min(size.most) as f64;
         let mut points = Vec::new();
         let mut due = 0.0;
-        for (position, (hash, weight)) in (0_u32..).zip(endpoints) {
+        for Placed { hash, weight, position } in placed {
             due += size * f64::from(*weight) / total;
             let so_far = points.len();
             // Rounded along the way, so that the sum is right; nobody is left out.
             let count = (due.round() as usize).saturating_sub(so_far).max(1);
-            points.extend((0..count as u64).map(|i| (mix(hash.wrapping_add(i.wrapping_mul(STEP))), position)));
+            points.extend((0..count as u64).map(|i| (mix(hash.wrapping_add(i.wrapping_mul(STEP))), *position)));
         }
         points.sort_unstable();
         Self { points: points.into() }

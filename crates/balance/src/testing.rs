@@ -50,9 +50,21 @@ impl Set {
     }
 
     pub(crate) fn pick_for(&self, pick: &dyn Pick, request: &Request<()>) -> usize {
+        self.among(pick, request, |among| {
+            pick.prepare(among);
+            pick.pick(among).unwrap()
+        })
+    }
+
+    pub(crate) fn among<R>(
+        &self,
+        pick: &dyn Pick,
+        request: &Request<()>,
+        look: impl FnOnce(&Candidates<'_>) -> R,
+    ) -> R {
         let (shape, asked) = (Shape::default(), Asked::of(request));
         let choice = Choice { pick, shape: &shape, subset: None, asked, tried: &[], clock: &self.clock };
-        pick.pick(&Candidates::new(&self.endpoints, &self.group, false, &choice)).unwrap()
+        look(&Candidates::new(&self.endpoints, &self.group, false, &choice))
     }
 }
 

@@ -151,6 +151,17 @@ impl Viewed {
         }
     }
 
+    /// Lets the policy prepare for what is offered now.
+    pub(crate) fn prepare<P: Pick + ?Sized>(&self, endpoints: &Endpoints, choice: &Choice<'_, P>) {
+        if !self.first.is_fresh(endpoints, choice.clock) {
+            self.refresh(endpoints, choice);
+        }
+        let later = self.later.load();
+        for part in &later.as_deref().unwrap_or(&self.first).parts {
+            choice.pick.prepare(&Candidates::new(endpoints, &part.group, part.panic, choice));
+        }
+    }
+
     #[cold]
     fn refresh<P: Pick + ?Sized>(&self, endpoints: &Endpoints, choice: &Choice<'_, P>) {
         let now = choice.clock.now();

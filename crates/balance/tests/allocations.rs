@@ -29,6 +29,7 @@ fn a_pick_and_its_counting_allocate_nothing() {
     for (name, pick) in policies {
         let set = Endpoints::none("s").reconcile((0..100).map(instance), Moment::MIN);
         let layer = BalanceLayer::new(pick);
+        layer.prepare(&set);
         for closed in [false, true] {
             if closed {
                 set[0].gate().close_for(Mover::new());

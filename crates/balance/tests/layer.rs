@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on panics")]
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -444,6 +445,7 @@ async fn below_the_panic_threshold_gates_are_not_obeyed() {
 async fn in_a_panic_keys_go_where_they_went_before() {
     let set = endpoints(10);
     let layer = BalanceLayer::new(RingHash::by(HashKey::path()));
+    layer.prepare(&set);
     let requests: Vec<_> = (0..100).map(|key| Request::get(format!("/{key}")).body(()).unwrap()).collect();
     let all = || {
         let choose = |request| layer.choose(&set, Asked::of(request)).unwrap().endpoint().handle();
@@ -678,6 +680,7 @@ async fn a_route_can_have_its_own_hash_key() {
 async fn a_table_is_laid_beside_the_requests_and_keys_stay_meanwhile() {
     let set = endpoints(100);
     let layer = BalanceLayer::new(Maglev::by(HashKey::path()));
+    layer.prepare(&set);
     let requests: Vec<_> = (0..500).map(|key| Request::get(format!("/{key}")).body(()).unwrap()).collect();
     let all = |set: &Endpoints| {
         let choose = |request| layer.choose(set, Asked::of(request)).unwrap().endpoint().handle();
@@ -690,6 +693,29 @@ async fn a_table_is_laid_beside_the_requests_and_keys_stay_meanwhile() {
     for _ in 0..50 {
         let moved = before.iter().zip(all(&less)).filter(|(a, b)| **a != set[0].handle() && *a != b).count();
         assert!(moved <= 25, "{moved} of 500 keys moved needlessly");
+    }
+}
+
+#[test]
+fn balancers_that_were_told_in_another_order_agree() {
+    let set = endpoints(20);
+    let tell = |(weight, endpoint): (u32, &Endpoint)| {
+        let mut instance = (*endpoint.instance()).clone();
+        instance.weight = weight;
+        instance
+    };
+    let told: Vec<_> = (1..).zip(set.iter()).map(tell).collect();
+    let requests: Vec<_> = (0..500).map(|key| Request::get(format!("/{key}")).body(()).unwrap()).collect();
+    let policies: [fn() -> Arc<dyn Pick>; 2] =
+        [|| Arc::new(Maglev::by(HashKey::path())), || Arc::new(RingHash::by(HashKey::path()))];
+    for policy in policies {
+        let chosen = |told: Vec<Instance>| -> Vec<_> {
+            let (set, layer) = (Endpoints::none("s").reconcile(told, Moment::MIN), BalanceLayer::new(policy()));
+            layer.prepare(&set);
+            let one = |request| layer.choose(&set, Asked::of(request)).unwrap().endpoint().id().clone();
+            requests.iter().map(one).collect()
+        };
+        assert_eq!(chosen(told.clone()), chosen(told.iter().rev().cloned().collect()));
     }
 }
 
