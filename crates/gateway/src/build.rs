@@ -1,10 +1,12 @@
 //! From what a file says to the layers that do it, keeping the layers of what did not change.
 
 mod auth;
+mod balance;
 mod limits;
 mod policies;
 mod registries;
 mod service;
+mod tell;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -100,7 +102,7 @@ impl Running {
                 .as_ref()
                 .filter(|auth| !auth.0.providers.is_empty())
                 .map(|auth| Believed::new(&providers.named(auth.0.providers.iter().map(|name| name.as_str()))));
-            let (pattern, route) = policies::route(route, &config, believed)
+            let (pattern, route) = policies::route(route, &config, &proxies, believed)
                 .map_err(|Error(why)| Error::of(format_args!("route {}", index + 1), why))?;
             builder = builder.route(&pattern, route);
         }
@@ -131,7 +133,8 @@ pub(crate) fn fit(config: &Config, routes: &[&config::At<config::Route>]) -> Res
     let nobody = AuthLayer::new(policies::ByRoute::new(&[]).shared());
     let mut builder = Gateway::builder(portcullis::discovery::FixedRegistry::new()).with_auth(nobody);
     for route in routes {
-        let (pattern, route) = policies::route(route, config, None).map_err(|Error(why)| why)?;
+        let (pattern, route) =
+            policies::route(route, config, &TrustedProxies::none(), None).map_err(|Error(why)| why)?;
         builder = builder.route(&pattern, route);
     }
     builder.build().map(drop).map_err(|error| error.to_string())

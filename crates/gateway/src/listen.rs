@@ -11,7 +11,7 @@ use portcullis::serve::{ClientCertificates, Server, ServerTls};
 use portcullis_core::{Address, Instance, Protocol, Scheme};
 use tokio::task::JoinHandle;
 
-use crate::config::{Config, Listener, ListenerTls, Register};
+use crate::config::{self, Config, Listener, ListenerTls, Register};
 use crate::state::State;
 
 /// How long it takes at first, and at most, until a registry that did not register us is asked again.
@@ -168,10 +168,23 @@ fn definition(register: &Register, at: SocketAddr, encrypted: bool) -> ServiceDe
         register.metadata.iter().map(|(key, value)| (key.as_str().into(), value.as_str().into())).collect();
     instance.scheme = if encrypted { Scheme::Https } else { Scheme::Http };
     instance.protocol = Protocol::Auto;
-    let definition = ServiceDefinition::of(register.service.as_str(), instance);
-    let Some(every) = register.check else { return definition };
+    instance.zone = register.zone.as_deref().map(Into::into);
+    let mut definition = ServiceDefinition::of(register.service.as_str(), instance);
+    if let Some(weight) = register.warning_weight {
+        definition = definition.warning_weight(weight);
+    }
+    let Some(config::Check(asked)) = &register.check else { return definition };
+    let check = match (&asked.http, &asked.grpc) {
+        (Some(url), _) => HealthCheck::http(url),
+        (None, Some(target)) => HealthCheck::grpc(target),
+        (None, None) => HealthCheck::tcp(address.to_string()),
+    };
     // It listens already: well until seen otherwise.
-    let mut check = HealthCheck::tcp(address.to_string()).interval(every).initial(Health::Passing);
+    let mut check =
+        check.interval(asked.interval).in_a_row(asked.passes.get(), asked.failures.get()).initial(Health::Passing);
+    if let Some(timeout) = asked.timeout {
+        check = check.timeout(timeout);
+    }
     if let Some(after) = register.forget_after {
         check = check.deregister_critical_after(after);
     }

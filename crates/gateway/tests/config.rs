@@ -40,7 +40,7 @@ fn five_lines_are_enough() {
 #[test]
 fn the_example_says_everything_that_can_be_said() {
     let config = parse(EXAMPLE).unwrap_or_else(|mistakes| panic!("{mistakes}"));
-    assert_eq!(config.routes.len(), 7);
+    assert_eq!(config.routes.len(), 8);
     // Each key of the schema stands in the example, commented out or not.
     let mut keys = Vec::new();
     collect(&Config::json_schema(), &mut keys);
@@ -211,7 +211,27 @@ fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
         ("[auth.providers.p]\njwks = \"Cargo.toml\"", "7:8: not a key set"),
         ("[auth]\ndefault = \"required\"", "7:11: callers are asked who they are, and there is no way to tell"),
         ("[limits.l]\nrate = \"many\"", "7:8: \"many\" is not a rate, such as \"100/s\""),
-        ("[limits.l]\nrate = \"1/s\"\nkey = \"header\"", "6:1: a limit by header that names none"),
+        (
+            "[limits.l]\nrate = \"1/s\"\nkey = \"header\"",
+            "8:7: \"header\" is not what tells callers apart, such as \"caller\", \"subject\", \"address\", \"header:…\"",
+        ),
+        ("[limits.l]\nrate = \"1/s\"\nkey = [[]]", "6:1: an empty list in key; name what tells callers apart"),
+        ("[limits.l]\nrate = \"1/s\"\nipv6_prefix = 0", "8:15: an IPv6 address has 128 bits; 1 to 128"),
+        ("[limits.l]\nmax_in_flight = 1\ncost = 2", "8:8: a cost where requests under way are counted; remove it"),
+        (
+            "[limits.l]\nrate = \"1/s\"\nplan = { by = \"plan\", rates = {} }",
+            "8:15: \"plan\" is not what is looked up, such as",
+        ),
+        ("[limits.l]\nrate = \"1/s\"\nplan = { by = \"role\" }", "8:8: a plan without rates; add rates"),
+        (
+            "[limits.l]\nrate = \"1/s\"\npriority = { by = \"role\", otherwise = 101 }",
+            "8:12: more than the whole burst; 0 to 100 percent",
+        ),
+        ("[limiter]\nexempt = { networks = \"10\" }", "7:23: \"10\" is no network; such as"),
+        (
+            "[limiter.redis]\nurl = \"rediss://a\"\nca = \"Cargo.toml\"",
+            "8:6: there is no CERTIFICATE in it; it must hold PEM",
+        ),
         ("[trusted_proxies]\nnetworks = [\"10.0.0.0/40\"]", "7:13: \"10.0.0.0/40\" is no network"),
         (
             "[admin]\naddress = \"0.0.0.0:1\"\nwritable = true",
@@ -257,6 +277,33 @@ fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
             "8:22: not said by what to hash; add hash",
         ),
         ("[services.x]\nendpoints = \"a:1\"\nbalance = { hash = \"path\" }", "8:20: this policy does not hash"),
+        (
+            "[services.x]\nendpoints = \"a:1\"\nbalance = { choices = 2, decay = \"1s\" }",
+            "8:23: only \"least-connections\" or \"peak-ewma\" has choices; remove it",
+        ),
+        (
+            "[services.x]\nendpoints = \"a:1\"\nbalance = { policy = \"maglev\", hash = [[], \"path\"] }",
+            "8:22: an empty list in hash; name what to hash by",
+        ),
+        ("[services.x]\nendpoints = \"a:1\"\nbreaker = { jitter = 1.5 }", "8:22: more than the whole time; at most 1"),
+        ("[services.x]\nendpoints = \"a:1\"\nvia = \"a b\"", "8:7: \"a b\" cannot stand in Via"),
+        (
+            "[services.x]\nregistry = [\"r\", \"r\"]\n[registries.r]\nkind = \"embedded\"",
+            "7:18: \"r\" is named twice; remove one of them",
+        ),
+        (
+            "[[routes]]\npath = \"/a\"\nto = \"orders\"\nhash = \"path\"",
+            "9:8: a service whose policy does not hash; give it balance.policy",
+        ),
+        (
+            "[[routes]]\npath = \"/a\"\nto = \"orders\"\ndefault_limits = true",
+            "6:1: the default limits hold here without limits of the route's own; remove",
+        ),
+        ("[[routes]]\npath = \"/a\"\nto = \"orders\"\nhost = \"a\\u0000\"", "9:8: \"a\\0\" is no host; \"keep\""),
+        (
+            "[listeners.a]\naddress = \"127.0.0.1:1\"\nregister = { registry = \"r\", service = \"x\", check = { http = \"http://a\", grpc = \"a:1\" } }\n[registries.r]\nkind = \"embedded\"",
+            "8:12: \"x\" is asked over HTTP and gRPC; keep http = \"http://a\"",
+        ),
         (
             "[services.x]\nendpoints = \"a:1\"\nbalance = { policy = \"maglev\", hash = \"body\" }",
             "8:39: \"body\" is not what decides, such as",

@@ -151,7 +151,7 @@ async fn gateways_that_share_a_redis_share_limits_and_do_as_the_file_says_when_i
     let text = |on_failure: &str| {
         let redis =
             format!("url = \"{}\", deadline = \"2s\", lease = \"0s\", on_failure = \"{on_failure}\"", redis.url());
-        let limits = "limits.each = { rate = \"5/h\", key = \"header\", header = \"x-tenant\" }\n";
+        let limits = "limits.each = { rate = \"5/h\", key = \"header:x-tenant\" }\n";
         let limiter = format!("limiter = {{ default = [\"each\"], fields = \"always\", redis = {{ {redis} }} }}\n");
         file(&[("a", &[backend.address()])], &format!("{limits}{limiter}{ALL}"))
     };

@@ -63,6 +63,7 @@ impl Providers {
         let mut layer = AuthLayer::new(policies::ByRoute::new(&every).shared())
             .policy(policies::default_auth(config))
             .forward_credentials(auth.forward_credentials)
+            .preflight(auth.preflight)
             .identity_headers(identity_headers(&auth.headers)?);
         if let Some(realm) = &auth.realm {
             layer = layer.realm(realm);
@@ -190,6 +191,12 @@ fn fetched(provider: &Provider) -> Result<KeySet, String> {
     if let Some(age) = provider.max_stale {
         source = source.max_stale(age);
     }
+    if let Some(cooldown) = provider.cooldown {
+        source = source.cooldown(cooldown);
+    }
+    if provider.insecure_http {
+        source = source.insecure_http();
+    }
     let source = match &provider.ca {
         Some(ca) => source.roots(ca.bytes()),
         None => Ok(source),
@@ -210,6 +217,12 @@ fn jwt(provider: &Provider, keys: KeySet, proxies: &TrustedProxies) -> auth::Jwt
     }
     if provider.access_tokens_only {
         jwt = jwt.access_tokens_only();
+    }
+    if provider.insecure_without_expiry {
+        jwt = jwt.insecure_without_expiry();
+    }
+    if let Some(bytes) = provider.max_token {
+        jwt = jwt.max_token_bytes(usize::try_from(bytes.0).unwrap_or(usize::MAX));
     }
     if let Some(age) = provider.max_age {
         jwt = jwt.max_age(age);

@@ -1,13 +1,15 @@
 //! How often callers may come, and where that is counted.
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 
-use portcullis::rate_limit::{Claim, ClientAddress, Everyone, Fields, Handle as Limits, Header, Key as _, Limit, Rate};
-use portcullis::rate_limit::{OnFailure, RateLimitLayer, RedisStore};
-use portcullis_core::TrustedProxies;
+use portcullis::rate_limit::{Fields, Handle as Limits, Limit, OnFailure, Priority, Rate, RateLimitLayer, RedisStore};
+use portcullis::rate_limit::{RequestHead, Settlement};
+use portcullis_core::{Identity, TrustedProxies};
 
+use super::tell::{Told, look_up};
 use super::{Change, Error, Running};
-use crate::config::{self, Config, LimitFields, LimitKey};
+use crate::config::{self, Config, CountBy, LimitFields, SettleBy};
 
 /// The layer, the old one if that counts in the same place, and what reads and changes it.
 pub(super) fn limiter(
@@ -47,6 +49,9 @@ pub(super) fn limiter(
         .capacity(config.limiter.capacity.get())
         .trusted_proxies(proxies.clone())
         .fields(if config.limiter.legacy_fields { says.with_legacy() } else { says });
+    if let Some(exempt) = exempt(&config.limiter.exempt)? {
+        layer = layer.exempt(exempt);
+    }
     if let Some(longest) = &config.limiter.delay {
         layer = layer.delay(**longest, config.limiter.delay_places);
     }
@@ -69,30 +74,84 @@ pub(crate) fn store(redis: &config::Redis) -> Result<RedisStore, String> {
     };
     // Its client takes no provider from us.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let store = RedisStore::new(redis.url.reveal()).map_err(|error| error.to_string())?;
+    let store = match &redis.ca {
+        Some(ca) => RedisStore::trusting(redis.url.reveal(), ca.bytes()),
+        None => RedisStore::new(redis.url.reveal()),
+    };
+    let store = store.map_err(|error| error.to_string())?;
     Ok(store.prefix(&redis.prefix).deadline(redis.deadline).lease(redis.lease).on_failure(on_failure))
 }
 
 pub(super) fn limit(name: &str, limit: &config::Limit) -> Result<Limit, Error> {
-    let built = match (&limit.max_in_flight, &limit.rate) {
+    let wrong = |error| Error::of(format_args!("the limit {name:?}"), error);
+    let mut built = match (&limit.max_in_flight, &limit.rate) {
         (Some(most), _) => Limit::concurrent(name, **most),
         (None, Some(rate)) => {
-            let count = NonZeroU32::new(rate.count).unwrap_or(NonZeroU32::MIN);
-            let wrong = |error| Error::of(format_args!("the limit {name:?}"), error);
-            let rate = Rate::new(count, rate.period).map_err(wrong)?;
-            Limit::new(name, limit.burst.as_ref().map_or(rate, |burst| rate.burst(**burst)))
+            Limit::new(name, self::rate(**rate, limit.burst.as_ref().map(|burst| **burst)).map_err(wrong)?)
         }
         (None, None) => return Err(Error(format!("the limit {name:?} limits nothing"))),
     };
-    let built = if limit.shadow { built.shadow() } else { built };
-    Ok(match (limit.key, &limit.header, &limit.claim) {
-        (LimitKey::Address, ..) => built.with_key(ClientAddress::default()),
-        (LimitKey::Everyone, ..) => built.with_key(Everyone),
-        // Who brings none shares nothing with those who do.
-        (LimitKey::Header, Some(header), _) => {
-            built.with_key(Header::new((**header).clone()).or(ClientAddress::default()))
+    let is_default = matches!(&limit.key[..], [key] if matches!(&key[..], [by] if **by == CountBy::Caller));
+    if !is_default || *limit.ipv6_prefix != portcullis::rate_limit::DEFAULT_IPV6_PREFIX {
+        built = built.with_key(Told::by(&limit.key, *limit.ipv6_prefix));
+    }
+    let cost = limit.cost.as_ref().map_or(1, |cost| **cost);
+    if cost != 1 {
+        built = built.cost(move |_| cost);
+    }
+    if let Some(by) = &limit.settle {
+        let by = (**by).clone();
+        built = built.settle(move |settlement| settled(&by, cost, settlement));
+    }
+    if let Some(plan) = &limit.plan {
+        let by = plan.by.clone();
+        let rates = plan.rates.iter().map(|(value, plan)| Ok((value.clone(), rate(plan.0.rate, plan.0.burst)?)));
+        let rates = rates.collect::<Result<BTreeMap<String, Rate>, _>>().map_err(wrong)?;
+        built = built.plan(move |request| look_up(&by, &rates, request).copied());
+    }
+    if let Some(priority) = &limit.priority {
+        let priority = (**priority).clone();
+        built = built.priority(move |request| {
+            Priority::leaving(*look_up(&priority.by, &priority.leave, request).unwrap_or(&priority.otherwise))
+        });
+    }
+    Ok(if limit.shadow { built.shadow() } else { built })
+}
+
+fn rate(rate: config::Rate, burst: Option<NonZeroU32>) -> Result<Rate, portcullis::rate_limit::Error> {
+    let built = Rate::new(NonZeroU32::new(rate.count).unwrap_or(NonZeroU32::MIN), rate.period)?;
+    Ok(burst.map_or(built, |burst| built.burst(burst)))
+}
+
+/// What a request cost in the end that cost so much before.
+fn settled(by: &SettleBy, cost: u32, settlement: &Settlement<'_>) -> u32 {
+    match by {
+        SettleBy::Bytes => u32::try_from(settlement.bytes).unwrap_or(u32::MAX),
+        SettleBy::Failures if settlement.status.as_u16() >= 400 => cost,
+        SettleBy::Failures => 0,
+        SettleBy::Header(name) => {
+            let said = settlement.trailers.and_then(|trailers| trailers.get(name));
+            let said = said.or_else(|| settlement.headers.get(name)).and_then(|value| value.to_str().ok());
+            said.and_then(|text| text.trim().parse().ok()).unwrap_or(cost)
         }
-        (LimitKey::Claim, _, Some(claim)) => built.with_key(Claim::new(claim.as_str()).or(ClientAddress::default())),
-        (LimitKey::Caller | LimitKey::Header | LimitKey::Claim, ..) => built,
-    })
+    }
+}
+
+/// Which requests are not counted at all.
+fn exempt(exempt: &config::Exempt) -> Result<Option<impl Fn(&RequestHead<'_>) -> bool + Send + Sync + 'static>, Error> {
+    let config::Exempt { networks, paths, subjects, roles } = exempt.clone();
+    if networks.is_empty() && paths.is_empty() && subjects.is_empty() && roles.is_empty() {
+        return Ok(None);
+    }
+    let networks = TrustedProxies::networks(networks.iter().map(|network| network.as_str()))
+        .map_err(|error| Error(error.to_string()))?;
+    Ok(Some(move |request: &RequestHead<'_>| {
+        let is_caller = |identity: &Identity| {
+            subjects.iter().any(|subject| subject == identity.subject())
+                || roles.iter().any(|role| identity.has_role(role))
+        };
+        paths.iter().any(|path| path == request.uri().path())
+            || request.client_address().is_some_and(|address| networks.trusts(address))
+            || request.identity().is_some_and(is_caller)
+    }))
 }

@@ -5,9 +5,10 @@ use portcullis::auth::{self, Attempt, Authenticate, Head, Scheme, SharedAuthenti
 use portcullis::forward::{self, Edit};
 use portcullis::gateway::{Cors, Is, Redirect, Route};
 use portcullis::rate_limit;
-use portcullis_core::Route as Matched;
+use portcullis_core::{Identity, Route as Matched, TrustedProxies};
+use serde_json::Value as Json;
 
-use super::Error;
+use super::{Error, balance};
 use crate::config::{self, AuthMode, Config, Paths};
 
 /// The proofs that a route believes, instead of all.
@@ -75,6 +76,7 @@ fn mode(mode: AuthMode) -> auth::Policy {
 pub(super) fn route(
     route: &config::Route,
     config: &Config,
+    proxies: &TrustedProxies,
     believed: Option<Believed>,
 ) -> Result<(String, Route), Error> {
     let mut built = target(route)?;
@@ -120,6 +122,10 @@ pub(super) fn route(
         if !auth.any_role.is_empty() {
             policy = policy.roles_any(&auth.any_role);
         }
+        if !auth.claims.is_empty() {
+            let claims = auth.claims.clone();
+            policy = policy.when(move |identity| claims.iter().all(|(name, wanted)| claims_so(identity, name, wanted)));
+        }
         built = built.auth(policy);
     }
     if let Some(believed) = believed {
@@ -132,13 +138,14 @@ pub(super) fn route(
                 limits.push(super::limits::limit(name, found)?);
             }
         }
-        built = built.rate_limit(rate_limit::Policy::limits(limits));
+        let policy = rate_limit::Policy::limits(limits);
+        built = built.rate_limit(if route.default_limits { policy.beside_default() } else { policy });
     }
     if let Some(timeout) = route.timeout {
         built = built.timeout(timeout);
     }
-    if route.retry.is_some() || route.subset.is_some() {
-        built = built.balance(attempts(route, config));
+    if route.retry.is_some() || route.subset.is_some() || !route.hash.is_empty() {
+        built = built.balance(attempts(route, config, proxies));
     }
     if let Some(cors) = &route.cors {
         built = built.cors(cors_of(cors)?);
@@ -146,13 +153,36 @@ pub(super) fn route(
     Ok((pattern, built.forward(forwarding(route)?)))
 }
 
+/// Whether a claim is this, or is a list that holds it.
+fn claims_so(identity: &Identity, name: &str, wanted: &str) -> bool {
+    let is_wanted = |value: &Json| match value {
+        Json::String(text) => text == wanted,
+        Json::Number(number) => number.to_string().as_str() == wanted,
+        Json::Bool(so) => wanted == if *so { "true" } else { "false" },
+        Json::Null | Json::Array(_) | Json::Object(_) => false,
+    };
+    let claim = match name.strip_prefix('/').map(|path| path.split_once('/').unwrap_or((path, ""))) {
+        None => identity.claim(name),
+        Some((first, "")) => identity.claim(first),
+        Some((first, rest)) => identity.claim(first).and_then(|claim| claim.pointer(&format!("/{rest}"))),
+    };
+    match claim {
+        Some(Json::Array(list)) => list.iter().any(is_wanted),
+        other => other.is_some_and(is_wanted),
+    }
+}
+
 /// How a route's requests are attempted, where it says something of it: the rest is as its first service has it.
-fn attempts(route: &config::Route, config: &Config) -> portcullis::balance::Policy {
+fn attempts(route: &config::Route, config: &Config, proxies: &TrustedProxies) -> portcullis::balance::Policy {
     let Some(service) = route.to.first().and_then(|to| config.services.get(&*to.0.service)) else {
         return portcullis::balance::Policy::new();
     };
     let (retry, balance) = (route.retry.as_ref().unwrap_or(&service.retry), &service.balance);
-    super::service::attempts(retry, balance, route.subset.as_deref().or(balance.subset.as_deref()))
+    let policy = balance::attempts(retry, balance, route.subset.as_deref().or(balance.subset.as_deref()));
+    match balance::hash_key(&route.hash, proxies) {
+        Some(key) => policy.hash_key(key),
+        None => policy,
+    }
 }
 
 fn target(route: &config::Route) -> Result<Route, Error> {
@@ -205,7 +235,10 @@ fn forwarding(route: &config::Route) -> Result<forward::Policy, Error> {
     if let Some(bytes) = route.max_response {
         policy = policy.response_limit(bytes.0);
     }
-    policy = policy.tunnels(route.tunnels);
+    policy = super::service::timeouts(&route.timeouts, policy.tunnels(route.tunnels));
+    if let Some(host) = &route.host {
+        policy = super::service::host(host, policy)?;
+    }
     for edit in edits(&route.request_headers)? {
         policy = policy.edit_request(edit);
     }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use futures::stream;
 use portcullis::discovery::consul::Consistency;
 use portcullis::discovery::{ConsulConfig, ConsulRegistry, DiscoveryLayer, DnsRegistry, EmbeddedRegistry, Fallback};
-use portcullis::discovery::{FileRegistry, Pending, Registration, Registry, Remembered, ServiceDefinition, Watch};
+use portcullis::discovery::{
+    FileRegistry, Merged, Pending, Registration, Registry, Remembered, ServiceDefinition, Watch,
+};
 use portcullis_core::{Instance, Protocol, Scheme};
 use tokio::sync::watch;
 
@@ -25,8 +27,8 @@ pub(crate) struct Registries {
 enum Source {
     /// The file lists them.
     Listed(Listed, Vec<Instance>),
-    /// Registries know them: the second where the first knows none.
-    Named { registries: Vec<Arc<dyn Registry>>, registered: String },
+    /// Registries know them: all of them together, the last one perhaps only where the others know none.
+    Named { registries: Vec<Arc<dyn Registry>>, had_fallback: bool, registered: String },
 }
 
 /// Instances that the file lists. Another file may list others: who stays keeps its handle.
@@ -58,9 +60,9 @@ impl Registries {
         service: &config::Service,
         old: Option<&DiscoveryLayer>,
     ) -> (DiscoveryLayer, String) {
-        let names = [&service.registry, &service.fallback].into_iter().flatten();
+        let names = service.registry.iter().chain(&service.fallback);
         let known: Vec<_> = names.filter_map(|name| self.named.get(&**name)).collect();
-        let Some((first, registry)) = known.first() else {
+        let Some((first, _)) = known.first() else {
             let instances: Vec<Instance> =
                 service.endpoints.iter().map(|endpoint| instance(&endpoint.0, service)).collect();
             if let (Some(old), Some(Source::Listed(listed, _))) = (old, self.sources.get(name)) {
@@ -74,22 +76,28 @@ impl Registries {
         };
         let registered = service.registered_as.clone().unwrap_or_else(|| name.to_owned());
         let registries: Vec<_> = known.iter().map(|(_, registry)| registry.clone()).collect();
-        if let (Some(old), Some(Source::Named { registries: before, registered: was })) = (old, self.sources.get(name))
+        if let (Some(old), Some(Source::Named { registries: before, had_fallback, registered: was })) =
+            (old, self.sources.get(name))
             && before.len() == registries.len()
             && before.iter().zip(&registries).all(|(a, b)| Arc::ptr_eq(a, b))
+            && *had_fallback == service.fallback.is_some()
             && *was == registered
         {
             return (old.clone(), name.to_owned());
         }
-        let registry: Arc<dyn Registry> = match registries.get(1) {
-            Some(second) => Arc::new(Fallback::new(registry.clone(), second.clone())),
-            None => registry.clone(),
-        };
+        let had_fallback = service.fallback.is_some();
+        let registry = together(&registries, had_fallback);
         let mut layer = DiscoveryLayer::new(Renamed { registry, to: registered.as_str().into() });
         if let Some(age) = first.max_age {
             layer = layer.max_age(age);
         }
-        self.sources.insert(name.to_owned(), Source::Named { registries, registered });
+        if let Some(wait) = first.first_wait {
+            layer = layer.first_wait(wait);
+        }
+        if let Some(idle) = first.idle {
+            layer = layer.idle(idle);
+        }
+        self.sources.insert(name.to_owned(), Source::Named { registries, had_fallback, registered });
         (layer, name.to_owned())
     }
 
@@ -114,6 +122,22 @@ impl Registries {
                 commit.push(Box::new(move || drop(list.send_replace(instances))));
             }
         }
+    }
+}
+
+/// What these registries know, the last one only where the others know none if it is a fallback.
+fn together(registries: &[Arc<dyn Registry>], fallback: bool) -> Arc<dyn Registry> {
+    let (first, last) = match registries.split_last() {
+        Some((last, first)) if fallback => (first, Some(last)),
+        _ => (registries, None),
+    };
+    let merged: Arc<dyn Registry> = match first {
+        [one] => one.clone(),
+        several => Arc::new(Merged::new(several.iter().cloned())),
+    };
+    match last {
+        Some(last) => Arc::new(Fallback::new(merged, last.clone())),
+        None => merged,
     }
 }
 
@@ -172,7 +196,7 @@ fn consul(registry: &config::Registry) -> Result<ConsulRegistry, portcullis::dis
     if let Some(partition) = &registry.partition {
         config = config.partition(partition);
     }
-    if let Some(tag) = &registry.tag {
+    for tag in &registry.tag {
         config = config.tag(tag);
     }
     if let Some(filter) = &registry.filter {
@@ -180,6 +204,27 @@ fn consul(registry: &config::Registry) -> Result<ConsulRegistry, portcullis::dis
     }
     if let Some(tag) = &registry.tagged_address {
         config = config.tagged_address(tag);
+    }
+    if let Some(node) = &registry.near {
+        config = config.near(node);
+    }
+    if let Some(wait) = registry.wait {
+        config = config.wait(wait);
+    }
+    if let Some(timeout) = registry.timeout {
+        config = config.timeout(timeout);
+    }
+    if let Some(timeout) = registry.connect_timeout {
+        config = config.connect_timeout(timeout);
+    }
+    if let Some(every) = registry.resync {
+        config = config.resync(every);
+    }
+    if let Some(bytes) = registry.max_body {
+        config = config.max_body(usize::try_from(bytes.0).unwrap_or(usize::MAX));
+    }
+    if let Some(connections) = registry.connections {
+        config = config.connections(connections.get());
     }
     if let Some(ca) = &registry.ca {
         config = config.certificate_authorities(ca.bytes());
@@ -194,6 +239,9 @@ fn dns(registry: &config::Registry) -> Result<DnsRegistry, portcullis::discovery
     let mut dns = registry.port.map_or_else(DnsRegistry::srv, DnsRegistry::addresses)?;
     if let Some(server) = registry.address.as_ref().and_then(|address| address.parse().ok()) {
         dns = dns.server(server)?;
+    }
+    if let Some(floor) = registry.floor {
+        dns = dns.floor(floor);
     }
     Ok(match &registry.pattern {
         Some(pattern) => dns.pattern(pattern.as_str()),

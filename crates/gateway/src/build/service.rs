@@ -3,18 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use portcullis::balance::{self, BalanceLayer, Budget, HashKey, LeastConnections, Maglev, PeakEwma, Pick, PowerOfTwo};
-use portcullis::balance::{Random, Rendezvous, RingHash, RoundRobin, SlowStart, Sticky, Subset, Zone};
+use portcullis::balance::{BalanceLayer, Budget, Pick};
 use portcullis::circuit_break::{CircuitBreakLayer, OpenTime, Outliers, Share, Window};
 use portcullis::discovery::DiscoveryLayer;
 use portcullis::forward::{self, ClientTls, Forward};
 use portcullis::gateway::Upstream;
 use portcullis::health::{self, Checker};
-use portcullis_core::{Endpoints, GrpcCode, TrustedProxies};
+use portcullis_core::{Endpoints, Outcome, Standard, TrustedProxies};
 
-use super::Error;
 use super::registries::Registries;
-use crate::config::{self, BalancePolicy, Config, HashBy, HealthKind};
+use super::{Error, balance};
+use crate::config::{self, Config, Counts, HealthKind};
 
 /// Over what time repeated requests are compared with all.
 const BUDGET_WINDOW: Duration = Duration::from_secs(10);
@@ -54,7 +53,7 @@ impl Service {
             Some(old) => (old.balance.clone(), old.budget.clone()),
             None => {
                 let budget = Budget::new(service.retry.budget, service.retry.budget_per_second, BUDGET_WINDOW);
-                (balance_layer(service, proxies, budget.clone()), budget)
+                (balance::layer(service, proxies, budget.clone()), budget)
             }
         };
         let circuit_break = match same(|a, b| a.breaker == b.breaker) {
@@ -62,8 +61,10 @@ impl Service {
             None => breaker(&service.breaker)?,
         };
         let connected_alike = same(|a, b| {
-            let encrypts = |service: &config::Service| (service.https, service.registry.is_some());
-            (encrypts(a), &a.timeouts, &a.pool, &a.tls, &a.host) == (encrypts(b), &b.timeouts, &b.pool, &b.tls, &b.host)
+            let encrypts = |service: &config::Service| (service.https, service.registry.is_empty());
+            let says = |one: &config::Service| (one.forwarded, one.via.clone());
+            (encrypts(a), says(a), &a.timeouts, &a.pool, &a.tls, &a.host)
+                == (encrypts(b), says(b), &b.timeouts, &b.pool, &b.tls, &b.host)
         });
         let connects_as = connected_alike.filter(believes_the_same);
         let forward = match connects_as {
@@ -122,105 +123,6 @@ impl Service {
 
 // === layers ===
 
-fn balance_layer(service: &config::Service, proxies: &TrustedProxies, budget: Budget) -> BalanceLayer<Arc<dyn Pick>> {
-    let balance = &service.balance;
-    let key = hash_key(&balance.hash, proxies);
-    let pick: Arc<dyn Pick> = match (*balance.policy, key) {
-        (BalancePolicy::RingHash, Some(key)) => {
-            let ring = RingHash::by(key);
-            Arc::new(match &balance.bounded_load {
-                Some(factor) => ring.bounded_load(**factor),
-                None => ring,
-            })
-        }
-        (BalancePolicy::Maglev, Some(key)) => Arc::new(Maglev::by(key)),
-        (BalancePolicy::Rendezvous, Some(key)) => Arc::new(Rendezvous::by(key)),
-        (BalancePolicy::LeastConnections, _) => Arc::new(LeastConnections::default()),
-        (BalancePolicy::RoundRobin, _) => Arc::new(RoundRobin::new()),
-        (BalancePolicy::Random, _) => Arc::new(Random::new()),
-        (BalancePolicy::PeakEwma, _) => Arc::new(PeakEwma::new()),
-        // Without a key there is nothing to hash by, which is said to be a mistake.
-        (
-            BalancePolicy::PowerOfTwo | BalancePolicy::RingHash | BalancePolicy::Maglev | BalancePolicy::Rendezvous,
-            _,
-        ) => Arc::new(PowerOfTwo),
-    };
-    let mut layer = BalanceLayer::new(pick)
-        .policy(attempts(&service.retry, balance, balance.subset.as_deref()))
-        .panic_threshold(balance.panic_threshold)
-        .overprovisioning(balance.overprovisioning)
-        .budget(budget)
-        // What was tried is noted by the observer.
-        .leaves_served(false);
-    if let Some(wait) = balance.wait {
-        layer = layer.wait(wait);
-    }
-    if let Some(zone) = &balance.zone {
-        layer = layer.zone(Zone::prefer(zone.as_str()));
-    }
-    if let Some(window) = balance.slow_start {
-        layer = layer.slow_start(SlowStart::over(window));
-    }
-    layer
-}
-
-fn hash_key(hash: &[config::At<HashBy>], proxies: &TrustedProxies) -> Option<HashKey> {
-    let keys = hash.iter().map(|by| match &**by {
-        HashBy::Header(name) => HashKey::header(name.clone()),
-        HashBy::Cookie(name) => HashKey::cookie(name.as_str()),
-        HashBy::Query(name) => HashKey::query(name.as_str()),
-        HashBy::Claim(name) => HashKey::claim(name.as_str()),
-        HashBy::Subject => HashKey::subject(),
-        HashBy::Address => HashKey::client_address(proxies.clone()),
-        HashBy::Path => HashKey::path(),
-    });
-    keys.reduce(HashKey::or)
-}
-
-/// How requests are attempted, and at which endpoints.
-pub(super) fn attempts(
-    retry: &config::Retry,
-    balance: &config::Balance,
-    subset: Option<&config::Subset>,
-) -> balance::Policy {
-    let mut policy = balance::Policy::new()
-        .attempts(retry.attempts)
-        .on_reset(retry.on_reset)
-        .on_statuses(retry.on_statuses.iter().copied())
-        .on_grpc(retry.on_grpc.iter().map(|&code| GrpcCode::from_number(code)))
-        .repeat_any_method(retry.any_method)
-        .replay(usize::try_from(retry.max_body.0).unwrap_or(usize::MAX))
-        .backoff(retry.backoff, retry.max_backoff);
-    if let Some(timeout) = retry.attempt_timeout {
-        policy = policy.attempt_timeout(timeout);
-    }
-    if let Some(sticky) = balance.sticky.as_ref().and_then(sticky) {
-        policy = policy.sticky(sticky);
-    }
-    if let Some(subset) = subset.and_then(subset_of) {
-        policy = policy.subset(subset);
-    }
-    policy
-}
-
-fn sticky(sticky: &config::Sticky) -> Option<Sticky> {
-    let mut built = Sticky::cookie(&sticky.cookie, sticky.secret_bytes()?)?;
-    if sticky.secure {
-        built = built.secure();
-    }
-    Some(match sticky.max_age {
-        Some(age) => built.max_age(age),
-        None => built,
-    })
-}
-
-fn subset_of(subset: &config::Subset) -> Option<Subset> {
-    let tags = subset.tags.iter().map(Subset::tag);
-    let terms = tags.chain(subset.metadata.iter().map(|(key, value)| Subset::metadata(key, value)));
-    let all = terms.reduce(|all, term| all.and(&term))?;
-    Some(if subset.or_any { all.or_any() } else { all })
-}
-
 fn breaker(breaker: &config::Breaker) -> Result<CircuitBreakLayer, Error> {
     if !breaker.enabled {
         return Ok(CircuitBreakLayer::new().failures(0));
@@ -229,7 +131,18 @@ fn breaker(breaker: &config::Breaker) -> Result<CircuitBreakLayer, Error> {
         Some(limit) => OpenTime::growing(breaker.open_for, limit),
         None => OpenTime::fixed(breaker.open_for),
     };
+    let open = match &breaker.jitter {
+        Some(part) => open.jitter(Share::new(**part).ok()),
+        None => open,
+    };
+    let open = open.listen_up_to(breaker.listen_up_to);
+    let exhausted = match breaker.exhausted {
+        Counts::Ignored => Outcome::Ignored,
+        Counts::Failure => Outcome::Failure,
+        Counts::Success => Outcome::Success,
+    };
     let mut layer = CircuitBreakLayer::new()
+        .with_classify(Standard::default().exhausted(exhausted))
         .failures(breaker.failures)
         .open_for(open)
         .probes(breaker.probes)
@@ -237,7 +150,8 @@ fn breaker(breaker: &config::Breaker) -> Result<CircuitBreakLayer, Error> {
         .probe_timeout(breaker.probe_timeout);
     let wrong = |error: portcullis::circuit_break::Error| Error::of("the breaker", error);
     if let Some(outliers) = &breaker.outliers {
-        let open = OpenTime::growing(outliers.open_for, outliers.open_limit.max(outliers.open_for));
+        let open = OpenTime::growing(outliers.open_for, outliers.open_limit.max(outliers.open_for))
+            .jitter(Share::new(*outliers.jitter).ok());
         let share = |share: config::Share| Share::new(share.0).map_err(wrong);
         let rules = Outliers::new()
             .every(outliers.every)
@@ -265,26 +179,17 @@ fn breaker(breaker: &config::Breaker) -> Result<CircuitBreakLayer, Error> {
 }
 
 fn forward_to(service: &config::Service, proxies: &TrustedProxies) -> Result<Forward, Error> {
-    let timeouts = &service.timeouts;
-    let mut policy = forward::Policy::new();
-    if let Some(time) = timeouts.connect {
-        policy = policy.connect_timeout(time);
+    let policy = host(&service.host, timeouts(&service.timeouts, forward::Policy::new()))?;
+    let mut forward =
+        Forward::new().trusted_proxies(proxies.clone()).policy(policy).forwarded(match service.forwarded {
+            config::Forwarded::XForwarded => forward::Forwarded::XForwarded,
+            config::Forwarded::Forwarded => forward::Forwarded::Standard,
+            config::Forwarded::Both => forward::Forwarded::Both,
+            config::Forwarded::Nothing => forward::Forwarded::Nothing,
+        });
+    if let Some(via) = &service.via {
+        forward = forward.via(via).map_err(|error| Error::of("via", error))?;
     }
-    if let Some(time) = timeouts.response {
-        policy = policy.response_timeout(time);
-    }
-    if let Some(time) = timeouts.total {
-        policy = policy.total_timeout(time);
-    }
-    if let Some(time) = timeouts.idle {
-        policy = policy.idle_timeout(time);
-    }
-    policy = policy.host(match service.host.as_str() {
-        "keep" => forward::Host::Keep,
-        "endpoint" => forward::Host::Endpoint,
-        name => forward::Host::Fixed(name.parse().map_err(|_| Error::of("host", "it cannot stand in a header"))?),
-    });
-    let mut forward = Forward::new().trusted_proxies(proxies.clone()).policy(policy);
     let pool = &service.pool;
     forward = forward.max_head(usize::try_from(pool.max_header_size.0).unwrap_or(usize::MAX));
     if let Some(idle) = pool.max_idle {
@@ -308,7 +213,7 @@ fn forward_to(service: &config::Service, proxies: &TrustedProxies) -> Result<For
     if let Some(interval) = pool.keep_alive {
         forward = forward.keep_alive(interval, pool.keep_alive_timeout);
     }
-    if service.https || service.registry.is_some() || service.tls.ca.is_some() {
+    if service.https || !service.registry.is_empty() || service.tls.ca.is_some() {
         let tls = client_tls(&service.tls);
         forward = match tls {
             Ok(tls) => forward.tls(tls),
@@ -318,6 +223,32 @@ fn forward_to(service: &config::Service, proxies: &TrustedProxies) -> Result<For
         };
     }
     Ok(forward)
+}
+
+/// How long things may take.
+pub(super) fn timeouts(timeouts: &config::Timeouts, mut policy: forward::Policy) -> forward::Policy {
+    if let Some(time) = timeouts.connect {
+        policy = policy.connect_timeout(time);
+    }
+    if let Some(time) = timeouts.response {
+        policy = policy.response_timeout(time);
+    }
+    if let Some(time) = timeouts.total {
+        policy = policy.total_timeout(time);
+    }
+    if let Some(time) = timeouts.idle {
+        policy = policy.idle_timeout(time);
+    }
+    policy
+}
+
+/// The host that endpoints see.
+pub(super) fn host(host: &str, policy: forward::Policy) -> Result<forward::Policy, Error> {
+    Ok(policy.host(match host {
+        "keep" => forward::Host::Keep,
+        "endpoint" => forward::Host::Endpoint,
+        name => forward::Host::Fixed(name.parse().map_err(|_| Error::of("host", "it cannot stand in a header"))?),
+    }))
 }
 
 pub(crate) fn client_tls(tls: &config::UpstreamTls) -> Result<ClientTls, forward::Error> {

@@ -21,6 +21,9 @@ section! {
         resource_metadata: Option<String>,
         /// Passes tokens and keys on to the services. By default they are taken out.
         forward_credentials: bool = false,
+        /// Lets CORS preflights pass to services, which browsers send without credentials. Routes with `cors` answer them
+        /// by themselves.
+        preflight: bool = false,
         /// Headers in which services are told who is calling. Callers cannot set them.
         headers: IdentityHeaders,
     }
@@ -75,6 +78,8 @@ section! {
         roles: Vec<String>,
         /// Roles of which a caller must have one.
         any_role: Vec<String>,
+        /// What claims must be, or hold if they are lists: by name, or where in the token they are, such as "/org/id".
+        claims: Map<String>,
     }
 }
 

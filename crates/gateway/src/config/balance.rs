@@ -1,36 +1,17 @@
 //! How an endpoint is picked, and when another is tried.
 
+use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::time::Duration;
 
-use http::{HeaderName, StatusCode};
-use serde_json::{Value as Json, json};
+use http::StatusCode;
 
+use super::by::{Alternatives, HashBy, has_hole};
 use super::mistake::Notes;
-use super::plain::{Bytes, Map};
-use super::read::{At, Node, Reader, Value};
+use super::plain::{Bytes, Map, Share};
+use super::read::{At, Value};
 use super::secret::Secret;
-use super::section::{section, words};
-
-/// What of a request decides where it goes: `"header:x-user"`, `"cookie:session"`, `"query:user"`, `"claim:tenant"`,
-/// `"subject"`, `"address"` or `"path"`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum HashBy {
-    /// A header.
-    Header(HeaderName),
-    /// A cookie.
-    Cookie(String),
-    /// A parameter of the query.
-    Query(String),
-    /// A claim of the caller's.
-    Claim(String),
-    /// Who is calling.
-    Subject,
-    /// Where it comes from.
-    Address,
-    /// The path.
-    Path,
-}
+use super::section::{section, shorthand, words};
 
 section! {
     /// How an endpoint is picked.
@@ -39,22 +20,73 @@ section! {
         policy: At<BalancePolicy> = At::of(BalancePolicy::PowerOfTwo),
         /// When fewer than so many percent of the endpoints admit, all are used. 0 never does that.
         panic_threshold: u8 = 50,
-        /// How long to wait for an endpoint that admits before a request is refused.
+        /// How long to wait for an endpoint that admits before a request is refused. By default it is refused at once.
         wait: Option<Duration>,
+        /// How many requests may wait for that at a time; others are refused at once.
+        waiting: usize = 1024,
         /// How much more than its even share an endpoint can take, in percent, before the next priority gets some.
         overprovisioning: u16 = 140,
         /// The gateway's own zone, which is preferred. By default zones make no difference.
-        zone: Option<String>,
+        zone: Option<Zone>,
         /// How long the share of a new endpoint grows. By default it has its whole share at once.
-        slow_start: Option<Duration>,
-        /// What of a request decides where it goes, for the policies that hash; the first that it has.
-        hash: Vec<At<HashBy>>,
+        slow_start: Option<SlowStart>,
+        /// What of a request decides where it goes, for the policies that hash; the first that it has. A list in the list
+        /// is several things together.
+        hash: Alternatives<HashBy>,
         /// How many times its even share an endpoint may have in flight, for "ring-hash".
         bounded_load: Option<At<f64>>,
+        /// Points of an endpoint on the ring, for "ring-hash"; 1024 by default.
+        points: Option<At<NonZeroUsize>>,
+        /// Slots of the table at least, for "maglev"; 65537 by default.
+        slots: Option<At<NonZeroUsize>>,
+        /// Of how many taken at random one is picked: 3 for "peak-ewma", 5 for "least-connections" where there are many.
+        choices: Option<At<NonZeroUsize>>,
+        /// Up to how many endpoints all are looked at, for "least-connections"; 16 by default.
+        scan_up_to: Option<At<usize>>,
+        /// After how long without a call what is known of an endpoint fades, for "peak-ewma"; "10s" by default.
+        decay: Option<At<Duration>>,
+        /// What an endpoint costs that always fails, for "peak-ewma"; "5s" by default.
+        penalty: Option<At<Duration>>,
         /// Keeps callers with the endpoint that served them.
         sticky: Option<Sticky>,
         /// Only these endpoints.
         subset: Option<At<Subset>>,
+    }
+}
+
+shorthand! {
+    /// The gateway's own zone: its name, or a table that says more.
+    pub struct Zone(ZoneTable);
+    String, |name| ZoneTable { name, share: None, least: 6 }
+}
+
+section! {
+    /// The gateway's own zone.
+    pub struct ZoneTable {
+        /// Its name.
+        name: String,
+        /// Which part of all requests comes from it; by default zones are alike.
+        share: Option<Share>,
+        /// Does not look at zones where there are fewer endpoints than this.
+        least: usize = 6,
+    }
+}
+
+shorthand! {
+    /// How long the share of a new endpoint grows: a time, or a table that says more.
+    pub struct SlowStart(SlowStartTable);
+    Duration, |window| SlowStartTable { window, floor: Share(0.1), aggression: 1.0 }
+}
+
+section! {
+    /// How the share of a new endpoint grows.
+    pub struct SlowStartTable {
+        /// How long.
+        window: Duration,
+        /// The part of its share it has from the beginning.
+        floor: Share = Share(0.1),
+        /// Above 1 it grows fast at first, below 1 at last.
+        aggression: f64 = 1.0,
     }
 }
 
@@ -135,22 +167,39 @@ section! {
 }
 
 impl Balance {
+    /// Whether its policy goes by what a request has.
+    pub(super) fn hashes(&self) -> bool {
+        matches!(*self.policy, BalancePolicy::RingHash | BalancePolicy::Maglev | BalancePolicy::Rendezvous)
+    }
+
     pub(super) fn check(&self, notes: &mut Notes<'_>) {
-        let hashes =
-            matches!(*self.policy, BalancePolicy::RingHash | BalancePolicy::Maglev | BalancePolicy::Rendezvous);
-        match (hashes, self.hash.first()) {
+        match (self.hashes(), self.hash.iter().flatten().next()) {
             (true, None) => notes.push(&self.policy.span, "not said by what to hash", "add hash = [\"header:x-user\"]"),
             (false, Some(hash)) => {
                 notes.push(&hash.span, "this policy does not hash", "add policy = \"ring-hash\", or remove hash");
             }
             _ => {}
         }
-        if let Some(factor) = &self.bounded_load {
-            if *self.policy != BalancePolicy::RingHash {
-                notes.push(&factor.span, "only \"ring-hash\" bounds the load", "remove it");
-            } else if **factor < 1.0 {
-                notes.push(&factor.span, "less than an even share is never enough", "such as 1.25");
+        if self.hashes() && has_hole(&self.hash) {
+            notes.push(&self.policy.span, "an empty list in hash", "name what to hash by, or remove it");
+        }
+        let mut only = |span: Option<&Range<usize>>, policies: &[BalancePolicy], key: &str| {
+            if let Some(span) = span.filter(|_| !policies.contains(&*self.policy)) {
+                let names: Vec<String> = policies.iter().map(|policy| policy.show().to_string()).collect();
+                notes.push(span, format!("only {} has {key}", names.join(" or ")), "remove it");
             }
+        };
+        let [ring, maglev] = [BalancePolicy::RingHash, BalancePolicy::Maglev];
+        let [ewma, least] = [BalancePolicy::PeakEwma, BalancePolicy::LeastConnections];
+        only(self.bounded_load.as_ref().map(|at| &at.span), &[ring], "bounded_load");
+        only(self.points.as_ref().map(|at| &at.span), &[ring], "points");
+        only(self.slots.as_ref().map(|at| &at.span), &[maglev], "slots");
+        only(self.choices.as_ref().map(|at| &at.span), &[least, ewma], "choices");
+        only(self.scan_up_to.as_ref().map(|at| &at.span), &[least], "scan_up_to");
+        only(self.decay.as_ref().map(|at| &at.span), &[ewma], "decay");
+        only(self.penalty.as_ref().map(|at| &at.span), &[ewma], "penalty");
+        if let Some(factor) = self.bounded_load.as_ref().filter(|factor| ***factor < 1.0) {
+            notes.push(&factor.span, "less than an even share is never enough", "such as 1.25");
         }
         if let Some(sticky) = &self.sticky {
             if sticky.secret_bytes().is_none() {
@@ -167,7 +216,7 @@ impl Balance {
 }
 
 impl Subset {
-    pub(super) fn check(&self, span: &std::ops::Range<usize>, notes: &mut Notes<'_>) {
+    pub(super) fn check(&self, span: &Range<usize>, notes: &mut Notes<'_>) {
         if self.tags.is_empty() && self.metadata.is_empty() {
             notes.push(
                 span,
@@ -183,38 +232,5 @@ impl Sticky {
     pub(crate) fn secret_bytes(&self) -> Option<[u8; 16]> {
         let digits = self.secret.reveal();
         (digits.len() == 32).then(|| u128::from_str_radix(digits, 16).ok()).flatten().map(u128::to_be_bytes)
-    }
-}
-
-impl Value for HashBy {
-    fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
-        let wanted = "what decides, such as \"header:x-user\", \"cookie:session\", \"query:user\", \"claim:tenant\", \
-                      \"subject\", \"address\" or \"path\"";
-        reader.parsed(node, wanted, |text| match text.split_once(':').unwrap_or((text, "")) {
-            ("header", name) => name.parse().ok().map(Self::Header),
-            ("cookie", name) if !name.is_empty() => Some(Self::Cookie(name.to_owned())),
-            ("query", name) if !name.is_empty() => Some(Self::Query(name.to_owned())),
-            ("claim", name) if !name.is_empty() => Some(Self::Claim(name.to_owned())),
-            ("subject", "") => Some(Self::Subject),
-            ("address", "") => Some(Self::Address),
-            ("path", "") => Some(Self::Path),
-            _ => None,
-        })
-    }
-
-    fn schema() -> Json {
-        json!({ "type": "string", "pattern": "^((header|cookie|query|claim):.+|subject|address|path)$" })
-    }
-
-    fn show(&self) -> Json {
-        json!(match self {
-            Self::Header(name) => format!("header:{name}"),
-            Self::Cookie(name) => format!("cookie:{name}"),
-            Self::Query(name) => format!("query:{name}"),
-            Self::Claim(name) => format!("claim:{name}"),
-            Self::Subject => String::from("subject"),
-            Self::Address => String::from("address"),
-            Self::Path => String::from("path"),
-        })
     }
 }

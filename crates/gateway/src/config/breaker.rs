@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::mistake::Notes;
 use super::plain::Share;
 use super::read::At;
-use super::section::section;
+use super::section::{section, words};
 
 section! {
     /// When an endpoint is kept away from.
@@ -19,6 +19,13 @@ section! {
         open_for: Duration = Duration::from_secs(60),
         /// How long it may stay open at most when it opens again and again, twice as long each time.
         open_limit: Option<Duration>,
+        /// Adds up to this part of that time at random, so that those who stopped together do not come back together; 0
+        /// adds nothing. 0.5 by default where the time grows, else 0.
+        jitter: Option<At<f64>>,
+        /// Stays open as long as the response asks that opens it, but no longer than this for it; "0s" does not listen.
+        listen_up_to: Duration = Duration::from_secs(300),
+        /// What 429 and the gRPC code 8 count as: the endpoint is well, and has no time for this caller.
+        exhausted: Counts = Counts::Ignored,
         /// How many requests at a time see how things are, after that.
         probes: NonZeroU16 = NonZeroU16::MIN,
         /// How many of them must succeed for it to close.
@@ -42,6 +49,18 @@ section! {
     }
 }
 
+words! {
+    /// What an answer counts as.
+    pub enum Counts {
+        /// Nothing.
+        Ignored = "ignored",
+        /// A failure.
+        Failure = "failure",
+        /// A success.
+        Success = "success",
+    }
+}
+
 section! {
     /// When an endpoint does worse than the others of its service.
     pub struct Outliers {
@@ -61,6 +80,8 @@ section! {
         open_for: Duration = Duration::from_secs(30),
         /// How long it may stay open at most when it opens again and again.
         open_limit: Duration = Duration::from_secs(300),
+        /// Adds up to this part of that time at random.
+        jitter: At<f64> = At::of(0.5),
     }
 }
 
@@ -76,6 +97,10 @@ impl Breaker {
             (Some(rate), None) => notes.push(&rate.span, "not said what is slow", "add slow_after = \"1s\""),
             (None, Some(after)) => notes.push(&after.span, "not said how many may be slow", "add slow_rate = 0.5"),
             _ => {}
+        }
+        let jitters = [self.jitter.as_ref(), self.outliers.as_ref().map(|outliers| &outliers.jitter)];
+        for jitter in jitters.into_iter().flatten().filter(|jitter| ***jitter > 1.0) {
+            notes.push(&jitter.span, "more than the whole time", "at most 1, such as 0.5");
         }
         if let (Some(window), Some(_)) = (&self.window, &self.window_calls) {
             notes.push(&window.span, "both window and window_calls", "keep one of them");

@@ -12,7 +12,7 @@ use super::plain::{Bytes, Map};
 use super::read::At;
 use super::registry::{Registry, RegistryKind};
 use super::secret::{Blob, pem};
-use super::section::section;
+use super::section::{section, shorthand};
 
 section! {
     /// Where callers come in.
@@ -61,10 +61,38 @@ section! {
         metadata: Map<String>,
         /// Its share of the traffic.
         weight: u32 = 1,
-        /// How often the registry connects to see whether it is there; by default not at all.
-        check: Option<Duration>,
+        /// The zone it runs in.
+        zone: Option<String>,
+        /// Its weight while a check warns.
+        warning_weight: Option<u32>,
+        /// How often the registry connects to see whether it is there, or a table that says more; by default not at all.
+        check: Option<Check>,
         /// When the registry forgets an instance that is not there, after a crash for instance.
         forget_after: Option<Duration>,
+    }
+}
+
+shorthand! {
+    /// How the registry sees whether a listener is there.
+    pub struct Check(CheckTable);
+    Duration, |interval| CheckTable { interval, ..CheckTable::absent()? }
+}
+
+section! {
+    /// How the registry sees whether a listener is there: it connects, unless `http` or `grpc` says more.
+    pub struct CheckTable {
+        /// How often.
+        interval: Duration = Duration::from_secs(10),
+        /// How long an answer may take.
+        timeout: Option<Duration>,
+        /// A URL to get, such as "http://10.0.0.1:9901/ready"; 2xx is well.
+        http: Option<String>,
+        /// Where to ask by the gRPC health protocol: "host:port" or "host:port/service".
+        grpc: Option<String>,
+        /// How many good answers in a row make it well.
+        passes: NonZeroU32 = NonZeroU32::MIN,
+        /// How many bad answers in a row make it sick.
+        failures: NonZeroU32 = NonZeroU32::MIN,
     }
 }
 
@@ -114,6 +142,10 @@ impl Listener {
         {
             let what = format!("nobody can register with {:?}", *register.registry);
             notes.push(&register.registry.span, what, "name a registry of the kind \"consul\" or \"embedded\"");
+        }
+        if let Some(check) = register.check.as_ref().filter(|check| check.0.http.is_some() && check.0.grpc.is_some()) {
+            let what = format!("{:?} is asked over HTTP and gRPC", register.service);
+            notes.push(&register.span, what, format!("keep http = {:?}", check.0.http.as_deref().unwrap_or_default()));
         }
         if self.address.ip().is_unspecified() && register.address.is_none() {
             let what = format!("{} is not an address at which others reach it", *self.address);

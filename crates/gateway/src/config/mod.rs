@@ -3,6 +3,7 @@
 mod auth;
 mod balance;
 mod breaker;
+mod by;
 mod limit;
 mod listener;
 mod mistake;
@@ -25,6 +26,7 @@ use toml::de::DeTable;
 pub use self::auth::*;
 pub use self::balance::*;
 pub use self::breaker::*;
+pub use self::by::*;
 pub use self::limit::*;
 pub use self::listener::*;
 use self::mistake::Notes;

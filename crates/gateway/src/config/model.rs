@@ -173,12 +173,16 @@ pub(super) fn known<T>(name: &At<String>, among: &Map<T>, kind: &str, notes: &mu
     }
 }
 
+pub(super) fn check_network(network: &At<String>, notes: &mut Notes<'_>) {
+    if Trusted::networks([network.as_str()]).is_err() {
+        notes.push(&network.span, format!("{:?} is no network", **network), "such as \"10.0.0.0/8\"");
+    }
+}
+
 impl TrustedProxies {
     fn check(&self, notes: &mut Notes<'_>) {
         for network in &self.networks {
-            if Trusted::networks([network.as_str()]).is_err() {
-                notes.push(&network.span, format!("{:?} is no network", **network), "such as \"10.0.0.0/8\"");
-            }
+            check_network(network, notes);
         }
         if let (Some(hops), false) = (&self.hops, self.networks.is_empty()) {
             notes.push(&hops.span, "both networks and hops", "keep one of them");

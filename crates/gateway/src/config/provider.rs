@@ -39,6 +39,10 @@ section! {
         allow_hosts: Vec<String>,
         /// How long keys are used while they cannot be fetched.
         max_stale: Option<Duration>,
+        /// How soon keys may be fetched again for the sake of a key that nobody knows.
+        cooldown: Option<Duration>,
+        /// Fetches keys over `http` as well: whoever is on the way decides whom this gateway believes.
+        insecure_http: bool = false,
         /// The algorithm that goes with `secret` or `public_key`, such as "ES256".
         algorithm: Option<At<String>>,
         /// Who must have issued a token.
@@ -57,6 +61,10 @@ section! {
         roles_from: Option<String>,
         /// Claims that must be there.
         require: Vec<String>,
+        /// Takes tokens that never expire as well.
+        insecure_without_expiry: bool = false,
+        /// The longest token that is looked at; 8 KiB by default.
+        max_token: Option<Bytes>,
         /// How far clocks may be apart.
         leeway: Option<Duration>,
         /// How much memory remembers tokens that verified; 0 remembers none.

@@ -1,8 +1,10 @@
 //! Where instances are found.
 
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use super::mistake::Notes;
+use super::plain::Bytes;
 use super::read::At;
 use super::secret::{Blob, Place, Secret, pem};
 use super::section::{section, words};
@@ -22,14 +24,28 @@ section! {
         namespace: Option<String>,
         /// Consul Enterprise: the partition.
         partition: Option<String>,
-        /// Consul: only instances with this tag.
-        tag: Option<String>,
+        /// Consul: only instances with this tag; of several, with all.
+        tag: Vec<String>,
         /// Consul: only instances that this expression is true of, such as "Service.Meta.version == 2".
         filter: Option<String>,
         /// Consul: the address that instances have under this name, where they have one.
         tagged_address: Option<String>,
         /// Consul: who may answer.
         consistency: Consistency = Consistency::Default,
+        /// Consul: has instances sorted by their distance from this node; "_agent" is the agent's own.
+        near: Option<String>,
+        /// Consul: how long a question may wait for news, up to ten minutes; "30s" by default.
+        wait: Option<Duration>,
+        /// Consul: how long other answers may take; "5s" by default.
+        timeout: Option<Duration>,
+        /// Consul: how long connecting may take; "2s" by default.
+        connect_timeout: Option<Duration>,
+        /// Consul: how often what was registered is looked after.
+        resync: Option<Duration>,
+        /// Consul: how large an answer may be; 16 MiB by default.
+        max_body: Option<Bytes>,
+        /// Consul: how many connections watches may use; 128 by default.
+        connections: Option<NonZeroUsize>,
         /// Consul: also takes instances one of whose checks warns.
         include_warning: bool = false,
         /// Consul: authorities of an agent that speaks TLS, as PEM.
@@ -42,10 +58,16 @@ section! {
         port: Option<u16>,
         /// DNS: the name to look up, with {} where the service's belongs, such as "{}.default.svc.cluster.local".
         pattern: Option<At<String>>,
+        /// DNS: how soon a name is looked up again at the earliest; "5s" by default.
+        floor: Option<Duration>,
         /// File: the file with the instances.
         path: Option<At<Place>>,
         /// How long endpoints are used while the registry does not answer. By default for ever.
         max_age: Option<Duration>,
+        /// How long a request waits for the first answer; "1s" by default.
+        first_wait: Option<Duration>,
+        /// How long a service is watched that nobody asks for; "10m" by default.
+        idle: Option<Duration>,
         /// A file that remembers what the registry said, for a start while it does not answer.
         remember: Option<Place>,
     }
@@ -85,7 +107,7 @@ impl Registry {
         match kind {
             RegistryKind::Consul => {
                 if let Some(address) = &self.address
-                    && !(address.starts_with("http://") || address.starts_with("https://"))
+                    && !["http://", "https://", "unix:///"].iter().any(|scheme| address.starts_with(scheme))
                 {
                     let what = format!("{:?} is no URL of an agent", **address);
                     notes.push(&address.span, what, "such as \"http://127.0.0.1:8500\"");

@@ -7,11 +7,13 @@ use http::{HeaderName, HeaderValue, Method, StatusCode};
 
 use super::auth::{AuthMode, RouteAuth};
 use super::balance::{Retry, Subset};
+use super::by::{Alternatives, HashBy, has_hole};
 use super::mistake::Notes;
 use super::model::{Config, known};
 use super::plain::{Bytes, Map};
 use super::read::At;
 use super::section::{section, shorthand, words};
+use super::service::Timeouts;
 
 section! {
     /// Which requests go where.
@@ -40,12 +42,18 @@ section! {
         strip_prefix: Option<At<String>>,
         /// Puts this before the path, after that.
         add_prefix: Option<At<String>>,
+        /// The Host that endpoints see, instead of what the service says: "keep", "endpoint" or a name.
+        host: Option<At<String>>,
         /// What is asked of callers, instead of the default.
         auth: Option<RouteAuth>,
         /// Names of limits that hold here, instead of the default ones. An empty list: none.
         limits: Option<Vec<At<String>>>,
+        /// Counts against the default limits as well as against those.
+        default_limits: bool = false,
         /// Answers 504 to what takes longer, other attempts included.
         timeout: Option<Duration>,
+        /// How long single things may take, instead of what the service says.
+        timeouts: Timeouts,
         /// How large a request's body may be.
         max_body: Option<Bytes>,
         /// How large a response's body may be.
@@ -64,6 +72,8 @@ section! {
         cors: Option<Cors>,
         /// When another endpoint is tried, instead of what the service says.
         retry: Option<Retry>,
+        /// What of a request decides where it goes, instead of what the service says; its policy must hash.
+        hash: Alternatives<HashBy>,
     }
 }
 
@@ -269,6 +279,25 @@ impl Route {
             if self.to.len() > 1 {
                 notes.push(&subset.span, "a subset of several services", "split what leads to subsets into services");
             }
+        }
+        if let Some(hash) = self.hash.iter().flatten().next() {
+            let mut services = self.to.iter().filter_map(|to| config.services.get(&*to.0.service));
+            if services.any(|service| !service.balance.hashes()) {
+                notes.push(
+                    &hash.span,
+                    "a service whose policy does not hash",
+                    "give it balance.policy = \"ring-hash\"",
+                );
+            }
+        }
+        if has_hole(&self.hash) {
+            notes.push(span, "an empty list in hash", "name what to hash by, or remove it");
+        }
+        if let Some(host) = self.host.as_ref().filter(|host| HeaderValue::from_str(host).is_err()) {
+            notes.push(&host.span, format!("{:?} is no host", **host), "\"keep\", \"endpoint\" or a name");
+        }
+        if self.default_limits && self.limits.is_none() {
+            notes.push(span, "the default limits hold here without limits of the route's own", "remove default_limits");
         }
         if let Some(redirect) = &self.redirect {
             redirect.check(notes);

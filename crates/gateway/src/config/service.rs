@@ -4,6 +4,7 @@ use std::num::{NonZeroU32, NonZeroUsize};
 use std::ops::Range;
 use std::time::Duration;
 
+use portcullis::forward::Forward;
 use portcullis_core::Address;
 
 use super::balance::{Balance, Retry};
@@ -21,9 +22,9 @@ section! {
     pub struct Service {
         /// Its instances, when they are known. Either this or `registry`.
         endpoints: Vec<Endpoint>,
-        /// The registry that knows its instances.
-        registry: Option<At<String>>,
-        /// The registry that is asked where that one knows no instance.
+        /// The registry that knows its instances, or several, of which each knows some.
+        registry: Vec<At<String>>,
+        /// The registry that is asked where those know no instance.
         fallback: Option<At<String>>,
         /// What the registry calls it, instead of its name here.
         registered_as: Option<String>,
@@ -47,6 +48,25 @@ section! {
         protocol: Protocol = Protocol::Auto,
         /// The Host endpoints see: "keep" what the caller asked for, "endpoint" their own address, or a name.
         host: String = String::from("keep"),
+        /// In which headers endpoints are told where a request came from.
+        forwarded: Forwarded = Forwarded::XForwarded,
+        /// The name under which the gateway writes itself into Via, and by which it knows what went round in a circle.
+        /// Gateways that may pass requests to each other need different ones.
+        via: Option<At<String>>,
+    }
+}
+
+words! {
+    /// In which headers endpoints are told where a request came from.
+    pub enum Forwarded {
+        /// X-Forwarded-For, -Proto and -Host.
+        XForwarded = "x-forwarded",
+        /// The one of RFC 7239.
+        Forwarded = "forwarded",
+        /// All of them.
+        Both = "both",
+        /// None, and none is passed on.
+        Nothing = "none",
     }
 }
 
@@ -170,12 +190,17 @@ words! {
 
 impl Service {
     pub(super) fn check(&self, name: &str, span: &Range<usize>, registries: &Map<At<Registry>>, notes: &mut Notes<'_>) {
-        match (&self.registry, self.endpoints.first()) {
-            (Some(registry), None) => known(registry, registries, "registry", notes),
+        for (index, registry) in self.registry.iter().enumerate() {
+            known(registry, registries, "registry", notes);
+            if self.registry[..index].contains(registry) {
+                notes.push(&registry.span, format!("{:?} is named twice", **registry), "remove one of them");
+            }
+        }
+        match (self.registry.first(), self.endpoints.first()) {
+            (Some(_), None) | (None, Some(_)) => {}
             (Some(registry), Some(_)) => {
                 notes.push(&registry.span, "both endpoints and a registry", "keep one of them");
             }
-            (None, Some(_)) => {}
             (None, None) => {
                 let what = format!("the service {name:?} has neither endpoints nor a registry");
                 notes.push(span, what, "add endpoints = [\"127.0.0.1:9001\"] or registry = \"<name>\"");
@@ -194,9 +219,12 @@ impl Service {
                 "\"keep\", \"endpoint\" or a name",
             );
         }
+        if let Some(via) = self.via.as_ref().filter(|via| Forward::new().via(via).is_err()) {
+            notes.push(&via.span, format!("{:?} cannot stand in Via", **via), "letters, digits and dashes");
+        }
         if let Some(fallback) = &self.fallback {
             known(fallback, registries, "registry", notes);
-            if self.registry.is_none() {
+            if self.registry.is_empty() {
                 notes.push(&fallback.span, "a fallback of no registry", "add registry = \"<name>\"");
             }
         }

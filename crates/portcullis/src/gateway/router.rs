@@ -164,7 +164,7 @@ impl<T: Clone> Paths<T> {
     }
 
     fn find(&self, asked: Asked<'_>, allowed: &mut Vec<Method>) -> Option<&T> {
-        let path = asked.uri.path();
+        let path = asked.path();
         let best = *self.whole.at(path).or_else(|_| self.rest.at(path)).ok()?.value;
         let first = self.patterns.get(best)?;
         if let Some(value) = first.find(asked, allowed) {
@@ -248,6 +248,14 @@ impl Matches {
 // === impl Asked ===
 
 impl<'a> Asked<'a> {
+    /// The path as it is; the target of `CONNECT` has none, and is looked for at the root.
+    fn path(&self) -> &'a str {
+        match self.uri.path() {
+            "" => "/",
+            path => path,
+        }
+    }
+
     /// The host without its port: the target's, else the `Host` field's.
     pub(super) fn host(&self) -> Option<&'a str> {
         if let Some(host) = self.uri.host() {
@@ -321,6 +329,14 @@ mod tests {
         assert_eq!(get(&router, "/a"), Ok("/a"));
         assert_eq!(get(&router, "/a/"), Ok("/a/{*rest}"));
         assert_eq!(get(&router, "/b"), Ok("/{*rest}"));
+    }
+
+    #[test]
+    fn connect_has_a_host_and_no_path() {
+        let tunnels = Matches { methods: vec![Method::CONNECT], hosts: vec!["db.example".into()], ..any() };
+        let router = Router::new(vec![("/{*rest}".to_owned(), tunnels, "tunnel")]).unwrap();
+        assert_eq!(ask(&router, &Method::CONNECT, "db.example:5432", &[]), Ok("tunnel"));
+        assert_eq!(ask(&router, &Method::CONNECT, "other.example:5432", &[]), Err(Missing::Route));
     }
 
     #[test]
