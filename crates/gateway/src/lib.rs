@@ -11,6 +11,8 @@
 //! `portcullis run --config gateway.toml` runs that at 127.0.0.1:8080, with a page for operators at 127.0.0.1:9901.
 //! `gateway.example.toml` beside this crate says everything a file can say; `portcullis check` says what is wrong with one.
 //!
+#![doc = include_str!("../transcript.md")]
+//!
 //! # Reload
 //!
 //! On `HUP`, on `POST /reload` at the operators' side, and with `server.watch` when the file changes, or a secret, key or
@@ -196,14 +198,15 @@ fn check(file: &std::path::Path) -> ExitCode {
             return ExitCode::from(run::WRONG);
         }
     };
-    let (services, routes) = (config.services.len(), config.routes.len());
+    let count = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
+    let (services, routes) = (count(config.services.len(), "service"), count(config.routes.len(), "route"));
     // What only shows when it is put together: patterns that contradict each other, keys that do not fit.
     // Nothing is asked of anybody: what would run in it never does.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let _inside = runtime.as_ref().ok().map(tokio::runtime::Runtime::enter);
     match build::Running::build(config, None) {
         Ok(_) => {
-            say!("{} is right: {services} services, {routes} routes", file.display());
+            say!("{} is right: {services}, {routes}", file.display());
             ExitCode::SUCCESS
         }
         Err(why) => {

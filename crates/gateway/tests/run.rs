@@ -241,7 +241,7 @@ async fn what_cannot_be_is_said_and_nothing_is_half_started() {
         said(command)
     };
     let (code, text) = check(&sound);
-    assert!(code == Some(0) && text.contains("is right: 1 services, 1 routes"), "{text}");
+    assert!(code == Some(0) && text.contains("is right: 1 service, 1 route"), "{text}");
     let (code, text) = check(&format!("{sound}{ALL}"));
     assert!(code == Some(2) && text.contains("two routes for \"/{*rest}\""), "{text}");
     let (code, text) = check("colour = 1\n[[routes]]\nto = \"x\"\n");

@@ -1,0 +1,145 @@
+//! What the file says of services, through the running program: where their instances come from, what they are told, and
+//! what is done when none of them has time.
+
+mod common;
+
+use std::time::Duration;
+
+use portcullis_testing::Backend;
+use portcullis_testing::client::get;
+use portcullis_testing::process::scratch_folder;
+use serde_json::json;
+
+use common::{ALL, Program, file};
+
+#[tokio::test]
+async fn instances_of_several_registries_are_one_service_and_a_fallback_is_asked_last() {
+    let (one, two, three) = (Backend::start("one").await, Backend::start("two").await, Backend::start("three").await);
+    let folder = scratch_folder("services");
+    let list = |backend: &Backend| json!([{ "address": backend.address().to_string() }]);
+    let write = |name: &str, text: serde_json::Value| {
+        std::fs::write(folder.join(name), json!({ "services": text }).to_string()).expect("a folder to write in");
+    };
+    write("some.json", json!({ "a": list(&two) }));
+    write("last.json", json!({ "a": list(&three), "b": list(&three) }));
+    let text = format!(
+        r#"
+        registries = {{ here.kind = "embedded", some = {{ kind = "file", path = "some.json" }}, last = {{ kind = "file", path = "last.json" }} }}
+        services.a = {{ registry = ["here", "some"], fallback = "last" }}
+        services.b = {{ registry = ["here", "some"], fallback = "last" }}
+        {ALL}
+        [[routes]]
+        path = "/b"
+        to = "b"
+        "#
+    );
+    let program = Program::start_in(folder.clone(), &file(&[], &text));
+    let order = json!({ "service": "a", "id": "one", "registry": "here", "address": one.address().to_string() });
+    assert_eq!(program.order("/register", &order).await.status, 200);
+    let known = |count| {
+        move |answer: &portcullis_testing::client::Answer| {
+            answer.json()["a"]["endpoints"].as_array().is_some_and(|all| all.len() == count)
+        }
+    };
+    program.until("/endpoints", known(2)).await;
+    let mut served = std::collections::BTreeSet::new();
+    for _ in 0..40 {
+        served.insert(program.get("/").await.header("x-backend").to_owned());
+    }
+    assert_eq!(served.into_iter().collect::<Vec<_>>(), ["one", "two"]);
+    program
+        .until("/endpoints", |answer| answer.json()["b"]["endpoints"].as_array().is_some_and(|all| all.len() == 1))
+        .await;
+    assert_eq!(program.get("/b").await.header("x-backend"), "three");
+}
+
+#[tokio::test]
+async fn endpoints_are_told_where_requests_came_from_as_the_file_says() {
+    let backend = Backend::start("one").await;
+    let mut text = file(&[], "");
+    for (name, forwarded, via) in
+        [("x", "x-forwarded", "edge"), ("s", "forwarded", "edge"), ("b", "both", "edge"), ("n", "none", "other")]
+    {
+        let address = backend.address();
+        text.push_str(&format!(
+            "services.{name} = {{ endpoints = \"{address}\", forwarded = \"{forwarded}\", via = \"{via}\" }}\n"
+        ));
+    }
+    for name in ["x", "s", "b", "n"] {
+        text.push_str(&format!("[[routes]]\npath = \"/{name}\"\nto = \"{name}\"\n"));
+    }
+    let program = Program::start(&text);
+    for (path, old, new) in [("/x", true, false), ("/s", false, true), ("/b", true, true), ("/n", false, false)] {
+        let told = get(program.gateway, path, &[("x-forwarded-for", "9.9.9.9")]).await.expect("an answer").json();
+        let headers = &told["headers"];
+        assert_eq!(headers["x-forwarded-for"] == "127.0.0.1", old, "{path}: {headers}");
+        assert_eq!(headers["forwarded"].as_str().is_some_and(|text| text.contains("for=127.0.0.1")), new, "{headers}");
+        assert!(!headers.to_string().contains("9.9.9.9"), "a stranger's word: {headers}");
+        let name = if path == "/n" { "other" } else { "edge" };
+        assert_eq!(headers["via"], format!("1.1 {name}"), "{path}");
+    }
+    // What went round in a circle.
+    assert_eq!(get(program.gateway, "/x", &[("via", "1.1 edge")]).await.expect("an answer").status, 508);
+    assert_eq!(get(program.gateway, "/n", &[("via", "1.1 edge")]).await.expect("an answer").status, 200);
+}
+
+#[tokio::test]
+async fn some_requests_wait_for_an_endpoint_that_admits_and_no_more_than_may() {
+    let backend = Backend::start("one").await;
+    let address = backend.address();
+    let service = |name: &str, waiting: u32| {
+        format!(
+            "services.{name} = {{ endpoints = \"{address}\", breaker = {{ failures = 1, open_for = \"150ms\", jitter = 0.0 }}, \
+             balance = {{ panic_threshold = 0, wait = \"10s\", waiting = {waiting} }}, retry.attempts = 1 }}\n"
+        )
+    };
+    let routes = "[[routes]]\npath = \"/status/{code}\"\nto = \"some\"\n[[routes]]\npath = \"/none/{*rest}\"\n\
+                  strip_prefix = \"/none\"\nto = \"none\"\n";
+    let program = Program::start(&file(&[], &(service("some", 8) + &service("none", 0) + routes)));
+    let ask = async |path: &str| get(program.gateway, path, &[]).await.expect("an answer").status.as_u16();
+    // It opens, and whoever comes then waits until it lets somebody try.
+    assert_eq!((ask("/status/500").await, ask("/status/200").await), (500, 200));
+    assert_eq!(ask("/none/status/500").await, 500);
+    assert_eq!(ask("/none/status/200").await, 503, "nobody may wait");
+}
+
+#[tokio::test]
+async fn what_having_no_time_counts_as_is_as_the_file_says() {
+    let backend = Backend::start("one").await;
+    let address = backend.address();
+    let service = |counts: &str| {
+        format!(
+            "services.{counts} = {{ endpoints = \"{address}\", breaker = {{ failures = 2, exhausted = \"{counts}\" }}, \
+             balance.panic_threshold = 0, retry.attempts = 1 }}\n[[routes]]\npath = \"/{counts}/{{*rest}}\"\n\
+             strip_prefix = \"/{counts}\"\nto = \"{counts}\"\n"
+        )
+    };
+    for (counts, last) in [("ignored", 429), ("failure", 503), ("success", 429)] {
+        let program = Program::start(&file(&[], &service(counts)));
+        let mut statuses = Vec::new();
+        for _ in 0..3 {
+            let target = format!("/{counts}/status/429");
+            statuses.push(get(program.gateway, &target, &[]).await.expect("an answer").status.as_u16());
+        }
+        assert_eq!(statuses, [429, 429, last], "{counts}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_waits_as_long_as_the_file_says_for_a_registry_that_says_nothing() {
+    // Takes connections and never answers.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let at = silent.local_addr().expect("a bound socket");
+    let text = |wait: &str| {
+        file(
+            &[],
+            &format!(
+                "registries.r = {{ kind = \"consul\", address = \"http://{at}\", first_wait = \"{wait}\" }}\nservices.a.registry = \"r\"\n{ALL}"
+            ),
+        )
+    };
+    let (patient, hasty) = (Program::start(&text("1h")), Program::start(&text("10ms")));
+    assert_eq!(hasty.get("/").await.status, 503);
+    let waiting = tokio::time::timeout(Duration::from_millis(1500), patient.get("/")).await;
+    assert!(waiting.is_err(), "it would have had its answer after a second");
+}
