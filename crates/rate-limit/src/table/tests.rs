@@ -1,7 +1,10 @@
 //! The table against a model, against governor, and under threads. `PORTCULLIS_CASES` sets how many histories.
 
+use super::entry::GROUP;
+use super::set::{BEHIND, Back, Front};
 use super::*;
 use crate::rate::Cell;
+use crate::sync::{AtomicU64, Ordering};
 use std::collections::HashMap;
 
 const INTERVAL: u64 = 10;
