@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a bench")]
 #![allow(clippy::disallowed_methods, reason = "it measures real time")]
 
+use std::cell::LazyCell;
 use std::convert::Infallible;
 use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -16,7 +17,8 @@ use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use axum::body::Body;
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::{Request, Response};
 use portcullis_core::{Carried, Clock, Identity, PeerAddress, Proof};
@@ -28,6 +30,13 @@ use tower_governor::key_extractor::KeyExtractor;
 
 #[derive(Clone, Copy)]
 struct Bare;
+
+/// A line of the caches.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line(u32);
+
+type Group<'a> = BenchmarkGroup<'a, WallTime>;
 
 impl Service<Request<()>> for Bare {
     type Response = Response<Body>;
@@ -133,30 +142,61 @@ fn warm(criterion: &mut Criterion) {
 fn many(criterion: &mut Criterion) {
     for keys in [100_000_u32, 1_000_000] {
         let mut group = criterion.benchmark_group(format!("{keys} keys"));
-        let mut bench = |name: &str, service: &mut dyn FnMut(http::Extensions) -> http::Extensions| {
-            let mut extensions = Some(from(0));
-            for key in 0..keys {
-                extensions = extensions.take().map(|with| service(at(with, key)));
-            }
-            let mut random = fastrand::Rng::with_seed(7);
-            group.bench_function(name, |bencher| {
-                bencher.iter(|| extensions = extensions.take().map(|with| service(at(with, random.u32(..keys)))));
-            });
-        };
-        let mut bare = Bare;
-        bench("bare service", &mut |with| call(&mut bare, with));
         // Slow enough that no key is forgotten: each keeps its entry.
-        let slow = Rate::per_day(COUNT);
-        let mut ours = RateLimitLayer::new(slow).capacity(keys as usize).layer(Bare);
-        bench("portcullis", &mut |with| call(&mut ours, with));
-        let mut theirs = governor_layer().layer(Bare);
-        bench("tower_governor", &mut |with| call(&mut theirs, with));
-        let keyed: DefaultKeyedRateLimiter<String> = RateLimiter::keyed(Quota::per_second(COUNT));
-        let names: Vec<String> = (0..keys).map(|key| address(key).to_string()).collect();
-        names.iter().for_each(|name| drop(keyed.check_key(name)));
+        let slow = RateLimitLayer::new(Rate::per_day(COUNT)).capacity(keys as usize);
+        many_keys(&mut group, "bare service", keys, || Bare);
+        many_keys(&mut group, "portcullis", keys, || slow.layer(Bare));
+        let (standing, _hand) = Clock::manual();
+        let slow = slow.clone().with_clock(standing);
+        many_keys(&mut group, "portcullis, clock not read", keys, || slow.layer(Bare));
+        many_keys(&mut group, "tower_governor", keys, || governor_layer().layer(Bare));
+        let keyed = LazyCell::new(|| {
+            let keyed: DefaultKeyedRateLimiter<String> = RateLimiter::keyed(Quota::per_second(COUNT));
+            let names: Vec<String> = (0..keys).map(|key| address(key).to_string()).collect();
+            names.iter().for_each(|name| drop(keyed.check_key(name)));
+            (keyed, names)
+        });
         let mut random = fastrand::Rng::with_seed(7);
         group.bench_function("governor alone, text", |bencher| {
+            let (keyed, names) = &*keyed;
             bencher.iter(|| keyed.check_key(&names[random.usize(..names.len())]).is_ok());
+        });
+        far(&mut group, keys);
+    }
+}
+
+fn many_keys<S, R>(group: &mut Group<'_>, name: &str, keys: u32, make: impl Fn() -> S)
+where
+    S: Service<Request<()>, Response = Response<R>, Error = Infallible>,
+{
+    let warm = || {
+        let mut service = make();
+        let extensions = (0..keys).fold(from(0), |with, key| call(&mut service, at(with, key)));
+        (service, Some(extensions))
+    };
+    let mut warmed = None;
+    let mut random = fastrand::Rng::with_seed(7);
+    group.bench_function(name, |bencher| {
+        let (service, extensions) = warmed.get_or_insert_with(warm);
+        bencher.iter(|| *extensions = extensions.take().map(|with| call(service, at(with, random.u32(..keys)))));
+    });
+}
+
+/// What memory itself takes: reads of which each says where the next one is, all over as many bytes as the table has, and
+/// as the fronts of its sets have, which is a quarter.
+fn far(group: &mut Group<'_>, keys: u32) {
+    for (name, lines) in [("one read of the table's memory", keys), ("one read of its fronts", keys / 4)] {
+        let memory = LazyCell::new(|| {
+            let mut order: Vec<u32> = (0..lines).collect();
+            fastrand::Rng::with_seed(7).shuffle(&mut order);
+            let mut memory = vec![Line(0); lines as usize];
+            order.iter().zip(order.iter().cycle().skip(1)).for_each(|(at, next)| memory[*at as usize].0 = *next);
+            memory
+        });
+        let mut at = 0;
+        group.bench_function(name, |bencher| {
+            let memory = &*memory;
+            bencher.iter(|| at = memory[at as usize].0);
         });
     }
 }

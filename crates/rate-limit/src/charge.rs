@@ -56,32 +56,53 @@ enum Done {
 
 impl Limiter {
     /// Charges all limits, or none.
-    pub(crate) fn charge_all(&self, limits: Limits<'_>, head: &RequestHead<'_>) -> Result<Admission, Refusal> {
-        self.gather(limits, head, None)
+    pub(crate) fn charge_all(&self, mut limits: Limits<'_>, head: &RequestHead<'_>) -> Result<Admission, Refusal> {
+        let Some(first) = self.next(&mut limits, head) else { return Ok(Admission::default()) };
+        match self.next(&mut limits, head) {
+            None => self.charge_one(&first, head),
+            Some(ask) => self.gather(ask, limits, head, Some(&Link::new(first, None))),
+        }
     }
 
-    /// Asks for the next limit on top of those before it, and decides when there is none.
+    /// Asks for the next limit that counts.
+    #[inline]
+    fn next<'a>(&self, limits: &mut Limits<'a>, head: &RequestHead<'_>) -> Option<Ask<'a>> {
+        while let Some((limit, own)) = limits.next() {
+            let ask = self.ask(limit, own.then_some(limits.route()), head);
+            if ask.is_some() {
+                return ask;
+            }
+        }
+        None
+    }
+
+    /// Most requests have but one limit: nothing to look at before, nothing to give back.
+    fn charge_one(&self, ask: &Ask<'_>, head: &RequestHead<'_>) -> Result<Admission, Refusal> {
+        let now = self.clock.now();
+        let (delay, now) = (self.delay_of(head, now), now.as_nanos());
+        let mut admission = Admission::default();
+        let done = self.take_one(ask, now, delay, &mut admission).map_err(|refusal| self.refused(refusal))?;
+        self.remember(ask, done, now, &mut admission);
+        Ok(admission)
+    }
+
+    /// Puts a limit on top of those before it, then the next one, and decides when there is none.
     fn gather(
         &self,
+        ask: Ask<'_>,
         mut limits: Limits<'_>,
         head: &RequestHead<'_>,
         before: Option<&Link<'_>>,
     ) -> Result<Admission, Refusal> {
-        while let Some((limit, own)) = limits.next() {
-            if let Some(ask) = self.ask(limit, own.then_some(limits.route()), head) {
-                let link = Link { ask, done: Remembered::default(), before };
-                return self.gather(limits, head, Some(&link));
-            }
+        let link = Link::new(ask, before);
+        if let Some(ask) = self.next(&mut limits, head) {
+            return self.gather(ask, limits, head, Some(&link));
         }
-        let Some(last) = before else { return Ok(Admission::default()) };
         let now = self.clock.now();
-        let delay = self.delay_of(head, now);
-        let now = now.as_nanos();
-        if last.before.is_some() {
-            // First a look, so that a limit which refuses costs the others nothing, not even for a moment.
-            self.foresee(last, now, delay)?;
-        }
-        self.take(last, now, delay)
+        let (delay, now) = (self.delay_of(head, now), now.as_nanos());
+        // First a look, so that a limit which refuses costs the others nothing, not even for a moment.
+        self.foresee(&link, now, delay)?;
+        self.take(&link, now, delay)
     }
 
     /// The refusal with the longest wait, if one of the limits refuses now.
@@ -124,7 +145,7 @@ impl Limiter {
             }
         }
         for link in last.and_before() {
-            self.remember(link, now, &mut admission);
+            self.remember(&link.ask, link.done.get(), now, &mut admission);
         }
         if let Some(kept) = &mut admission.0 {
             kept.standings.reverse();
@@ -132,6 +153,7 @@ impl Limiter {
         Ok(admission)
     }
 
+    #[inline]
     fn take_one(&self, ask: &Ask<'_>, now: u64, delay: u64, admission: &mut Admission) -> Result<Done, Refusal> {
         let tell = self.fields.are_on_every_response();
         let done = match ask.what {
@@ -149,9 +171,10 @@ impl Limiter {
                 let furthest = if ask.limit.is_shadow() { window } else { window.saturating_add(delay) };
                 let cost = cell.cost(units);
                 self.table.charge(ask.mark, now, |time| Cell::charge(time, now, cost, furthest)).map(|charged| {
-                    let wait = Duration::from_nanos(charged.time.saturating_sub(now).saturating_sub(window));
-                    if !wait.is_zero() {
-                        admission.wait(wait, || ask.refusal(charged.time.saturating_sub(cost), now));
+                    let wait = charged.time.saturating_sub(now).saturating_sub(window);
+                    if wait > 0 {
+                        admission
+                            .wait(Duration::from_nanos(wait), || ask.refusal(charged.time.saturating_sub(cost), now));
                     }
                     if tell {
                         admission.kept().standings.push(ask.standing(charged.time, now));
@@ -167,22 +190,22 @@ impl Limiter {
     }
 
     /// All limits admit: what this one has to remember.
-    fn remember(&self, link: &Link<'_>, now: u64, admission: &mut Admission) {
-        let Link { ask, done, .. } = link;
-        match (ask.what, done.get()) {
-            (_, Done::Nothing) => return self.counters.add(|stripe| &stripe.shadowed),
+    #[inline]
+    fn remember(&self, ask: &Ask<'_>, done: Done, now: u64, admission: &mut Admission) {
+        match (ask.what, done) {
+            (_, Done::Nothing) => return self.counters.add(|counts| &counts.shadowed),
             (What::Charge { cell, units, .. }, Done::Charged { overflow }) => {
                 let (mark, interval, settle) = (ask.mark, cell.interval, ask.limit.settlement().cloned());
                 if settle.is_some() || admission.waits() {
                     admission.kept().holdings.push(Holding::Charge { mark, interval, units, at: now, settle });
                 }
                 if overflow {
-                    self.counters.add(|stripe| &stripe.overflowed);
+                    self.counters.add(|counts| &counts.overflowed);
                 }
             }
             _ => admission.kept().holdings.push(Holding::Place(ask.mark)),
         }
-        self.counters.add(|stripe| &stripe.admitted);
+        self.counters.add(|counts| &counts.admitted);
     }
 
     fn give_back(&self, link: &Link<'_>) {
@@ -196,7 +219,7 @@ impl Limiter {
     }
 
     fn refused(&self, refusal: Refusal) -> Refusal {
-        self.counters.add(|stripe| &stripe.refused);
+        self.counters.add(|counts| &counts.refused);
         refusal
     }
 
@@ -210,11 +233,11 @@ impl Limiter {
         let What::Place { max } = ask.what else { return Entered::NotLimited };
         match self.in_flight().enter(ask.mark, max) {
             Ok(_) => {
-                self.counters.add(|stripe| &stripe.admitted);
+                self.counters.add(|counts| &counts.admitted);
                 Entered::In(ask.mark)
             }
             Err(_) if limit.is_shadow() => {
-                self.counters.add(|stripe| &stripe.shadowed);
+                self.counters.add(|counts| &counts.shadowed);
                 Entered::NotLimited
             }
             Err(inside) => Entered::Full(self.refused(ask.refusal(u64::from(inside), 0))),
@@ -222,6 +245,7 @@ impl Limiter {
     }
 
     /// What `limit` is asked for this request; nothing if it does not count.
+    #[inline]
     fn ask<'a>(&self, limit: &'a Limit, route: Option<&str>, head: &RequestHead<'_>) -> Option<Ask<'a>> {
         let what = match limit.quantity(head) {
             Quantity::Concurrent(max) => What::Place { max: max.get() },
@@ -272,7 +296,11 @@ impl Ask<'_> {
 
 // === impl Link ===
 
-impl Link<'_> {
+impl<'a> Link<'a> {
+    fn new(ask: Ask<'a>, before: Option<&'a Self>) -> Self {
+        Self { ask, done: Remembered::default(), before }
+    }
+
     fn and_before(&self) -> impl Iterator<Item = &Self> {
         std::iter::successors(Some(self), |link| link.before)
     }

@@ -47,12 +47,11 @@ pub struct Stats {
 impl Handle {
     /// Gives the limit of that name another rate; its callers keep their debts, in time. `false` if there is none.
     pub fn set_rate(&self, name: &str, rate: Rate) -> bool {
-        let mut found = false;
-        self.limiter.limits.rcu(|limits| {
-            let change =
-                |limit: &Limit| if limit.name() == name { limit.clone().with_rate(rate) } else { limit.clone() };
-            found = limits.iter().any(|limit| limit.name() == name);
-            limits.iter().map(change).collect::<Vec<_>>()
+        let found = self.limits().iter().any(|limit| limit.name() == name);
+        self.limiter.limits.change(|limits| {
+            let mut limits = limits.to_vec();
+            limits.iter_mut().filter(|limit| limit.name() == name).for_each(|limit| limit.set_rate(rate));
+            limits
         });
         if found {
             tracing::info!(limit = name, ?rate, "a limit's rate was changed");
@@ -62,20 +61,21 @@ impl Handle {
 
     /// Replaces all limits of the layer. Those that keep their name keep their counters.
     pub fn set_limits(&self, limits: impl IntoIterator<Item = Limit>) {
-        let before = self.limiter.limits.load();
-        let counting = |limit: Limit| match before.iter().find(|other| other.name() == limit.name()) {
-            Some(other) => limit.counting_as(other),
-            None => limit,
-        };
-        let limits: Vec<Limit> = limits.into_iter().map(counting).collect();
+        let limits: Vec<Limit> = limits.into_iter().collect();
         tracing::info!(?limits, "the limits were changed");
-        self.limiter.limits.store(Arc::new(limits));
+        self.limiter.limits.change(|before| {
+            let counting = |limit: &Limit| match before.iter().find(|other| other.name() == limit.name()) {
+                Some(other) => limit.clone().counting_as(other),
+                None => limit.clone(),
+            };
+            limits.iter().map(counting).collect()
+        });
     }
 
     /// The limits of the layer.
     #[must_use]
     pub fn limits(&self) -> Vec<Limit> {
-        self.limiter.limits.load().to_vec()
+        self.limiter.limits.to_vec()
     }
 
     /// What happened so far. It looks at every place: not for every request.
@@ -84,13 +84,13 @@ impl Handle {
         let (counters, table) = (&self.limiter.counters, &self.limiter.table);
         let fill = table.fill(self.limiter.clock.now().as_nanos());
         Stats {
-            admitted: counters.sum(|stripe| &stripe.admitted),
-            refused: counters.sum(|stripe| &stripe.refused),
-            shadowed: counters.sum(|stripe| &stripe.shadowed),
-            delayed: counters.sum(|stripe| &stripe.delayed),
+            admitted: counters.sum(|counts| &counts.admitted),
+            refused: counters.sum(|counts| &counts.refused),
+            shadowed: counters.sum(|counts| &counts.shadowed),
+            delayed: counters.sum(|counts| &counts.delayed),
             waiting: self.limiter.delay.as_ref().map_or(0, Delay::waiting),
             in_flight: self.limiter.places_held(),
-            overflowed: counters.sum(|stripe| &stripe.overflowed),
+            overflowed: counters.sum(|counts| &counts.overflowed),
             live: fill.live,
             places: fill.entries,
             overflowing: fill.overflowing,

@@ -1,7 +1,7 @@
 //! What tells callers apart.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -171,6 +171,7 @@ impl Key for Caller {
 }
 
 impl Key for Subject {
+    #[inline]
     fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
         let Some(identity) = request.identity() else { return false };
         key.tag(b's');
@@ -201,13 +202,23 @@ impl Key for Claim {
 }
 
 impl Key for ClientAddress {
+    #[inline]
     fn write(&self, request: &RequestHead<'_>, key: &mut KeyBytes) -> bool {
-        let Some(address) = request.client_address() else { return false };
-        match ipv6_prefix(address, self.ipv6_prefix) {
-            IpAddr::V4(v4) => {
-                let [a, b, c, d] = v4.octets();
-                key.fixed([b'4', a, b, c, d]);
-            }
+        let Some(PeerAddress(peer)) = request.carried.get() else { return false };
+        let v4 = |address: Ipv4Addr, key: &mut KeyBytes| {
+            let [a, b, c, d] = address.octets();
+            key.fixed([b'4', a, b, c, d]);
+        };
+        // Most are what they seem. Written out for its speed: an address of either kind goes through memory, and whoever
+        // reads at once what was written there in parts has to wait.
+        if let IpAddr::V4(peer) = peer.ip()
+            && *request.proxies == TrustedProxies::none()
+        {
+            v4(peer, key);
+            return true;
+        }
+        match ipv6_prefix(request.proxies.client(peer.ip(), request.headers), self.ipv6_prefix) {
+            IpAddr::V4(address) => v4(address, key),
             IpAddr::V6(v6) => {
                 key.tag(b'6');
                 key.fixed(v6.octets());
@@ -294,6 +305,7 @@ impl<'a> RequestHead<'a> {
 
     /// The client's whole address, if the server left the peer's.
     #[must_use]
+    #[inline]
     pub fn client_address(&self) -> Option<IpAddr> {
         let PeerAddress(peer) = self.carried.get()?;
         Some(self.proxies.client(peer.ip(), self.headers))

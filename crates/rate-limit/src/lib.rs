@@ -96,6 +96,7 @@
 mod answer;
 mod charge;
 mod counters;
+mod current;
 mod error;
 mod handle;
 mod held;
@@ -138,6 +139,7 @@ pub use self::rate::Rate;
 pub use self::redis::{DEFAULT_LEASE, DEFAULT_STORE_DEADLINE, OnFailure, RedisStore, StoreStats};
 
 use self::answer::Standing;
+use self::current::Seen;
 use self::held::Holding;
 use self::limiter::{Admission, Asking, Begun, Delay, Limiter, WaitingPlace};
 use self::table::Table;
@@ -157,7 +159,14 @@ pub struct RateLimitLayer {
 #[derive(Clone, Debug)]
 pub struct RateLimit<S> {
     inner: S,
+    shared: Arc<Shared>,
+}
+
+/// One pointer to all of it, so that clones stay cheap.
+#[derive(Debug)]
+struct Shared {
     limiter: Arc<Limiter>,
+    seen: Seen,
 }
 
 pin_project! {
@@ -204,19 +213,15 @@ impl RateLimitLayer {
     #[must_use]
     pub fn burst(self, burst: NonZeroU32) -> Self {
         self.set(|limiter| {
-            let limits = limiter.limits.load_full();
-            limiter.limits.store(Arc::new(limits.iter().cloned().map(|limit| limit.burst(burst)).collect()));
+            limiter.limits.change(|limits| limits.iter().cloned().map(|limit| limit.burst(burst)).collect());
         })
     }
 
     /// Adds a limit. A request is charged to all of them or to none.
     #[must_use]
     pub fn and(self, limit: Limit) -> Self {
-        self.set(|limiter| {
-            let mut limits = Vec::clone(&limiter.limits.load());
-            limits.push(limit);
-            limiter.limits.store(Arc::new(limits));
-        })
+        let more = [limit];
+        self.set(|limiter| limiter.limits.change(|limits| [limits, &more].concat()))
     }
 
     /// Tells callers apart by `key`, for every limit that has no key of its own. By default [`Caller`].
@@ -296,7 +301,8 @@ impl<S> Layer<S> for RateLimitLayer {
     type Service = RateLimit<S>;
 
     fn layer(&self, inner: S) -> RateLimit<S> {
-        RateLimit { inner, limiter: self.limiter.clone() }
+        let (limiter, seen) = (self.limiter.clone(), self.limiter.limits.see());
+        RateLimit { inner, shared: Arc::new(Shared { limiter, seen }) }
     }
 }
 
@@ -316,8 +322,13 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let limiter = &self.limiter;
-        let state = match limiter.begin(&RequestHead::new(&request, &limiter.proxies)) {
+        let Shared { limiter, seen } = &*self.shared;
+        let state = match limiter.begin(seen, &RequestHead::new(&request, &limiter.proxies)) {
+            // By itself, so that what most requests are does not go through the hands of what few are.
+            Begun::Decided(Ok(Admission(None))) => {
+                let (inner, after) = (self.inner.call(request), After::default());
+                return ResponseFuture { state: State::Admitted { inner, after } };
+            }
             Begun::Decided(Ok(admission)) => State::go_on(admission, request, &mut self.inner, limiter),
             Begun::Decided(Err(rejection)) => State::refused(rejection, &request),
             Begun::Asked(asking) => {
@@ -387,6 +398,7 @@ impl<S: Service<Request<B>>, B> fmt::Debug for ResponseFuture<S, B> {
 
 impl<S: Service<Request<B>> + Clone, B> State<S, B, S::Future> {
     /// Calls the service that is ready, now or later.
+    #[inline]
     fn go_on(admission: Admission, request: Request<B>, ready: &mut S, limiter: &Arc<Limiter>) -> Self {
         let Admission(Some(kept)) = admission else {
             return Self::Admitted { inner: ready.call(request), after: After::default() };
@@ -397,10 +409,10 @@ impl<S: Service<Request<B>> + Clone, B> State<S, B, S::Future> {
             return Self::Admitted { inner: ready.call(request), after };
         };
         let Some(place) = limiter.wait() else {
-            limiter.counters.add(|stripe| &stripe.refused);
+            limiter.counters.add(|counts| &counts.refused);
             return Self::refused(limiter.refuse(refusal), &request);
         };
-        limiter.counters.add(|stripe| &stripe.delayed);
+        limiter.counters.add(|counts| &counts.delayed);
         let sleep = Box::pin(tokio::time::sleep(kept.wait));
         Self::Waiting { sleep, place, call: Some(Box::new((take_ready(ready), request, after))) }
     }

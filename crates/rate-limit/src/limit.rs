@@ -156,7 +156,7 @@ impl Limit {
     /// The same limit with another rate.
     #[must_use]
     pub fn with_rate(mut self, rate: Rate) -> Self {
-        self.inner().quantity = Quantity::Rate(rate, rate.cell());
+        self.set_rate(rate);
         self
     }
 
@@ -178,6 +178,10 @@ impl Limit {
     pub(crate) fn counting_as(mut self, other: &Self) -> Self {
         self.inner().span = other.0.span;
         self
+    }
+
+    pub(crate) fn set_rate(&mut self, rate: Rate) {
+        self.inner().quantity = Quantity::Rate(rate, rate.cell());
     }
 
     pub(crate) fn burst(self, burst: NonZeroU32) -> Self {

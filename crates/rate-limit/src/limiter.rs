@@ -6,11 +6,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use portcullis_core::{Clock, Deadline, Moment, Rejection, Route, TrustedProxies};
 
 use crate::answer::{Fields, Refusal, Standing};
 use crate::counters::Counters;
+use crate::current::{Current, Seen};
 use crate::held::Holding;
 use crate::in_flight::InFlight;
 use crate::key::{Caller, Key, KeyBytes, RequestHead};
@@ -20,7 +20,7 @@ use crate::table::{Mark, Table};
 
 /// What all services of one layer share.
 pub(crate) struct Limiter {
-    pub(crate) limits: ArcSwap<Vec<Limit>>,
+    pub(crate) limits: Current,
     pub(crate) table: Table,
     pub(crate) capacity: usize,
     pub(crate) key: Arc<dyn Key>,
@@ -87,7 +87,7 @@ pub(crate) struct Limits<'a> {
 impl Limiter {
     pub(crate) fn new(rate: Rate) -> Self {
         Self {
-            limits: ArcSwap::from_pointee(vec![Limit::new("default", rate)]),
+            limits: Current::new(vec![Limit::new("default", rate)]),
             table: Table::new(crate::DEFAULT_CAPACITY),
             capacity: crate::DEFAULT_CAPACITY,
             key: Arc::new(Caller::new()),
@@ -96,7 +96,7 @@ impl Limiter {
             fields: Fields::default(),
             clock: Clock::system(),
             delay: None,
-            counters: Counters::new(),
+            counters: Counters::default(),
             #[cfg(feature = "redis")]
             store: None,
             in_flight: OnceLock::new(),
@@ -106,7 +106,7 @@ impl Limiter {
     /// The same settings with counters of its own.
     pub(crate) fn fork(&self) -> Self {
         Self {
-            limits: ArcSwap::new(self.limits.load_full()),
+            limits: Current::new(self.limits.to_vec()),
             table: Table::new(self.capacity),
             capacity: self.capacity,
             key: self.key.clone(),
@@ -115,7 +115,7 @@ impl Limiter {
             fields: self.fields,
             clock: self.clock.clone(),
             delay: self.delay.as_ref().map(|delay| Delay::new(delay.longest, delay.places)),
-            counters: Counters::new(),
+            counters: Counters::default(),
             #[cfg(feature = "redis")]
             store: self.store.clone(),
             in_flight: OnceLock::new(),
@@ -132,17 +132,17 @@ impl Limiter {
     }
 
     /// Charges all limits of a request, or none; here, or in the store.
-    pub(crate) fn begin(self: &Arc<Self>, head: &RequestHead<'_>) -> Begun {
+    pub(crate) fn begin(self: &Arc<Self>, seen: &Seen, head: &RequestHead<'_>) -> Begun {
         if self.exempt.as_ref().is_some_and(|exempt| exempt(head)) {
             return Begun::Decided(Ok(Admission::default()));
         }
         let route = head.carried().get::<Route>();
         let policy = route.and_then(Route::policy::<Policy>);
-        let default = policy.is_none_or(Policy::is_beside_default).then(|| self.limits.load());
+        let default = policy.is_none_or(Policy::is_beside_default).then(|| self.limits.now(seen));
         let limits = Limits {
             route: route.map_or("", |route| route.name()),
             own: policy.map_or(&[], Policy::own),
-            base: default.as_ref().map_or(&[], |limits| limits.as_slice()),
+            base: default.as_deref().unwrap_or_default(),
         };
         #[cfg(feature = "redis")]
         if let Some(store) = &self.store {
@@ -200,7 +200,7 @@ impl Limiter {
 impl fmt::Debug for Limiter {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Limiter")
-            .field("limits", &self.limits.load())
+            .field("limits", &self.limits)
             .field("capacity", &self.capacity)
             .field("proxies", &self.proxies)
             .field("fields", &self.fields)

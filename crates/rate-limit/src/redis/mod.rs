@@ -259,7 +259,7 @@ impl RedisStore {
                 taken.asks.push(ask);
                 continue;
             }
-            limiter.counters.add(|stripe| &stripe.refused);
+            limiter.counters.add(|counts| &counts.refused);
             return Begun::Decided(Err(limiter.refuse(ask.refusal(until.since(now)))));
         }
         if !taken.asks.iter().any(|ask| matches!(ask.local, Local::Ask(_) | Local::Wait)) {

@@ -76,7 +76,7 @@ impl Taken {
                     && !ask.limit.is_shadow()
                 {
                     count(&shared.counts.remembered);
-                    self.limiter.counters.add(|stripe| &stripe.refused);
+                    self.limiter.counters.add(|counts| &counts.refused);
                     return Err(ask.refusal(until.since(now)));
                 }
             }
@@ -128,10 +128,10 @@ impl Taken {
                 continue;
             }
             if ask.limit.is_shadow() {
-                self.limiter.counters.add(|stripe| &stripe.shadowed);
+                self.limiter.counters.add(|counts| &counts.shadowed);
                 continue;
             }
-            self.limiter.counters.add(|stripe| &stripe.refused);
+            self.limiter.counters.add(|counts| &counts.refused);
             let refusal = ask.refusal(again.unwrap_or_default());
             if worst.as_ref().is_none_or(|worst| refusal.wait > worst.wait) {
                 worst = Some(refusal);
@@ -162,7 +162,7 @@ impl Taken {
                 }
                 // A shadow that refused.
                 Local::Refused { .. } => {
-                    limiter.counters.add(|stripe| &stripe.shadowed);
+                    limiter.counters.add(|counts| &counts.shadowed);
                     continue;
                 }
                 Local::Ask(_) | Local::Wait => match replies.next() {
@@ -174,7 +174,7 @@ impl Taken {
                     None => (None, Duration::ZERO, Duration::ZERO),
                 },
             };
-            limiter.counters.add(|stripe| &stripe.admitted);
+            limiter.counters.add(|counts| &counts.admitted);
             if !wait.is_zero() && !ask.limit.is_shadow() {
                 admission.wait(wait, || ask.refusal(wait));
             }
@@ -210,11 +210,11 @@ impl Taken {
             let charged = table.charge(ask.mark, time, |debt| Cell::charge(debt, time, cost_here, window));
             let Err(debt) = charged else { continue };
             if ask.limit.is_shadow() {
-                self.limiter.counters.add(|stripe| &stripe.shadowed);
+                self.limiter.counters.add(|counts| &counts.shadowed);
                 continue;
             }
             self.asks.iter().take(done).for_each(|before| table.refund(before.mark, cost(before)));
-            self.limiter.counters.add(|stripe| &stripe.refused);
+            self.limiter.counters.add(|counts| &counts.refused);
             let wait = Cell::wait(debt, time, cost_here, window).unwrap_or_default();
             return Err(self.limiter.refuse(ask.refusal(wait)));
         }
