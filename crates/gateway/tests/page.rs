@@ -43,6 +43,10 @@ fn assert_sound(browser: &mut Browser, program: &Program) {
 async fn picture(browser: &mut Browser, name: &str) {
     if let Some(folder) = std::env::var_os("PORTCULLIS_PICTURES") {
         let path = std::path::Path::new(&folder).join(name).with_extension("png");
+        // All of it, however long it is.
+        let size = browser.evaluate("[innerWidth, document.documentElement.scrollHeight]").await;
+        let side = |index: usize| size[index].as_u64().and_then(|side| u32::try_from(side).ok()).unwrap_or(1280);
+        browser.resize(side(0), side(1)).await;
         std::fs::write(&path, browser.picture().await).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     }
 }
@@ -218,14 +222,22 @@ async fn it_can_be_read_in_the_dark_in_the_light_and_on_a_telephone() {
         return least;
     })()";
     let mut backs = Vec::new();
-    for scheme in ["light", "dark"] {
-        browser.prefer("prefers-color-scheme", scheme).await;
+    // As the system has it, and as somebody chose whatever the system has.
+    for (system, theme) in [("light", "auto"), ("dark", "auto"), ("dark", "light"), ("light", "dark")] {
+        browser.prefer("prefers-color-scheme", system).await;
+        browser.evaluate(&format!("theme('{theme}')")).await;
         let least = browser.evaluate(contrast).await;
-        assert!(least["ratio"].as_f64().is_some_and(|ratio| ratio >= 4.5), "{scheme}: {least}");
-        backs.push(browser.evaluate("getComputedStyle(document.body).backgroundColor").await);
-        picture(&mut browser, scheme).await;
+        assert!(least["ratio"].as_f64().is_some_and(|ratio| ratio >= 4.5), "{system}, {theme}: {least}");
+        let back = "getComputedStyle(document.querySelector(OF)).backgroundColor";
+        let of = async |browser: &mut Browser, of: &str| browser.evaluate(&back.replace("OF", of)).await;
+        backs.push((of(&mut browser, "'body'").await, of(&mut browser, "'.box'").await));
+        if theme == "auto" {
+            picture(&mut browser, system).await;
+        }
     }
     assert_ne!(backs[0], backs[1]);
+    assert_eq!((&backs[0], &backs[1]), (&backs[2], &backs[3]), "boxes and all");
+    browser.evaluate("theme('auto')").await;
     for width in [390, 820, 1280] {
         browser.resize(width, 844).await;
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -234,6 +246,28 @@ async fn it_can_be_read_in_the_dark_in_the_light_and_on_a_telephone() {
         assert_eq!(over, 0, "it does not fit into {width}");
         picture(&mut browser, &format!("{width}")).await;
     }
+    assert_sound(&mut browser, &program);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_empty_says_so() {
+    let more = "registries.r.kind = \"embedded\"\nservices.a.registry = \"r\"\n\
+        [[routes]]\npath = \"/a\"\nto = \"a\"\n[[routes]]\npath = \"/b\"\nredirect = { path = \"/c\" }\n";
+    let program = Program::start(&file(&[], more));
+    let mut browser = open(&program).await;
+    for (part, said) in [
+        ("#map", "no endpoint"),
+        ("#map", "redirect"),
+        ("#chart", "none in the last two minutes"),
+        ("#services", "no endpoint is known"),
+        ("#limits", "No limits."),
+    ] {
+        browser.until(&format!("document.querySelector('{part}').innerText.includes('{said}')")).await;
+    }
+    picture(&mut browser, "empty").await;
+    browser.evaluate("only('nobody')").await;
+    browser.until("document.querySelector('#map').innerText.includes('nothing contains nobody')").await;
+    browser.until("document.querySelector('#routes').innerText.includes('nothing contains nobody')").await;
     assert_sound(&mut browser, &program);
 }
 

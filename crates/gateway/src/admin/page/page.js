@@ -101,16 +101,17 @@ function drawTop(all, now) {
   big('t-refused', per(rate(samples, 'refused', 10)), '/s');
   $('t-refused-all').textContent = number(sum.refused) + ' in all';
   $('t-half').textContent = time(quantile(samples, .5, state.bounds));
-  $('t-most').textContent = '99 % within ' + time(quantile(samples, .99, state.bounds));
+  $('t-most').textContent = sum.requests ? '99 % within ' + time(quantile(samples, .99, state.bounds)) : '';
   $('t-active').textContent = number(state.active);
   const endpoints = Object.values(state.services).flatMap(service => service.endpoints);
-  $('t-endpoints').textContent = endpoints.filter(one => one.condition === 'admitting').length + ' of ' + endpoints.length + ' endpoints well';
-  fill($('chart'), chart(samples, ['requests', 'errors'], 'Requests and errors in the last two minutes', 600, 64, true));
+  $('t-endpoints').textContent = endpoints.length ? endpoints.filter(one => one.condition === 'admitting').length + ' of ' + endpoints.length + ' endpoints well' : 'no endpoint';
+  const quiet = last(samples).requests === samples[0].requests ? [el('p', { class: 'soft' }, el('span', {}, 'none in the last two minutes'))] : [];
+  fill($('chart'), chart(samples, ['requests', 'errors'], 'Requests and errors in the last two minutes', 600, 64, true), ...quiet);
 }
 
 function drawRoutes(routes) {
   const shown = routes.filter(({ route }) => fits(route.name, ...route.to.map(to => to.service), ...route.hosts));
-  fill(document.querySelector('#routes tbody'), ...shown.slice(0, ROWS).map(({ route, samples }) => row(
+  fill(document.querySelector('#routes tbody'), ...nothing(shown, 11, 'no route'), ...shown.slice(0, ROWS).map(({ route, samples }) => row(
     el('td', {}, el('strong', {}, route.name), ' ', el('span', { class: 'soft' }, [...route.methods, ...route.hosts].join(' '))),
     leads(route), n(per(rate(samples, 'requests', 10)) + ' /s'), spark(samples, 'Requests and errors of ' + route.name),
     n(number(route.errors), route.errors ? 'bad' : ''), n(number(route.refused), route.refused ? 'warn' : ''),
@@ -137,6 +138,9 @@ function endpointRow(name, endpoint, samples) {
   return row(...cells);
 }
 
+/** Says that there is nothing to show. */
+const nothing = (shown, columns, what) => shown.length ? [] : [el('tr', {}, el('td', { colspan: columns, class: 'soft' }, wanted ? 'nothing contains ' + wanted : what))];
+
 /** Says how many are not shown. */
 const more = (count, columns) => count > 0 ? [el('tr', {}, el('td', { colspan: columns, class: 'soft' }, 'and ' + number(count) + ' more; filter to see them'))] : [];
 
@@ -155,14 +159,14 @@ function drawServices(services) {
       el('div', { class: 'top' }, el('h3', {}, name), ...facts.map(fact => el('span', { class: 'soft' }, fact)), el('span', { class: 'bad' }, trouble)),
       el('div', { class: 'scroll' }, el('table', { 'aria-label': 'Endpoints of ' + name },
         el('thead', {}, el('tr', {}, ...heads.map((head, index) => el('th', { scope: 'col', class: wide[index] ? 'n' : '' }, head)))),
-        el('tbody', {}, ...shown.slice(0, ROWS).map(({ endpoint, samples }) => endpointRow(name, endpoint, samples)), ...more(shown.length - ROWS, heads.length)))));
+        el('tbody', {}, ...nothing(shown, heads.length, 'no endpoint is known'), ...shown.slice(0, ROWS).map(({ endpoint, samples }) => endpointRow(name, endpoint, samples)), ...more(shown.length - ROWS, heads.length)))));
   }));
 }
 
 function drawMap(routes, services) {
   const busy = samples => rate(samples, 'requests', 3) > 0;
   const box = (column, key, name, speed, hot, said, shade) => el('button', {
-    type: 'button', class: 'box' + (hot ? ' hot' : ''), id: 'm ' + column + ' ' + key, 'data-column': column, title: name,
+    type: 'button', class: 'box' + (hot ? ' hot' : ''), 'data-shade': shade, id: 'm ' + column + ' ' + key, 'data-column': column, title: name,
     'aria-label': name + (said ? ', ' + said : '') + ', ' + per(speed) + ' a second', click: () => only(wanted ? '' : name),
   }, shade ? dot(shade) : null, el('b', {}, name), said && said !== 'well' ? el('span', { class: shade }, said) : null, el('span', { class: 'rate' }, per(speed) + ' /s'));
   const left = routes.filter(({ route }) => fits(route.name, ...route.to.map(to => to.service))).slice(0, MOST);
@@ -172,24 +176,36 @@ function drawMap(routes, services) {
   const names = middle.map(({ name }) => name);
   const wires = (from, to, list) => {
     const svg = el('svg', { class: 'wires', viewBox: '0 0 100 100', preserveAspectRatio: 'none', 'aria-hidden': 'true' });
-    list.filter(([a, b]) => a >= 0 && b >= 0).forEach(([a, b, hot]) => {
+    list.filter(([a, b]) => a >= 0 && b >= 0).forEach(([a, b, hot, shade]) => {
       const [y, z] = [100 * (a + .5) / from, 100 * (b + .5) / to];
-      svg.append(el('path', { d: `M0 ${y}C50 ${y} 50 ${z} 100 ${z}`, class: hot ? 'hot' : '', 'vector-effect': 'non-scaling-stroke' }));
+      svg.append(el('path', { d: `M0 ${y}C50 ${y} 50 ${z} 100 ${z}`, class: hot ? 'hot' : '', 'data-shade': shade, 'vector-effect': 'non-scaling-stroke' }));
     });
     return svg;
   };
-  const column = (...boxes) => el('div', { class: 'column' }, ...boxes);
+  const column = (boxes, otherwise) => el('div', { class: 'column' }, ...(boxes.length ? boxes : [el('p', { class: 'soft' }, wanted ? 'nothing contains ' + wanted : otherwise)]));
+  /** What is the matter with a route lately. */
+  const matter = ({ route, samples }) => {
+    const requests = rate(samples, 'requests', 10), errors = rate(samples, 'errors', 10);
+    return route.does !== 'send' ? [route.does, ''] : errors ? [per(100 * errors / requests) + ' % errors', 'bad'] : ['', ''];
+  };
+  /** How many of a service's endpoints are well. */
+  const health = ({ service, endpoints }) => {
+    const well = endpoints.filter(({ endpoint }) => condition(endpoint)[1] === 'good').length;
+    if (!service.known) return ['not known yet', 'bad'];
+    if (well === endpoints.length) return endpoints.length ? ['', 'good'] : ['no endpoint', 'bad'];
+    return [well + ' of ' + endpoints.length + ' well', well ? 'warn' : 'bad'];
+  };
   fill($('map'),
-    column(...left.map(({ route, samples }) => box(0, route.name, route.name, rate(samples, 'requests', 10), busy(samples), route.does === 'send' ? '' : route.does, ''))),
+    column(left.map(one => box(0, one.route.name, one.route.name, rate(one.samples, 'requests', 10), busy(one.samples), ...matter(one))), 'there is no route'),
     wires(left.length, middle.length, left.flatMap(({ route, samples }, index) => route.to.map(to => [index, names.indexOf(to.service), busy(samples)]))),
-    column(...middle.map(one => box(1, one.name, one.name, sum(one), one.endpoints.some(({ samples }) => busy(samples)), one.service.known ? '' : 'not known yet', one.service.known ? '' : 'bad'))),
-    wires(middle.length, right.length, right.map(({ name, samples }, index) => [names.indexOf(name), index, busy(samples)])),
-    column(...right.map(({ name, endpoint, samples }) => box(2, name + ' ' + endpoint.id, endpoint.address, rate(samples, 'requests', 10), busy(samples), ...condition(endpoint)))));
+    column(middle.map(one => box(1, one.name, one.name, sum(one), one.endpoints.some(({ samples }) => busy(samples)), ...health(one))), 'every route answers by itself'),
+    wires(middle.length, right.length, right.map(({ name, endpoint, samples }, index) => [names.indexOf(name), index, busy(samples), condition(endpoint)[1]])),
+    column(right.map(({ name, endpoint, samples }) => box(2, name + ' ' + endpoint.id, endpoint.address, rate(samples, 'requests', 10), busy(samples), ...condition(endpoint))), 'no endpoint is known'));
 }
 
 function drawRest() {
   const { limits } = state, rates = Object.entries(limits.rates).map(([name, rate]) => name + ' ' + rate).join(', ');
-  $('limits').textContent = (rates ? rates + '. ' : 'No limits. ') + number(limits.admitted) + ' admitted, ' + number(limits.refused) + ' refused, ' + number(limits.callers) + ' callers counted.';
+  $('limits').textContent = rates ? rates + '. ' + number(limits.admitted) + ' admitted, ' + number(limits.refused) + ' refused, ' + number(limits.callers) + (limits.callers === 1 ? ' caller' : ' callers') + ' counted.' : 'No limits.';
   $('refusals').hidden = !state.refusals.length;
   fill(document.querySelector('#refusals tbody'), ...state.refusals.filter(one => fits(one.layer, one.reason, one.route)).map(one => row(one.layer, one.reason, one.route || 'no route', n(number(one.count)))));
   const at = event => el('time', { class: 'soft', datetime: new Date(event.at).toISOString() }, new Date(event.at).toLocaleTimeString('en-GB'));
