@@ -152,6 +152,10 @@ fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
     let mut unsaid = Vec::new();
     for (part, said) in [
         ("[log]\nfromat = \"json\"", "7:1: unknown key \"fromat\"; did you mean \"format\"?"),
+        (
+            "services.x.endpoints = \"a:1\"",
+            "6:1: unknown key \"services\"; it stands at the top: as [services] or before",
+        ),
         ("[serices.x]", "6:2: unknown key \"serices\"; did you mean \"services\"?"),
         ("[log]\nformat = \"jsn\"", "7:10: \"jsn\" is not known here; did you mean \"json\"?"),
         ("[log]\nlevel = \"lots\"", "7:9: \"lots\" says no level; such as \"info\" or"),

@@ -18,6 +18,7 @@ mod secret;
 mod section;
 mod service;
 
+use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value as Json, json};
@@ -46,6 +47,13 @@ pub use self::service::*;
 /// The largest file that is read.
 pub const MAX_FILE: u64 = 4 << 20;
 
+/// What a file holds, unless that is more; also of files that do not say how long they are, or have no end.
+pub(crate) fn read_at_most(path: &Path, most: u64) -> io::Result<Option<Vec<u8>>> {
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(most + 1).read_to_end(&mut bytes)?;
+    Ok(u64::try_from(bytes.len()).is_ok_and(|len| len <= most).then_some(bytes))
+}
+
 impl Config {
     /// Reads a file, and the secrets and certificates it names.
     ///
@@ -55,15 +63,10 @@ impl Config {
     pub fn load(path: &Path) -> Result<Self, Mistakes> {
         let name = path.display().to_string();
         let unreadable = |why: String| Mistakes::whole(&name, format!("cannot read it: {why}"), "name a readable file");
-        let about = std::fs::metadata(path).map_err(|error| unreadable(error.to_string()))?;
-        if about.len() > MAX_FILE {
-            return Err(Mistakes::whole(
-                &name,
-                format!("{} bytes are too many", about.len()),
-                "at most 4 MiB are read",
-            ));
-        }
-        let text = std::fs::read(path).map_err(|error| unreadable(error.to_string()))?;
+        let text = read_at_most(path, MAX_FILE).map_err(|error| unreadable(error.to_string()))?;
+        let Some(text) = text else {
+            return Err(Mistakes::whole(&name, "so many bytes are too many", "at most 4 MiB are read"));
+        };
         let text = String::from_utf8(text).map_err(|_| unreadable(String::from("it is not UTF-8")))?;
         let folder = path.parent().unwrap_or(Path::new(""));
         Self::parse(&name, &text, folder, &|variable| std::env::var(variable).ok())

@@ -72,7 +72,13 @@ impl Reader<'_> {
     pub(crate) fn keys(&mut self, table: &DeTable<'_>, known: &'static [&'static str]) {
         for key in table.keys() {
             if !known.contains(&key.get_ref().as_ref()) {
-                let help = mistake::help(key.get_ref(), known.iter().copied());
+                let name: &str = key.get_ref();
+                let is_at_the_top = super::Config::schema()["properties"].get(name).is_some();
+                let help = if is_at_the_top && mistake::suggest(name, known.iter().copied()).is_none() {
+                    format!("it stands at the top: as [{name}] or before the first table")
+                } else {
+                    mistake::help(name, known.iter().copied())
+                };
                 self.notes.push(&key.span(), format!("unknown key {:?}", key.get_ref()), help);
             }
         }

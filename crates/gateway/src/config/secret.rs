@@ -1,7 +1,7 @@
 //! What stands elsewhere: secrets, keys and certificates.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
-use std::{fmt, fs};
 
 use serde_json::{Value as Json, json};
 use toml::de::DeValue;
@@ -70,20 +70,14 @@ impl Reader<'_> {
     fn file(&mut self, node: &Node<'_>, path: &str) -> Option<(Source, Vec<u8>)> {
         const LARGEST: u64 = 16 << 20;
         let path = self.folder.join(path);
-        let read = fs::metadata(&path).and_then(|about| {
-            if about.len() > LARGEST {
-                return Err(std::io::Error::other("larger than 16 MiB"));
-            }
-            fs::read(&path)
-        });
-        match read {
-            Ok(bytes) => Some((Source::File(path), bytes)),
-            Err(error) => {
-                let help = "the path is relative to the file's own folder, and must be readable for this user";
-                self.notes.push(&node.span(), format!("cannot read {}: {error}", path.display()), help);
-                None
-            }
-        }
+        let why = match super::read_at_most(&path, LARGEST) {
+            Ok(Some(bytes)) => return Some((Source::File(path), bytes)),
+            Ok(None) => String::from("it is larger than 16 MiB"),
+            Err(error) => error.to_string(),
+        };
+        let help = "the path is relative to the file's own folder, and must be readable for this user";
+        self.notes.push(&node.span(), format!("cannot read {}: {why}", path.display()), help);
+        None
     }
 }
 
