@@ -258,6 +258,14 @@ fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
             "[registries.r]\nkind = \"consul\"\npath = \"x\"",
             "8:8: only a registry of the kind \"file\" has a path; remove it",
         ),
+        (
+            "[registries.r]\nkind = \"dns\"\nwait = \"1s\"\ntag = \"a\"",
+            "7:8: only a registry of the kind \"consul\" has tag; remove it",
+        ),
+        (
+            "[registries.r]\nkind = \"embedded\"\nfloor = \"1s\"",
+            "7:8: only a registry of the kind \"dns\" has floor; remove it",
+        ),
         ("[registries.r]\nkind = \"dns\"\npattern = \"x\"", "8:11: \"x\" has no place for the service's name; such as"),
         (
             "[registries.r]\nkind = \"consul\"\ncertificate = \"Cargo.toml\"",
@@ -339,6 +347,41 @@ fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
         }
     }
     assert!(unsaid.is_empty(), "{}", unsaid.join("\n\n"));
+}
+
+#[test]
+fn what_is_said_briefly_means_the_same_as_at_length() {
+    let service = "[services.x]\nendpoints = \"a:1\"\n";
+    for (brief, long) in [
+        ("balance.zone = \"a\"", "balance.zone = { name = \"a\", least = 6 }"),
+        ("balance.slow_start = \"30s\"", "balance.slow_start = { window = \"30s\", floor = 0.1, aggression = 1.0 }"),
+        (
+            "balance = { policy = \"maglev\", hash = \"path\" }",
+            "balance = { policy = \"maglev\", hash = [[\"path\"]], slots = 65537 }",
+        ),
+        (
+            "breaker.open_for = \"1m\"",
+            "breaker = { open_for = \"60s\", exhausted = \"ignored\", listen_up_to = \"5m\" }",
+        ),
+    ] {
+        let [brief, long] = [brief, long].map(|said| parse(&with(&format!("{service}{said}"))).unwrap());
+        let mut shown = [brief.masked(), long.masked()];
+        shown[1]["services"]["x"]["balance"].as_object_mut().unwrap().remove("slots");
+        assert_eq!(shown[0], shown[1]);
+    }
+    for part in [
+        "[registries.r]\nkind = \"consul\"\naddress = \"unix:///run/consul.sock\"\ntag = \"v2\"",
+        "[registries.r]\nkind = \"consul\"\ntag = [\"v2\", \"eu\"]\n[services.x]\nregistry = \"r\"",
+        "[registries]\nr.kind = \"embedded\"\ns.kind = \"dns\"\n[services.x]\nregistry = [\"r\", \"s\"]",
+        "[registries]\nr.kind = \"embedded\"\n[listeners.a]\naddress = \"127.0.0.1:1\"\nregister = { registry = \"r\", service = \"x\", check = \"5s\" }",
+        "[registries]\nr.kind = \"embedded\"\n[listeners.a]\naddress = \"127.0.0.1:1\"\nregister = { registry = \"r\", service = \"x\", check = { grpc = \"a:1\", failures = 3 } }",
+        "[limits.l]\nrate = \"1/s\"\nkey = \"method\"\nplan = { by = \"scope\", rates = { a = \"1/m\", b = { rate = \"2/m\", burst = 9 } } }",
+    ] {
+        let config = parse(&with(part)).unwrap_or_else(|mistakes| panic!("{part}\n{mistakes}"));
+        assert!(is_valid(&json_of(&with(part)), &Config::json_schema()), "{part}");
+        // What is shown can be read again.
+        assert!(is_valid(&config.masked(), &Config::json_schema()), "{}", config.masked());
+    }
 }
 
 #[test]

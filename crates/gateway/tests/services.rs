@@ -47,6 +47,10 @@ async fn instances_of_several_registries_are_one_service_and_a_fallback_is_asked
         served.insert(program.get("/").await.header("x-backend").to_owned());
     }
     assert_eq!(served.into_iter().collect::<Vec<_>>(), ["one", "two"]);
+    assert_eq!(program.order("/reload", &json!(null)).await.status, 200);
+    let kept = program.ask("/endpoints").await.json();
+    let requests = |index: usize| kept["a"]["endpoints"][index]["requests"].as_u64().unwrap_or_default();
+    assert_eq!(requests(0) + requests(1), 40, "the reload took them over: {kept}");
     program
         .until("/endpoints", |answer| answer.json()["b"]["endpoints"].as_array().is_some_and(|all| all.len() == 1))
         .await;

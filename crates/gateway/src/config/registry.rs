@@ -133,6 +133,32 @@ impl Registry {
         only(kind == RegistryKind::File, self.path.as_ref().map(|at| &at.span), "a path", "file");
         only(kind == RegistryKind::Dns, self.pattern.as_ref().map(|at| &at.span), "a pattern", "dns");
         only(kind == RegistryKind::Consul, self.ca.as_ref().map(|at| &at.span), "a ca", "consul");
+        let consul = [
+            ("token", self.token.is_some()),
+            ("datacenter", self.datacenter.is_some()),
+            ("namespace", self.namespace.is_some()),
+            ("partition", self.partition.is_some()),
+            ("tag", !self.tag.is_empty()),
+            ("filter", self.filter.is_some()),
+            ("tagged_address", self.tagged_address.is_some()),
+            ("consistency", self.consistency != Consistency::Default),
+            ("near", self.near.is_some()),
+            ("wait", self.wait.is_some()),
+            ("timeout", self.timeout.is_some()),
+            ("connect_timeout", self.connect_timeout.is_some()),
+            ("resync", self.resync.is_some()),
+            ("max_body", self.max_body.is_some()),
+            ("connections", self.connections.is_some()),
+            ("include_warning", self.include_warning),
+            ("certificate", self.certificate.is_some()),
+            ("key", self.key.is_some()),
+        ];
+        for (key, _) in consul.into_iter().filter(|(_, said)| *said) {
+            only(kind == RegistryKind::Consul, Some(&self.kind.span), key, "consul");
+        }
+        for (key, said) in [("port", self.port.is_some()), ("floor", self.floor.is_some())] {
+            only(kind == RegistryKind::Dns || !said, Some(&self.kind.span), key, "dns");
+        }
         if let Some(pattern) = self.pattern.as_ref().filter(|pattern| !pattern.contains("{}")) {
             let what = format!("{:?} has no place for the service's name", **pattern);
             notes.push(&pattern.span, what, "such as \"{}.default.svc.cluster.local\"");
