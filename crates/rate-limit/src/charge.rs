@@ -254,13 +254,30 @@ impl Limiter {
                 What::Charge { rate, cell, units: (units > 0).then_some(units)?, window: limit.window(cell, head) }
             }
         };
-        let mut key = KeyBytes::new();
-        self.write_key(limit, route, head, &mut key);
-        let mark = self.table.mark(limit.span(), key.bytes());
+        let mark = self.mark(limit, route, head);
         if let What::Charge { .. } = what {
             self.table.touch(mark);
         }
         Some(Ask { limit, mark, what })
+    }
+
+    fn mark(&self, limit: &Limit, route: Option<&str>, head: &RequestHead<'_>) -> Mark {
+        let mut key = KeyBytes::new();
+        self.write_key(limit, route, head, &mut key);
+        self.table.mark(limit.span(), key.bytes())
+    }
+
+    /// Gives so many units of the limits of that name back to a request's caller; whether there was one to be given them.
+    pub(crate) fn refund(&self, name: &str, head: &RequestHead<'_>, units: u32) -> bool {
+        let (base, mut refunded) = (self.limits.to_vec(), false);
+        let mut limits = Limits::of(head, &base);
+        while let Some((limit, own)) = limits.next() {
+            if let (true, Quantity::Rate(_, cell)) = (limit.name() == name, limit.quantity(head)) {
+                let mark = self.mark(limit, own.then_some(limits.route()), head);
+                refunded |= self.table.refund(mark, cell.cost(units));
+            }
+        }
+        refunded
     }
 }
 

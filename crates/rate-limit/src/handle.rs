@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 
+use http::Request;
+
+use crate::key::RequestHead;
 use crate::limit::Limit;
 use crate::limiter::{Delay, Limiter};
 use crate::rate::Rate;
@@ -57,6 +60,26 @@ impl Handle {
             tracing::info!(limit = name, ?rate, "a limit's rate was changed");
         }
         found
+    }
+
+    /// Gives back so many units of the limit of that name to the caller of `request`: for what should not have counted, such
+    /// as a request that failed through no fault of theirs. The request need not be the one that was charged, only of the
+    /// same caller and route.
+    ///
+    /// Nobody gets more than a whole burst. What a charge took comes back by itself as time passes, and this comes on top,
+    /// so refund at once; a cost that is known when the response has ended is better [settled](Limit::settle), which counts
+    /// that time. With a refund a window sees at most `burst + rate · time`, and what was refunded.
+    ///
+    /// `false` if nothing was given back: the request is exempt or has no such limit, that counts requests at the same time
+    /// or in a store, or the caller has no place of their own.
+    pub fn refund<B>(&self, name: &str, request: &Request<B>, units: u32) -> bool {
+        let limiter = &self.limiter;
+        let head = RequestHead::new(request, &limiter.proxies);
+        #[cfg(feature = "redis")]
+        if limiter.store.is_some() {
+            return false;
+        }
+        !limiter.is_exempt(&head) && limiter.refund(name, &head, units)
     }
 
     /// Replaces all limits of the layer. Those that keep their name keep their counters.

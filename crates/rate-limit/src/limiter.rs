@@ -133,22 +133,20 @@ impl Limiter {
 
     /// Charges all limits of a request, or none; here, or in the store.
     pub(crate) fn begin(self: &Arc<Self>, seen: &Seen, head: &RequestHead<'_>) -> Begun {
-        if self.exempt.as_ref().is_some_and(|exempt| exempt(head)) {
+        if self.is_exempt(head) {
             return Begun::Decided(Ok(Admission::default()));
         }
-        let route = head.carried().get::<Route>();
-        let policy = route.and_then(Route::policy::<Policy>);
-        let default = policy.is_none_or(Policy::is_beside_default).then(|| self.limits.now(seen));
-        let limits = Limits {
-            route: route.map_or("", |route| route.name()),
-            own: policy.map_or(&[], Policy::own),
-            base: default.as_deref().unwrap_or_default(),
-        };
+        let base = self.limits.now(seen);
+        let limits = Limits::of(head, &base);
         #[cfg(feature = "redis")]
         if let Some(store) = &self.store {
             return store.begin(self, limits, head);
         }
         Begun::Decided(self.charge_all(limits, head).map_err(|refusal| self.refuse(refusal)))
+    }
+
+    pub(crate) fn is_exempt(&self, head: &RequestHead<'_>) -> bool {
+        self.exempt.as_ref().is_some_and(|exempt| exempt(head))
     }
 
     pub(crate) fn refuse(&self, refusal: Refusal) -> Rejection {
@@ -211,6 +209,18 @@ impl fmt::Debug for Limiter {
 // === impl Limits ===
 
 impl<'a> Limits<'a> {
+    /// The route's own, and those of the layer unless the route replaces them.
+    #[inline]
+    pub(crate) fn of(head: &RequestHead<'a>, base: &'a [Limit]) -> Self {
+        let route = head.carried().get::<Route>();
+        let policy = route.and_then(Route::policy::<Policy>);
+        Self {
+            route: route.map_or("", |route| route.name()),
+            own: policy.map_or(&[], Policy::own),
+            base: if policy.is_none_or(Policy::is_beside_default) { base } else { &[] },
+        }
+    }
+
     pub(crate) fn route(&self) -> &'a str {
         self.route
     }

@@ -140,14 +140,18 @@ impl Table {
         }
     }
 
-    /// Makes the key's arrival time earlier, if it has one of its own.
-    pub(crate) fn refund(&self, mark: Mark, nanos: u64) {
+    /// Makes the key's arrival time earlier, if it has one of its own; whether it has.
+    pub(crate) fn refund(&self, mark: Mark, nanos: u64) -> bool {
         let set = self.set(mark);
         while let Some((entry, word)) = set.find(mark) {
-            if word.state() == PENDING || entry.replace(word, word.earlier(nanos)) {
-                return;
+            if word.state() == PENDING {
+                return false;
+            }
+            if entry.replace(word, word.earlier(nanos)) {
+                return true;
             }
         }
+        false
     }
 
     /// Counts, entry by entry.

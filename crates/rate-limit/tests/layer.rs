@@ -389,6 +389,39 @@ async fn costs_are_settled_when_the_response_has_ended() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_refund_goes_to_one_caller_and_no_further_than_a_burst() {
+    let layer = RateLimitLayer::new(per_second(3)).and(Limit::concurrent("at once", n(10)));
+    let layer = layer.exempt(|request| request.uri().path() == "/health");
+    let (service, handle) = (layer.layer(Ok200), layer.handle());
+    let admitted = async |request: &dyn Fn() -> Request<()>| {
+        let mut count = 0;
+        while status(&service, request()).await == 200 {
+            count += 1;
+        }
+        count
+    };
+    let one = || from("192.0.2.1");
+    assert_eq!(admitted(&one).await, 3);
+    assert_eq!(admitted(&|| from("192.0.2.2")).await, 3);
+    assert!(handle.refund("default", &one(), 2));
+    assert_eq!(admitted(&one).await, 2);
+    assert_eq!(admitted(&|| from("192.0.2.2")).await, 0, "it was not theirs");
+    assert!(handle.refund("default", &one(), 100));
+    assert_eq!(admitted(&one).await, 3, "no more than a burst");
+    let mut health = one();
+    *health.uri_mut() = "/health".parse().unwrap();
+    assert!(!handle.refund("default", &health, 1), "it cost nothing");
+    assert!(!handle.refund("other", &one(), 1), "no such limit");
+    assert!(!handle.refund("at once", &one(), 1), "it ends when the request does");
+    assert!(!handle.refund("default", &from("192.0.2.3"), 1), "it never came");
+    let orders = Route::new("/orders").with_policy(Policy::new(per_second(1)));
+    assert_eq!(admitted(&|| on(&orders, "192.0.2.1")).await, 1);
+    assert!(!handle.refund("default", &on(&orders, "192.0.2.1"), 1), "the route has limits of its own");
+    assert!(handle.refund("route", &on(&orders, "192.0.2.1"), 1));
+    assert_eq!((admitted(&|| on(&orders, "192.0.2.1")).await, admitted(&one).await), (1, 0));
+}
+
+#[tokio::test(start_paused = true)]
 async fn requests_wait_in_turn_and_give_back_when_they_go_away() {
     let layer = RateLimitLayer::new(per_second(10)).burst(n(1)).delay(Duration::from_millis(250), 2);
     let service = layer.layer(Ok200);

@@ -213,7 +213,7 @@ impl Taken {
                 self.limiter.counters.add(|counts| &counts.shadowed);
                 continue;
             }
-            self.asks.iter().take(done).for_each(|before| table.refund(before.mark, cost(before)));
+            self.asks.iter().take(done).for_each(|before| _ = table.refund(before.mark, cost(before)));
             self.limiter.counters.add(|counts| &counts.refused);
             let wait = Cell::wait(debt, time, cost_here, window).unwrap_or_default();
             return Err(self.limiter.refuse(ask.refusal(wait)));
