@@ -134,6 +134,35 @@ async fn plans_priorities_and_costs_are_as_the_file_says() {
 }
 
 #[tokio::test]
+async fn who_comes_too_often_waits_or_is_let_in_or_told_as_the_file_says() {
+    let gateways = |limiter: &str, limit: &str| {
+        let more =
+            format!("limiter = {{ default = \"each\", {limiter} }}\nlimits.each = {{ burst = 1, {limit} }}\n{ALL}");
+        async move { gateway(&more).await }
+    };
+    let (_one, delays) = gateways("delay = \"1m\"", "rate = \"20/s\"").await;
+    let begun = tokio::time::Instant::now();
+    assert_eq!(statuses(&delays, &[("/", &[][..]); 5]).await, [200; 5]);
+    assert!(begun.elapsed() >= std::time::Duration::from_millis(200), "one each 50 ms");
+    let (_two, full) = gateways("delay = \"1m\", delay_places = 0", "rate = \"1/50s\"").await;
+    let (_three, shadow) = gateways("fields = \"never\"", "rate = \"1/h\", shadow = true").await;
+    assert_eq!(statuses(&shadow, &[("/", &[][..]); 5]).await, [200; 5]);
+    let (_four, always) = gateways("fields = \"always\", legacy_fields = true", "rate = \"1/h\"").await;
+    let (_five, never) = gateways("fields = \"never\"", "rate = \"1/h\"").await;
+    for status in [200, 429] {
+        let answer = send(&always, "/", &[]).await;
+        assert_eq!((answer.status.as_u16(), answer.header("x-ratelimit-limit")), (status, "1"));
+        assert!(answer.header("ratelimit").starts_with("\"each\""), "{:?}", answer.headers);
+        let answer = send(&never, "/", &[]).await;
+        let says = |name: &str| answer.headers.contains_key(name);
+        assert_eq!((answer.status.as_u16(), says("ratelimit"), says("retry-after")), (status, false, status == 429));
+        // On refusals, unless said otherwise; and nobody may wait.
+        let answer = send(&full, "/", &[]).await;
+        assert_eq!((answer.status.as_u16(), answer.headers.contains_key("ratelimit")), (status, status == 429));
+    }
+}
+
+#[tokio::test]
 async fn some_are_exempt_and_some_limits_stand_beside_others() {
     let (_backend, program) = gateway(&format!(
         r#"

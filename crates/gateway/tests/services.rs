@@ -130,6 +130,35 @@ async fn what_having_no_time_counts_as_is_as_the_file_says() {
 }
 
 #[tokio::test]
+async fn who_does_worse_than_the_others_is_left_alone() {
+    let well = [Backend::start("one").await, Backend::start("two").await];
+    let failing = tower::service_fn(|_: http::Request<hyper::body::Incoming>| async {
+        let mut response = http::Response::new(http_body_util::Empty::<bytes::Bytes>::new());
+        *response.status_mut() = http::StatusCode::INTERNAL_SERVER_ERROR;
+        Ok::<_, std::convert::Infallible>(response)
+    });
+    let (sick, server) = portcullis_testing::backend::serve(([127, 0, 0, 1], 0).into(), failing).await;
+    let text = format!(
+        "services.a = {{ endpoints = [\"{}\", \"{}\", \"{sick}\"], breaker = {{ failures = 0, outliers = {{ every = \"50ms\", \
+         deviations = 0, failure_rate = 0.5, calls = 5, endpoints = 3, at_most = 0.5, open_for = \"1h\", open_limit = \"1h\" }} }} }}\n{ALL}",
+        well[0].address(),
+        well[1].address()
+    );
+    let program = Program::start(&file(&[], &text));
+    let begun = tokio::time::Instant::now();
+    while !program.ask("/endpoints").await.text().contains("\"condition\": \"open\"") {
+        program.get("/").await;
+        assert!(begun.elapsed() < Duration::from_secs(30), "nobody is left alone");
+    }
+    for _ in 0..20 {
+        assert_eq!(program.get("/").await.status, 200);
+    }
+    let metrics = program.ask("/metrics").await.text();
+    assert!(metrics.contains("reason=\"outlier\""), "{metrics}");
+    server.abort();
+}
+
+#[tokio::test]
 async fn a_request_waits_as_long_as_the_file_says_for_a_registry_that_says_nothing() {
     // Takes connections and never answers.
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");

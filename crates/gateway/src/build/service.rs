@@ -155,7 +155,7 @@ fn breaker(breaker: &config::Breaker) -> Result<CircuitBreakLayer, Error> {
         let share = |share: config::Share| Share::new(share.0).map_err(wrong);
         let rules = Outliers::new()
             .every(outliers.every)
-            .deviations(outliers.deviations)
+            .deviations(outliers.deviations.filter(|deviations| *deviations > 0.0))
             .failure_rate(outliers.failure_rate.map(share).transpose()?)
             .calls(outliers.calls.get())
             .endpoints(outliers.endpoints)
@@ -228,16 +228,16 @@ fn forward_to(service: &config::Service, proxies: &TrustedProxies) -> Result<For
 /// How long things may take.
 pub(super) fn timeouts(timeouts: &config::Timeouts, mut policy: forward::Policy) -> forward::Policy {
     if let Some(time) = timeouts.connect {
-        policy = policy.connect_timeout(time);
+        policy = policy.connect_timeout(time.0);
     }
     if let Some(time) = timeouts.response {
-        policy = policy.response_timeout(time);
+        policy = policy.response_timeout(time.0);
     }
     if let Some(time) = timeouts.total {
-        policy = policy.total_timeout(time);
+        policy = policy.total_timeout(time.0);
     }
     if let Some(time) = timeouts.idle {
-        policy = policy.idle_timeout(time);
+        policy = policy.idle_timeout(time.0);
     }
     policy
 }

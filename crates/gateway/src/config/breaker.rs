@@ -66,7 +66,8 @@ section! {
     pub struct Outliers {
         /// How often they are compared.
         every: Duration = Duration::from_secs(10),
-        /// Opens when the share that succeeded is more than so many standard deviations below the mean.
+        /// Opens when the share that succeeded is more than so many standard deviations below the mean; 0 does
+        /// not look at that.
         deviations: Option<f64> = Some(1.9),
         /// Opens when this share failed.
         failure_rate: Option<Share>,

@@ -35,7 +35,7 @@ pub use self::mistake::{Mistake, Mistakes};
 pub use self::model::*;
 pub use self::operate::*;
 pub(crate) use self::plain::parse_duration;
-pub use self::plain::{Bytes, Map, Rate, Share};
+pub use self::plain::{Bytes, Map, Patience, Rate, Share};
 pub use self::provider::*;
 pub use self::read::At;
 use self::read::{Reader, Value};

@@ -25,6 +25,10 @@ pub struct Rate {
     pub period: Duration,
 }
 
+/// How long something may take: a time, or `"never"` when it may take for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience(pub Duration);
+
 /// A part of a whole: more than 0, at most 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Share(pub f64);
@@ -195,6 +199,7 @@ texts! {
     SocketAddr, "an address with a port", "0.0.0.0:8080", |text| text.parse().ok(), ToString::to_string;
     Address, "an address with a port", "10.0.0.1:8080", |text| text.parse().ok(), ToString::to_string;
     Duration, "a time", "250ms", parse_duration, |time| show_duration(*time);
+    Patience, "a time or \"never\"", "15s", parse_patience, |patience| show_patience(*patience);
     Rate, "a rate", "100/s", parse_rate, |rate| show_rate(*rate);
     Method, "a method", "GET", parse_method, ToString::to_string;
     HeaderName, "the name of a header", "x-tenant", |text| text.parse().ok(), ToString::to_string;
@@ -306,6 +311,14 @@ pub(crate) fn show_duration(time: Duration) -> String {
         }
     }
     if micros == 0 { String::from("0s") } else { format!("{micros}us") }
+}
+
+fn parse_patience(text: &str) -> Option<Patience> {
+    if text == "never" { Some(Duration::MAX) } else { parse_duration(text) }.map(Patience)
+}
+
+fn show_patience(Patience(time): Patience) -> String {
+    if time == Duration::MAX { String::from("never") } else { show_duration(time) }
 }
 
 fn parse_rate(text: &str) -> Option<Rate> {

@@ -11,7 +11,7 @@ use super::balance::{Balance, Retry};
 use super::breaker::Breaker;
 use super::mistake::Notes;
 use super::model::known;
-use super::plain::{Bytes, Map};
+use super::plain::{Bytes, Map, Patience};
 use super::read::At;
 use super::registry::Registry;
 use super::secret::{Blob, pem};
@@ -107,16 +107,16 @@ words! {
 }
 
 section! {
-    /// How long things may take.
+    /// How long things may take; "never" gives nothing up.
     pub struct Timeouts {
         /// To have a connection.
-        connect: Option<Duration>,
+        connect: Option<Patience>,
         /// From the end of the request to the head of the response.
-        response: Option<Duration>,
+        response: Option<Patience>,
         /// From the first byte to the last, other attempts included.
-        total: Option<Duration>,
+        total: Option<Patience>,
         /// Without a byte in either direction.
-        idle: Option<Duration>,
+        idle: Option<Patience>,
     }
 }
 
