@@ -349,6 +349,9 @@ async fn a_concurrency_limit_counts_until_the_body_ends_or_is_dropped() {
     assert_eq!(refused.headers()["ratelimit-policy"], r#""at once";q=2;qu="concurrent-requests""#);
     assert_eq!(refused.headers()["ratelimit"], r#""at once";r=0"#);
     assert_eq!(layer.handle().stats().in_flight, 2);
+    let other = service.ready().await.unwrap().call(from("192.0.2.2"));
+    assert_eq!(layer.handle().stats().in_flight, 3, "another caller has places of its own");
+    drop(other);
     drop(feeds.pop());
     let whole = http_body_util::BodyExt::collect(bodies.pop().unwrap()).await.unwrap();
     drop(whole);
@@ -386,6 +389,55 @@ async fn costs_are_settled_when_the_response_has_ended() {
     assert_eq!(answer(500, "a long story of failure").await, r#""bytes";r=86;t=1"#, "four, not ten");
     assert_eq!(answer(200, "twenty-five bytes of text").await, r#""bytes";r=86;t=1"#, "a failure costs nothing");
     assert_eq!(answer(200, "").await, r#""bytes";r=61;t=1"#, "twenty-five");
+}
+
+#[tokio::test(start_paused = true)]
+async fn costs_are_found_in_trailers_and_in_what_the_service_left() {
+    #[derive(Clone)]
+    struct Tokens(u32);
+
+    let layer = RateLimitLayer::new(per_second(1));
+    let tokens = Limit::new("tokens", per_second(100)).settle(|seen| {
+        let trailer = seen.trailers.and_then(|trailers| trailers.get("x-tokens")?.to_str().ok()?.parse().ok());
+        trailer.or(seen.extensions.get().map(|Tokens(tokens)| *tokens)).unwrap_or(1)
+    });
+    layer.handle().set_limits([tokens]);
+    let (probe, mut calls) = contract::probe();
+    let mut service = layer.fields(Fields::always()).layer(probe);
+    let mut left = Vec::new();
+    for (trailer, extension) in [(Some("30"), None), (None, Some(Tokens(20))), (None, None), (None, None)] {
+        let call = service.ready().await.unwrap().call(from("192.0.2.1"));
+        let (mut feed, body) = contract::body();
+        let mut response = Response::new(body);
+        extension.map(|tokens| response.extensions_mut().insert(tokens));
+        let serve = async { calls.next().await.answer(response) };
+        let (response, _) = tokio::join!(call, serve);
+        let response = response.unwrap();
+        left.push(response.headers()["ratelimit"].to_str().unwrap().to_owned());
+        if let Some(tokens) = trailer {
+            let trailers = [(http::HeaderName::from_static("x-tokens"), tokens.parse().unwrap())];
+            feed.send_trailers(trailers.into_iter().collect()).await.unwrap();
+        }
+        drop(feed);
+        http_body_util::BodyExt::collect(response.into_body()).await.unwrap();
+    }
+    // Each shows what those before it have cost, and one of its own.
+    assert_eq!(left, [99, 69, 49, 48].map(|left| format!(r#""tokens";r={left};t=1"#)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn other_limits_of_the_same_name_keep_the_counters() {
+    let layer = RateLimitLayer::new(per_second(2));
+    let (service, handle) = (layer.layer(Ok200), layer.handle());
+    for _ in 0..2 {
+        assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    }
+    handle
+        .set_limits([Limit::new("default", Rate::per_day(n(1))), Limit::new("all", per_second(10)).with_key(Everyone)]);
+    assert_eq!(status(&service, from("192.0.2.1")).await, 429, "its second of debt leaves less than the day");
+    assert_eq!(status(&service, from("192.0.2.2")).await, 200);
+    handle.set_limits([Limit::new("new", per_second(1))]);
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200, "another name begins anew");
 }
 
 #[tokio::test(start_paused = true)]

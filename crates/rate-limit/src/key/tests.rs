@@ -71,6 +71,30 @@ fn keys_combine_and_fall_back() {
 }
 
 #[test]
+fn routes_services_and_closures_tell_requests_apart() {
+    let of = |route: &str, service: &str, path: &str| {
+        let mut request = from("192.0.2.1");
+        Route::new(route).attach(request.extensions_mut());
+        Destination::new(service).attach(request.extensions_mut());
+        *request.uri_mut() = path.parse().unwrap();
+        request
+    };
+    let one = of("/a", "orders", "/a/1");
+    let by_path = |request: &RequestHead<'_>, key: &mut KeyBytes| {
+        key.push(request.uri().path().as_bytes());
+        true
+    };
+    assert_eq!(bytes(&RouteName, &one), bytes(&RouteName, &of("/a", "users", "/a/2")));
+    assert_ne!(bytes(&RouteName, &one), bytes(&RouteName, &of("/b", "orders", "/a/1")));
+    assert_eq!(bytes(&ServiceName, &one), bytes(&ServiceName, &of("/b", "orders", "/a/2")));
+    assert_ne!(bytes(&ServiceName, &one), bytes(&ServiceName, &of("/a", "users", "/a/1")));
+    assert_eq!(bytes(&by_path, &one), bytes(&by_path, &of("/b", "users", "/a/1")));
+    assert_ne!(bytes(&by_path, &one), bytes(&by_path, &of("/a", "orders", "/a/2")));
+    assert!(!bytes(&RouteName, &from("192.0.2.1")).0 && !bytes(&ServiceName, &from("192.0.2.1")).0);
+    assert_eq!(bytes(&Everyone, &one), bytes(&Everyone, &Request::new(())));
+}
+
+#[test]
 fn claims_that_are_not_text_count_as_json() {
     let with = |value: serde_json::Value| {
         by(Identity::new("ada", Proof::Jwt).with_claims([("tenant".to_owned(), value)].into_iter().collect()))
