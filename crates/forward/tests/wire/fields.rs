@@ -120,6 +120,8 @@ async fn what_two_could_read_differently_is_refused() {
         ("GET /a/../b HTTP/1.1\r\nhost: a\r\n\r\n", 400),
         ("GET /a/%2e%2E/b HTTP/1.1\r\nhost: a\r\n\r\n", 400),
         ("GET //a HTTP/1.1\r\nhost: a\r\n\r\n", 400),
+        ("GET /%61dmin/x HTTP/1.1\r\nhost: a\r\n\r\n", 400),
+        ("GET /a/..;/admin HTTP/1.1\r\nhost: a\r\n\r\n", 400),
         ("GET /a%2fb HTTP/1.1\r\nhost: a\r\n\r\n", 400),
         ("GET /a%5Cb HTTP/1.1\r\nhost: a\r\n\r\n", 400),
         ("GET /a%00 HTTP/1.1\r\nhost: a\r\n\r\n", 400),
@@ -163,6 +165,8 @@ async fn a_route_may_redirect_or_pass_what_is_not_in_normal_form() {
     let (head, _) = refused(paths(Paths::Redirect), &request("/a/../b//c?x=/../y")).await;
     assert!(head.starts_with("HTTP/1.1 308 "), "{head}");
     assert!(head.contains("location: /b/c?x=/../y\r\n"), "{head}");
+    let (head, _) = refused(paths(Paths::Redirect), &request("/%61dmin/x")).await;
+    assert!(head.contains("location: /admin/x\r\n"), "{head}");
     let (head, _) = refused(paths(Paths::Redirect), &request("/a%2fb")).await;
     assert!(head.starts_with("HTTP/1.1 400 "), "{head}");
     let ((head, _), _) = relay(paths(Paths::Pass), &request("//a/../b%2F"), OK).await;
