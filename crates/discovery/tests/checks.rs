@@ -13,7 +13,7 @@ use portcullis_testing::{Backend, Consul};
 use serde_json::{Value, json};
 use tonic_health::ServingStatus;
 
-use self::support::{config, definition, registry, seen, until};
+use self::support::{config, definition, own, registry, seen, until};
 
 const OFTEN: Duration = Duration::from_millis(100);
 
@@ -130,7 +130,7 @@ async fn tagged_addresses_filters_tags_and_nearness_choose() {
     let first = async |config: ConsulConfig| {
         let mut watch = ConsulRegistry::new(config).unwrap().watch(&"orders".into());
         let found = watch.next().await.unwrap().unwrap();
-        let mut found: Vec<_> = found.iter().map(|i| format!("{} {}", i.id, i.address)).collect();
+        let mut found: Vec<_> = found.iter().map(|i| format!("{} {}", own(&i.id), i.address)).collect();
         found.sort();
         found
     };

@@ -28,6 +28,8 @@ struct Entry {
 #[serde(rename_all = "PascalCase")]
 struct Node {
     #[serde(default)]
+    node: String,
+    #[serde(default)]
     address: String,
     #[serde(default)]
     tagged_addresses: Option<HashMap<String, String>>,
@@ -109,7 +111,8 @@ impl Entry {
             return None;
         };
         let Self { node, service, .. } = self;
-        let mut instance = Instance::new(service.id, address);
+        let id = if node.node.is_empty() { service.id } else { format!("{}/{}", node.node, service.id) };
+        let mut instance = Instance::new(id, address);
         if let Some(weights) = service.weights {
             instance.weight = if health == Health::Warning { weights.warning } else { weights.passing };
         }
@@ -219,7 +222,7 @@ mod tests {
     #[test]
     fn everything_an_instance_says_is_read() {
         let instance = read(entry(), &Selection::default()).unwrap();
-        assert_eq!((&*instance.id, instance.weight), ("web-1", 10));
+        assert_eq!((&*instance.id, instance.weight), ("n1/web-1", 10));
         assert_eq!(instance.zone.as_deref(), Some("rack-1"));
         assert_eq!((instance.tags, instance.metadata["team"].as_str()), (vec!["v2".to_owned()], "a"));
         let meta = json!({"scheme": "https", "protocol": "grpc", "priority": "2", "zone": "z"});
@@ -228,6 +231,20 @@ mod tests {
         assert_eq!(said.zone.as_deref(), Some("z"));
         let local = with(|entry| entry["Service"]["Locality"] = json!({"Region": "r", "Zone": "r-1"}));
         assert_eq!(read(local, &Selection::default()).unwrap().zone.as_deref(), Some("r-1"));
+    }
+
+    /// A service registered without an id has its name for one, on every node.
+    #[test]
+    fn one_id_on_several_nodes_is_several_ids() {
+        let at = |node: &str| {
+            with(|entry| {
+                entry["Node"]["Node"] = node.into();
+                entry["Service"]["ID"] = "web".into();
+            })
+        };
+        let answer = Value::Array(["n1", "n2", "n3"].map(at).into()).to_string();
+        let all = instances(answer.as_bytes(), &Selection::default()).unwrap();
+        assert_eq!(all.iter().map(|instance| &*instance.id).collect::<Vec<_>>(), ["n1/web", "n2/web", "n3/web"]);
     }
 
     #[test]

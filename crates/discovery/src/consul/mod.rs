@@ -15,6 +15,9 @@
 //! An agent's memory began anew if the index went back, or if after a failure another node answers than before (a
 //! development agent that was restarted starts with low indexes, which prove nothing).
 //!
+//! The id of an instance is its node's name and its own id there, `node/id`: an agent knows its own ids only, and one that was
+//! given none is the service's name on every node.
+//!
 //! # Many services on few connections
 //!
 //! An agent allows one address 200 connections, and a query that blocks takes one of them over HTTP/1.1. So the first

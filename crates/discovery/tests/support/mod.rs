@@ -43,10 +43,15 @@ pub(crate) async fn until(mut what: impl AsyncFnMut() -> bool) {
     held.await.expect("it to happen within ten seconds");
 }
 
+/// The id by which the instance was registered, without its node.
+pub(crate) fn own(id: &str) -> String {
+    id.split_once('/').map_or(id, |(_, own)| own).to_owned()
+}
+
 /// Sends a request through the layer and says which endpoints it was given; none if it was refused.
 pub(crate) async fn seen(layer: &DiscoveryLayer<impl portcullis_discovery::Name<()> + Clone>) -> Vec<String> {
     let mut service = layer.layer(tower::service_fn(async |request: Request<()>| {
-        let mut ids: Vec<_> = Endpoints::of(request.extensions()).unwrap().iter().map(|e| e.id().to_string()).collect();
+        let mut ids: Vec<_> = Endpoints::of(request.extensions()).unwrap().iter().map(|e| own(e.id())).collect();
         ids.sort();
         let mut response = Response::new(Full::<Bytes>::default());
         response.extensions_mut().insert(ids);
