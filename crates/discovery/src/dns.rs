@@ -1,17 +1,19 @@
 //! Services from DNS.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::{StreamExt, stream};
+use futures::{StreamExt, future, stream};
 use hickory_resolver::TokioResolver;
-use hickory_resolver::config::{NameServerConfig, ResolverConfig};
+use hickory_resolver::config::{NameServerConfig, ResolverConfig, ResolverOpts};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::net::{DnsError, NetError};
+use hickory_resolver::proto::ProtoError;
 use hickory_resolver::proto::op::ResponseCode;
-use hickory_resolver::proto::rr::{RData, RecordType};
+use hickory_resolver::proto::rr::{Name, RData, RecordType};
+use hickory_resolver::system_conf::read_system_conf;
 use portcullis_core::Instance;
 
 use crate::backoff::Backoff;
@@ -20,12 +22,17 @@ use crate::{Error, Registry, Watch};
 /// Services from DNS: addresses with a port of their own, or SRV records.
 ///
 /// Names are asked for anew when their time to live is over, but not sooner than after 5 s. An answer that the server
-/// truncated is asked for over TCP. That a name does not exist, or has no such records, is a sound "none"; a server that
-/// cannot be reached or says `SERVFAIL` is a failure. An address or an SRV target that fails by itself is a failure of the
-/// whole, so that half an answer shrinks no pool.
+/// truncated is asked for over TCP. That a name does not exist, or has no such records, is a sound "none", believed as long
+/// as the server says; a server that cannot be reached or says `SERVFAIL` is a failure. An address or an SRV target that
+/// fails by itself is a failure of the whole, so that half an answer shrinks no pool.
+///
+/// A name that does not end in a dot may be meant relative to the domains that the system searches, tried in the order of
+/// `resolv.conf` (`search`, `ndots`). The first that has records counts, and one that fails is a failure of the whole: what
+/// later ones say, or do not know, proves nothing.
 #[derive(Clone)]
 pub struct DnsRegistry {
     resolver: Arc<TokioResolver>,
+    search: Search,
     records: Records,
     /// `{}` stands for the service.
     pattern: Arc<str>,
@@ -36,6 +43,14 @@ pub struct DnsRegistry {
 enum Records {
     Addresses { port: u16 },
     Srv,
+}
+
+/// The domains that a name without a dot at its end may be relative to.
+#[derive(Clone, Default)]
+struct Search {
+    domains: Arc<[Name]>,
+    /// Names with fewer dots are first tried in the domains.
+    ndots: usize,
 }
 
 /// How soon a name is asked for again, at the earliest and at the latest.
@@ -68,13 +83,13 @@ impl DnsRegistry {
     fn new(records: Records) -> Result<Self, Error> {
         let wrong =
             |error: NetError| Error::invalid("the system's DNS configuration cannot be used").with_source(error);
-        let mut builder = TokioResolver::builder_tokio().map_err(wrong)?;
-        options(builder.options_mut());
-        let resolver = Arc::new(builder.build().map_err(wrong)?);
-        Ok(Self { resolver, records, pattern: "{}".into(), floor: FLOOR })
+        let (config, options) = read_system_conf().map_err(wrong)?;
+        let search = Search::of(&config, &options);
+        let resolver = resolver(config, options).map_err(wrong)?;
+        Ok(Self { resolver, search, records, pattern: "{}".into(), floor: FLOOR })
     }
 
-    /// Asks this server instead of the system's, first over UDP.
+    /// Asks this server instead of the system's, first over UDP, and searches no domains.
     ///
     /// # Errors
     ///
@@ -85,11 +100,9 @@ impl DnsRegistry {
             connection.port = server.port();
         }
         let config = ResolverConfig::from_name_servers(vec![config]);
-        let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
-        options(builder.options_mut());
-        let resolver =
-            builder.build().map_err(|error| Error::invalid("the resolver cannot be built").with_source(error))?;
-        self.resolver = Arc::new(resolver);
+        self.resolver = resolver(config, ResolverOpts::default())
+            .map_err(|error| Error::invalid("the resolver cannot be built").with_source(error))?;
+        self.search = Search::default();
         Ok(self)
     }
 
@@ -120,22 +133,22 @@ impl DnsRegistry {
         };
         // Servers turn their answers round; a new order alone is no change.
         instances.sort_by(|a: &Instance, b| (a.priority, &a.address).cmp(&(b.priority, &b.address)));
-        Ok((instances, ttl.clamp(self.floor, CEILING.max(self.floor))))
+        // What nothing says a time of is not to be believed for long.
+        Ok((instances, ttl.unwrap_or_default().clamp(self.floor, CEILING.max(self.floor))))
     }
 
-    async fn addresses_of(&self, name: &str) -> Result<(Vec<std::net::IpAddr>, Duration), Error> {
-        let (v4, v6) = tokio::join!(self.lookup(name, RecordType::A), self.lookup(name, RecordType::AAAA));
-        let ((v4, ttl4), (v6, ttl6)) = (v4?, v6?);
-        let addresses = v4.into_iter().chain(v6).filter_map(|data| match data {
+    async fn addresses_of(&self, name: &str) -> Result<(Vec<IpAddr>, Option<Duration>), Error> {
+        let (records, ttl) = self.lookup(name, &[RecordType::A, RecordType::AAAA]).await?;
+        let addresses = records.into_iter().filter_map(|data| match data {
             RData::A(a) => Some(a.0.into()),
             RData::AAAA(a) => Some(a.0.into()),
             _ => None,
         });
-        Ok((addresses.collect(), ttl4.min(ttl6)))
+        Ok((addresses.collect(), ttl))
     }
 
-    async fn targets_of(&self, name: &str) -> Result<(Vec<Instance>, Duration), Error> {
-        let (records, mut ttl) = self.lookup(name, RecordType::SRV).await?;
+    async fn targets_of(&self, name: &str) -> Result<(Vec<Instance>, Option<Duration>), Error> {
+        let (records, mut ttl) = self.lookup(name, &[RecordType::SRV]).await?;
         let targets = records.into_iter().filter_map(|data| match data {
             RData::SRV(srv) => Some(srv),
             _ => None,
@@ -151,7 +164,7 @@ impl DnsRegistry {
         let mut instances = Vec::with_capacity(looked_up.len());
         for (srv, addresses) in looked_up {
             let (addresses, its) = addresses?;
-            ttl = ttl.min(its);
+            ttl = ttl.into_iter().chain(its).min();
             for ip in addresses {
                 let address = SocketAddr::new(ip, srv.port);
                 let mut instance = Instance::new(address.to_string(), address);
@@ -164,30 +177,76 @@ impl DnsRegistry {
         Ok((instances, ttl))
     }
 
-    /// The records of a type, and their least time to live. A name without any is no failure.
-    async fn lookup(&self, name: &str, of: RecordType) -> Result<(Vec<RData>, Duration), Error> {
-        match self.resolver.lookup(name, of).await {
+    /// The records of these types, of the first name that may be meant and has any; and the least time to live of what was
+    /// said, if anything said one. That there are none is no failure.
+    async fn lookup(&self, name: &str, of: &[RecordType]) -> Result<(Vec<RData>, Option<Duration>), Error> {
+        let wrong = |error: ProtoError| Error::unavailable(format!("{name} is no name")).with_source(error);
+        let mut none = None;
+        for name in self.search.meant(Name::from_utf8(name).map_err(wrong)?) {
+            let said = future::try_join_all(of.iter().map(|of| self.records_of(&name, *of))).await?;
+            let ttl = said.iter().filter_map(|(_, ttl)| *ttl).min();
+            let records: Vec<_> = said.into_iter().flat_map(|(records, _)| records).collect();
+            if !records.is_empty() {
+                return Ok((records, ttl));
+            }
+            none = none.into_iter().chain(ttl).min();
+        }
+        Ok((Vec::new(), none))
+    }
+
+    async fn records_of(&self, name: &Name, of: RecordType) -> Result<(Vec<RData>, Option<Duration>), Error> {
+        let seconds = |ttl: u32| Duration::from_secs(ttl.into());
+        match self.resolver.lookup(name.clone(), of).await {
             Ok(found) => {
                 let records: Vec<_> = found.answers().iter().filter(|record| record.record_type() == of).collect();
-                let ttl = records.iter().map(|record| record.ttl).min().unwrap_or(0);
-                let data = records.into_iter().map(|record| record.data.clone()).collect();
-                Ok((data, Duration::from_secs(ttl.into())))
+                let ttl = records.iter().map(|record| record.ttl).min().map(seconds);
+                Ok((records.into_iter().map(|record| record.data.clone()).collect(), ttl))
             }
             Err(NetError::Dns(DnsError::NoRecordsFound(none)))
                 if matches!(none.response_code, ResponseCode::NXDomain | ResponseCode::NoError) =>
             {
-                // Without a negative time to live, that of the other record type counts.
-                Ok((Vec::new(), none.negative_ttl.map_or(CEILING, |ttl| Duration::from_secs(ttl.into()))))
+                Ok((Vec::new(), none.negative_ttl.map(seconds)))
             }
             Err(error) => Err(Error::unavailable(format!("{of} of {name} cannot be looked up")).with_source(error)),
         }
     }
 }
 
-fn options(options: &mut hickory_resolver::config::ResolverOpts) {
+fn resolver(config: ResolverConfig, mut options: ResolverOpts) -> Result<Arc<TokioResolver>, NetError> {
     // How long an answer counts is decided here.
     options.cache_size = 0;
     options.edns0 = true;
+    let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
+    *builder.options_mut() = options;
+    builder.build().map(Arc::new)
+}
+
+// === impl Search ===
+
+impl Search {
+    fn of(config: &ResolverConfig, options: &ResolverOpts) -> Self {
+        let domains: Vec<_> = match config.search() {
+            [] => config.domain().cloned().into_iter().collect(),
+            search => search.to_vec(),
+        };
+        Self { domains: domains.into(), ndots: options.ndots }
+    }
+
+    /// The names that may be meant by one, in the order in which they are tried. They are absolute: the resolver would go on
+    /// to the next one after a failure as well.
+    fn meant(&self, name: Name) -> Vec<Name> {
+        if name.is_fqdn() {
+            return vec![name];
+        }
+        let as_it_is_first = usize::from(name.num_labels()) > self.ndots;
+        // What would be too long with a domain is not meant.
+        let mut names: Vec<_> =
+            self.domains.iter().filter_map(|domain| name.clone().append_domain(domain).ok()).collect();
+        let mut name = name;
+        name.set_fqdn(true);
+        names.insert(if as_it_is_first { 0 } else { names.len() }, name);
+        names
+    }
 }
 
 impl Registry for DnsRegistry {
@@ -220,8 +279,8 @@ impl fmt::Debug for DnsRegistry {
 mod tests {
     use super::*;
     use hickory_resolver::proto::op::{Message, Metadata, OpCode};
+    use hickory_resolver::proto::rr::Record;
     use hickory_resolver::proto::rr::rdata::{A, AAAA, SRV};
-    use hickory_resolver::proto::rr::{Name, Record};
     use std::sync::atomic::{AtomicUsize, Ordering};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, UdpSocket};
@@ -329,12 +388,65 @@ mod tests {
         })
         .await;
         let dns = server.of(Records::Addresses { port: 80 });
-        for (name, seconds) in [("0.", 5), ("1.", 5), ("42.", 42), ("86400.", 300), ("gone.", 300)] {
+        for (name, seconds) in [("0.", 5), ("1.", 5), ("42.", 42), ("86400.", 300), ("gone.", 5)] {
             assert_eq!(dns.ask(name).await.unwrap().1, Duration::from_secs(seconds), "{name}");
         }
         let (_, ttl) = dns.clone().floor(Duration::from_secs(600)).ask("42.").await.unwrap();
         assert_eq!(ttl, Duration::from_secs(600));
         assert_eq!(dns.ask("gone.").await.unwrap().0, [], "a sound none");
+    }
+
+    fn searching(server: &Server, ndots: usize) -> DnsRegistry {
+        let domains = ["ns.svc.", "corp."].map(|domain| Name::from_utf8(domain).unwrap());
+        DnsRegistry {
+            search: Search { domains: domains.to_vec().into(), ndots },
+            ..server.of(Records::Addresses { port: 80 })
+        }
+    }
+
+    #[tokio::test]
+    async fn domains_are_searched_in_order_and_the_first_that_has_records_counts() {
+        let server = Server::start(|name, of| match (name, of) {
+            ("a.ns.svc." | "both.ns.svc.", RecordType::A) => Ok(vec![(30, v4(1))]),
+            ("b.corp.", RecordType::A) => Ok(vec![(30, v4(2))]),
+            ("both.corp.", RecordType::AAAA) => Ok(vec![(30, LOOPBACK)]),
+            ("a.b.", RecordType::A) => Ok(vec![(30, v4(3))]),
+            ("a.b.ns.svc.", RecordType::A) => Ok(vec![(30, v4(4))]),
+            ("alone.", RecordType::A) => Ok(vec![(30, v4(5))]),
+            _ => Err(ResponseCode::NXDomain),
+        })
+        .await;
+        let (one, five) = (searching(&server, 1), searching(&server, 5));
+        for (dns, name, found) in [
+            (&one, "a", Some("10.0.0.1:80")),
+            (&one, "b", Some("10.0.0.2:80")),
+            (&one, "both", Some("10.0.0.1:80")),
+            (&one, "a.b", Some("10.0.0.3:80")),
+            (&five, "a.b", Some("10.0.0.4:80")),
+            (&one, "a.ns.svc", Some("10.0.0.1:80")),
+            (&one, "alone", Some("10.0.0.5:80")),
+            (&one, "b.", None),
+            (&one, "nobody", None),
+        ] {
+            let (instances, _) = dns.ask(name).await.unwrap();
+            let addresses: Vec<_> = instances.iter().map(|instance| instance.address.to_string()).collect();
+            assert_eq!(addresses, found.into_iter().collect::<Vec<_>>(), "{name}");
+        }
+    }
+
+    /// The next domain knew nothing of the name, which was taken for "none".
+    #[tokio::test]
+    async fn a_domain_that_fails_is_a_failure_whatever_the_next_one_says() {
+        let server = Server::start(|name, of| match (name, of) {
+            ("orders.internal." | "orders.ns.svc.", _) => Err(ResponseCode::ServFail),
+            ("orders.corp.", RecordType::A) => Ok(vec![(30, v4(1))]),
+            _ => Err(ResponseCode::NXDomain),
+        })
+        .await;
+        let dns = searching(&server, 1);
+        for name in ["orders.internal", "orders"] {
+            assert!(dns.ask(name).await.is_err_and(|error| error.is_unavailable()), "{name}");
+        }
     }
 
     #[tokio::test]
