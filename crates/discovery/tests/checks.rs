@@ -95,6 +95,32 @@ async fn a_check_begins_as_it_is_told() {
     }
 }
 
+/// Each report began the pause before the next comparison anew.
+#[tokio::test]
+async fn who_reports_all_the_time_is_registered_anew_as_well() {
+    let consul = Consul::start().await;
+    let registry = ConsulRegistry::new(config(&consul).resync(Duration::from_millis(200))).unwrap();
+    let check = HealthCheck::ttl(Duration::from_secs(30)).initial(Health::Passing);
+    let registration = registry.register(definition("orders", "a", 1).check(check)).await.unwrap();
+    let is_known = async || consul.get("/v1/agent/service/a").await.status == 200;
+    // The first comparison comes at once.
+    let mut reported = 0;
+    until(async || {
+        registration.report(Health::Passing, "").await.unwrap();
+        reported += 1;
+        reported == 10
+    })
+    .await;
+    assert!(is_known().await);
+    consul.put("/v1/agent/service/deregister/a", "").await;
+    until(async || {
+        // It fails for as long as the agent knows nothing of the check.
+        let _ = registration.report(Health::Passing, "").await;
+        is_known().await
+    })
+    .await;
+}
+
 /// The agent's minimum is a minute, looked at every half: `LONG=1` waits for it.
 #[tokio::test]
 async fn an_instance_critical_for_long_is_forgotten_by_the_agent() {

@@ -65,7 +65,9 @@ impl Keeper {
         let mut backoff = Backoff::new();
         let (service, id) = (self.definition.service.clone(), self.definition.instance.id.clone());
         let beat = self.beat_every();
-        let mut pause = if self.has_ttl() { Duration::ZERO } else { beat };
+        // Apart from the commands, or who sends many would keep it from beating.
+        let next = tokio::time::sleep(if self.has_ttl() { Duration::ZERO } else { beat });
+        tokio::pin!(next);
         loop {
             tokio::select! {
                 command = commands.recv() => match command {
@@ -95,16 +97,19 @@ impl Keeper {
                         return;
                     }
                 },
-                () = tokio::time::sleep(pause) => match self.beat().await {
-                    Ok(()) => {
-                        backoff.reset();
-                        pause = beat;
-                    }
-                    Err(error) => {
-                        tracing::warn!(service = &*service, id = &*id, %error, "the registration could not be confirmed");
-                        pause = backoff.next(fastrand::f64()).min(beat);
-                    }
-                },
+                () = &mut next => {
+                    let pause = match self.beat().await {
+                        Ok(()) => {
+                            backoff.reset();
+                            beat
+                        }
+                        Err(error) => {
+                            tracing::warn!(service = &*service, id = &*id, %error, "the registration could not be confirmed");
+                            backoff.next(fastrand::f64()).min(beat)
+                        }
+                    };
+                    next.as_mut().reset(tokio::time::Instant::now() + pause);
+                }
             }
         }
     }
