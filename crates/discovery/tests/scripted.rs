@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use portcullis_core::Instance;
-use portcullis_discovery::consul::Consistency;
-use portcullis_discovery::{ConsulConfig, ConsulRegistry, DiscoveryLayer, Error, Registry, Watch};
+use portcullis_discovery::consul::{Consistency, RsConsul};
+use portcullis_discovery::{ConsulConfig, ConsulRegistry, DiscoveryLayer, Error, Registry, ServiceDefinition, Watch};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -22,8 +22,8 @@ struct Agent {
 }
 
 impl Agent {
-    /// Answers every request for health with what `script` makes of its number and target; to what else is asked, as one
-    /// who may read everything.
+    /// Answers every request for health or to the catalog's writers with what `script` makes of its number and target; to
+    /// what else is asked, as one who may read everything.
     async fn start(script: impl Fn(usize, &str) -> Option<String> + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -62,7 +62,8 @@ async fn serve(
         head.push(byte);
     }
     let target = String::from_utf8(head).unwrap().split_whitespace().nth(1).unwrap().to_owned();
-    let answer = if target.starts_with("/v1/health/service/") {
+    let scripted = ["/v1/health/service/", "/v1/catalog/register", "/v1/catalog/deregister"];
+    let answer = if scripted.iter().any(|path| target.starts_with(path)) {
         let number = {
             let mut asked = asked.lock().unwrap();
             asked.push(target.clone());
@@ -293,4 +294,20 @@ async fn a_service_that_changes_all_the_time_is_asked_for_at_a_bounded_rate() {
     assert!(tokio::time::timeout(Duration::from_secs(2), all_the_time).await.is_err());
     let asked = agent.asked().len();
     assert!((9..=8 + 2 * 4 + 2).contains(&asked), "asked {asked} times in two seconds");
+}
+
+/// What arrived although its answer did not, or though nobody waits for that, stayed for ever.
+#[tokio::test]
+async fn an_external_registration_without_an_answer_is_taken_back() {
+    let agent = Agent::start(|_, target| target.starts_with("/v1/catalog/deregister").then(|| ok(1, "", "true"))).await;
+    let catalog = RsConsul::new(agent.config()).unwrap();
+    let definition = ServiceDefinition::new("mail", "m", support::at(25));
+    let asked = |what: &str| agent.asked().iter().filter(|target| target.starts_with(what)).count();
+    assert!(catalog.register(definition.clone()).await.unwrap_err().is_unavailable());
+    support::until(async || asked("/v1/catalog/deregister") == 1).await;
+    let registering =
+        tokio::spawn(RsConsul::new(agent.config().timeout(Duration::from_secs(60))).unwrap().register(definition));
+    support::until(async || asked("/v1/catalog/register") == 2).await;
+    registering.abort();
+    support::until(async || asked("/v1/catalog/deregister") == 2).await;
 }

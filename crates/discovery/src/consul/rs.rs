@@ -162,9 +162,9 @@ impl Registry for RsConsul {
             if service.is_empty() || id.is_empty() {
                 return Err(Error::invalid("a registration needs a service and an id"));
             }
-            let mut external = External { catalog, definition, address, port, registered: false };
+            // From now on: it may arrive although the answer does not, or nobody waits for that.
+            let external = External { catalog, definition, address, port, registered: true };
             external.put(Health::Passing, String::new()).await?;
-            external.registered = true;
             tracing::info!(service = &*service, id = &*id, "registered in the catalog");
             Ok(Registration::new(service, id, external))
         })
