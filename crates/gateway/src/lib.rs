@@ -17,7 +17,9 @@
 //!
 //! On `HUP`, on `POST /reload` at the operators' side, and with `server.watch` when the file changes, or a secret, key or
 //! certificate that it names, the file is read again. What it says is built beside what runs and put in force in one step, or refused whole. Layers that it says nothing
-//! new of are taken over with all they know: counters, breakers, latencies, limits, connections. Requests under way end by
+//! new of are taken over with all they know: counters, breakers, latencies, limits, connections. Four clients without a pause
+//! lose none of some 1,300 requests during thirty reloads
+//! (`cargo test -p portcullis-gateway --test reload nothing_is_lost -- --nocapture`). Requests under way end by
 //! the layers they began with. Listeners show new certificates to whoever connects from then on, and connections go on with
 //! those they began with. Where listeners are, the operators' address, threads, the log's format and the time to drain count
 //! from the next start; the answer says so when they differ.
@@ -45,6 +47,19 @@
 //! beyond this machine without a token is refused. Pages from elsewhere can neither order (their `Origin` is another) nor,
 //! where only this machine is listened to, read under a name of their own that points here (their `Host` is neither
 //! `localhost` nor an address).
+//!
+//! # The page
+//!
+//! At the top, of the last ten seconds: requests a second over a chart of two minutes, the share of errors, refusals, within
+//! what time half of them and 99 % were done, what is under way, and how many endpoints are well. Below it the map: a box for
+//! each route, service and endpoint with its rate, joined by lines that move while requests pass; what ails has a sign, a word
+//! and a colour (amber for a service of which only some endpoints are well and for what is held by hand, red for an open
+//! breaker, a failed check or a route with errors), and so has the line that leads there. A click on a box, or Enter, shows
+//! only what belongs to it. Then tables: routes; of each service its endpoints with state, rate, errors, latencies, what is in
+//! flight, breaker and connections; limits and who refused how many and why; and the last events: breakers that moved,
+//! endpoints that came and went, reloads. Where the file lets it, endpoints are taken out and let in again, the file is
+//! reloaded, and the gateway drained. Everything can be done with the keyboard (`?` says how), in the dark and in the light, on
+//! a telephone as well; `PORTCULLIS_PICTURES=/tmp cargo test -p portcullis-gateway --test page` takes pictures.
 //!
 //! # Metrics
 //!

@@ -220,6 +220,7 @@ async fn nothing_is_lost_when_files_change_under_load() {
     let sent = sent.load(Ordering::Relaxed);
     assert!(lost.is_empty(), "{} of {sent} lost: {}", lost.len(), lost[0]);
     assert!(sent > 50, "only {sent} were sent");
+    println!("{sent} requests during 30 reloads, none of them lost");
 }
 
 #[tokio::test]

@@ -130,6 +130,24 @@ async fn what_having_no_time_counts_as_is_as_the_file_says() {
 }
 
 #[tokio::test]
+async fn what_hangs_holds_so_many_requests_and_no_more() {
+    // Takes connections and never answers.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let at = silent.local_addr().expect("a bound socket");
+    let text = format!(
+        "services.a = {{ endpoints = \"{at}\", pool = {{ max_connections = 1, max_waiting = 0 }}, retry.attempts = 1, \
+         timeouts.response = \"never\" }}\n{ALL}"
+    );
+    let program = Program::start(&file(&[], &text));
+    let waiting = tokio::spawn(get(program.gateway, "/", &[]));
+    let connection = silent.accept().await.expect("a request");
+    assert_eq!(program.get("/").await.status, 503);
+    assert!(!waiting.is_finished());
+    waiting.abort();
+    drop(connection);
+}
+
+#[tokio::test]
 async fn who_does_worse_than_the_others_is_left_alone() {
     let well = [Backend::start("one").await, Backend::start("two").await];
     let failing = tower::service_fn(|_: http::Request<hyper::body::Incoming>| async {
