@@ -17,7 +17,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use criterion::{BatchSize, Bencher, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{Bencher, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use http::{Request, Response};
 use http_body_util::Empty;
 use portcullis_balance::{
@@ -103,14 +103,17 @@ fn best(b: &mut Bencher<'_>, mut call: impl FnMut()) {
 
 fn picks(c: &mut Criterion) {
     fn one<P: Pick>(c: &mut Criterion, name: &str, policy: impl Fn() -> P, sizes: &[usize]) {
+        with_clock(c, name, policy, sizes, &Clock::system());
+    }
+    fn with_clock<P: Pick>(c: &mut Criterion, name: &str, policy: impl Fn() -> P, sizes: &[usize], clock: &Clock) {
         let mut group = c.benchmark_group(format!("pick/{name}"));
         for n in sizes {
             let (set, policy, request) = (endpoints(*n), Arc::new(policy()), request());
-            let layer = BalanceLayer::new(policy.clone());
+            let layer = BalanceLayer::new(policy.clone()).clock(clock.clone());
             layer.prepare(&set);
             drop(layer.choose(&set, Asked::of(&request)));
             if policy.observes() {
-                let call = Call::new(Duration::from_millis(20), Outcome::Success, None, Clock::system().now());
+                let call = Call::new(Duration::from_millis(20), Outcome::Success, None, clock.now());
                 set.iter().for_each(|endpoint| policy.observe(endpoint, &call));
             }
             group.bench_function(BenchmarkId::from_parameter(n), |b| {
@@ -127,6 +130,7 @@ fn picks(c: &mut Criterion) {
     one(c, "least-connections", LeastConnections::new, &sizes);
     one(c, "power-of-two", || PowerOfTwo, &sizes);
     one(c, "peak-ewma", PeakEwma::new, &sizes);
+    with_clock(c, "peak-ewma, a clock that costs nothing", PeakEwma::new, &sizes, &Clock::manual().0);
     let sizes = [3, 100, 1000];
     let by_path = HashKey::path;
     one(c, "maglev", || Maglev::by(by_path()), &sizes);
@@ -141,10 +145,12 @@ fn threads(c: &mut Criterion) {
     fn one<P: Pick>(c: &mut Criterion, name: &str, policy: impl Fn() -> P) {
         for n in [100, 1000] {
             let mut group = c.benchmark_group(format!("threads/{name} of {n}"));
-            let sets: [_; 2] = std::array::from_fn(|_| (endpoints(n), BalanceLayer::new(policy())));
+            let (sets, layer) = ([endpoints(n), endpoints(n)], BalanceLayer::new(policy()));
             for (kind, using) in [("1", &[0][..]), ("2", &[0, 0]), ("2 apart", &[0, 1])] {
                 group.throughput(Throughput::Elements(using.len() as u64));
-                group.bench_function(kind, |b| together(b, &using.iter().map(|i| &sets[*i]).collect::<Vec<_>>()));
+                group.bench_function(kind, |b| {
+                    together(b, &layer, &using.iter().map(|i| &sets[*i]).collect::<Vec<_>>())
+                });
             }
         }
     }
@@ -156,12 +162,12 @@ fn threads(c: &mut Criterion) {
 
 /// Lets a thread pick from each of `sets`, in batches that begin together, and measures the best from the first beginning
 /// to the last end.
-fn together<P: Pick>(b: &mut Bencher<'_>, sets: &[&(Endpoints, BalanceLayer<P>)]) {
+fn together<P: Pick>(b: &mut Bencher<'_>, layer: &BalanceLayer<P>, sets: &[&Endpoints]) {
     const BATCH: u64 = 4096;
     b.iter_custom(|rounds| {
         let batches = rounds.div_ceil(BATCH).max(20);
         let (arrived, start) = (AtomicU64::new(0), tokio::time::Instant::now());
-        let pick = |(set, layer): &(Endpoints, BalanceLayer<P>)| -> Vec<(Duration, Duration)> {
+        let pick = |set: &Endpoints| -> Vec<(Duration, Duration)> {
             let request = request();
             let batch = |number| {
                 arrived.fetch_add(1, Ordering::AcqRel);
@@ -193,20 +199,22 @@ fn together<P: Pick>(b: &mut Bencher<'_>, sets: &[&(Endpoints, BalanceLayer<P>)]
 fn tables(c: &mut Criterion) {
     fn one<P: Pick>(c: &mut Criterion, name: &str, layer: &BalanceLayer<P>) {
         let request = request();
-        let pick = |set: Endpoints| {
-            assert!(layer.choose(&set, Asked::of(&request)).is_some());
-            set
+        let timed = |call: &dyn Fn(&Endpoints)| {
+            let set = endpoints(1000);
+            let began = tokio::time::Instant::now();
+            call(&set);
+            let took = began.elapsed();
+            // A table under way would disturb the next.
+            layer.prepare(&set);
+            took
         };
-        c.benchmark_group("first pick of 1000").bench_function(name, |b| {
-            b.iter_batched(|| endpoints(1000), pick, BatchSize::LargeInput);
-        });
-        c.benchmark_group("prepare for 1000").bench_function(name, |b| {
-            let prepare = |set: Endpoints| {
-                layer.prepare(&set);
-                set
-            };
-            b.iter_batched(|| endpoints(1000), prepare, BatchSize::LargeInput);
-        });
+        let mut bench = |group: &str, call: &dyn Fn(&Endpoints)| {
+            c.benchmark_group(group).bench_function(name, |b| {
+                b.iter_custom(|rounds| (0..rounds).map(|_| timed(call)).sum());
+            });
+        };
+        bench("first pick of 1000", &|set| assert!(layer.choose(set, Asked::of(&request)).is_some()));
+        bench("prepare for 1000", &|set| layer.prepare(set));
     }
     one(c, "random", &BalanceLayer::new(Random));
     one(c, "maglev, 65,537 slots", &BalanceLayer::new(Maglev::by(HashKey::path())));

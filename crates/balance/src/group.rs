@@ -56,10 +56,12 @@ impl Group {
             }
     }
 
+    #[inline]
     pub(crate) fn len(&self, endpoints: &[Endpoint]) -> usize {
         self.order.as_ref().map_or(endpoints.len(), |order| order.len())
     }
 
+    #[inline]
     pub(crate) fn position(&self, index: usize) -> usize {
         self.order.as_ref().map_or(index, |order| order[index] as usize)
     }
@@ -82,6 +84,7 @@ impl Group {
     }
 
     /// The member that `random` falls on.
+    #[inline]
     pub(crate) fn sample(&self, endpoints: &[Endpoint], random: u64) -> usize {
         match &self.weights {
             None => scale(random, self.len(endpoints)),

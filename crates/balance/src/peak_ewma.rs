@@ -29,6 +29,8 @@ pub struct PeakEwma {
     listed: SlotKey<Listed>,
     /// By how much an estimate fades in a millisecond.
     rate: f32,
+    /// The same in halvings, of which 2²³ are a whole one.
+    halving: u32,
     /// In seconds.
     penalty: f32,
     choices: usize,
@@ -72,10 +74,14 @@ struct Place {
 }
 
 /// Where the estimates of a snapshot stand, by position.
-#[derive(Debug, Default)]
-struct Listed {
-    blocks: Vec<Arc<[Estimate]>>,
-    places: Vec<(u32, u32)>,
+#[derive(Debug)]
+enum Listed {
+    /// In one block, in the same order: nothing came or went since the first snapshot.
+    Straight(Arc<[Estimate]>),
+    Scattered {
+        blocks: Vec<Arc<[Estimate]>>,
+        places: Vec<(u32, u32)>,
+    },
 }
 
 /// What one pick sees of an endpoint.
@@ -87,9 +93,10 @@ struct Looked {
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Known {
-    latency: f32,
-    /// How much of it is worth, 0 to 1.
+    /// How far the latency is to be trusted, 0 to 1.
     confidence: f32,
+    /// The latency times that.
+    worth: f32,
     /// What failures add.
     penalty: f32,
 }
@@ -101,13 +108,14 @@ impl PeakEwma {
     #[must_use]
     pub fn new() -> Self {
         let (key, listed) = (SlotKey::new(), SlotKey::new());
-        Self { key, listed, rate: 0.0, penalty: 0.0, choices: CHOICES }.decay(DECAY).penalty(PENALTY)
+        Self { key, listed, rate: 0.0, halving: 0, penalty: 0.0, choices: CHOICES }.decay(DECAY).penalty(PENALTY)
     }
 
     /// After how long without a call an estimate is worth 1/e. Default 10 s; not below a millisecond.
     #[must_use]
     pub fn decay(mut self, decay: Duration) -> Self {
         self.rate = 1e-3 / decay.max(Duration::from_millis(1)).as_secs_f32();
+        self.halving = (self.rate * std::f32::consts::LOG2_E * ONE_HALVING) as u32;
         self
     }
 
@@ -135,28 +143,30 @@ impl PeakEwma {
     fn list(&self, all: &[Endpoint]) -> Listed {
         let news = all.iter().filter(|endpoint| endpoint.existing_slot(&self.key).is_none());
         let (news, mut next): (Arc<[Estimate]>, _) = (news.map(|_| Estimate::default()).collect(), 0..);
-        let (mut listed, mut known) = (Listed::default(), HashMap::new());
+        let (mut blocks, mut places, mut known) = (Vec::new(), Vec::new(), HashMap::new());
         for endpoint in all {
             // There is always a next: slots are filled, never emptied.
             let place =
                 endpoint.slot(&self.key, || Place { block: news.clone(), index: next.next().unwrap_or_default() });
             let block = *known.entry(Arc::as_ptr(&place.block).addr()).or_insert_with(|| {
-                listed.blocks.push(place.block.clone());
-                listed.blocks.len() as u32 - 1
+                blocks.push(place.block.clone());
+                blocks.len() as u32 - 1
             });
-            listed.places.push((block, place.index));
+            places.push((block, place.index));
         }
-        listed
+        Listed::new(blocks, places)
     }
 
+    #[inline]
     fn known(&self, estimate: &Estimate, now: u32) -> Known {
         let word = estimate.latency.load(Ordering::Relaxed);
         if word == 0 {
             return Known::default();
         }
         let (failures, trust) = halves(estimate.trust.load(Ordering::Relaxed));
-        let fresh = fade(age(word, now), self.rate);
-        Known { latency: latency_of(word), confidence: fresh * trust, penalty: fresh * failures * self.penalty }
+        let fresh = fade_roughly(age(word, now), self.halving);
+        let confidence = fresh * trust;
+        Known { confidence, worth: confidence * latency_of(word), penalty: fresh * failures * self.penalty }
     }
 }
 
@@ -172,24 +182,23 @@ impl Pick for PeakEwma {
         let listed = among.of_all(&self.listed, |all| self.list(all));
         let weighted = among.is_weighted();
         let look = |i: usize| {
-            let (block, index) = listed.places[among.position(i)];
             let busy = among[i].in_flight() as f32;
             Looked {
-                known: self.known(&listed.blocks[block as usize][index as usize], now),
+                known: self.known(listed.at(among.position(i)), now),
                 load: if weighted { busy / among.relative_weight(i) } else { busy } + 1.0,
             }
         };
         let one = among.sample();
-        let mut best = (one, look(one));
-        for _ in 1..self.choices.min(among.len()) {
-            if let Some(other) = among.sample_other(best.0) {
-                let looked = look(other);
-                if looked.is_better_than(best.1) {
-                    best = (other, looked);
-                }
+        let mut best = None;
+        for k in 0..self.choices.min(among.len()) {
+            // Others than the first, not than the best so far: whom to look at next must not wait for what this one costs.
+            let i = if k == 0 { one } else { among.sample_other(one).unwrap_or(one) };
+            let looked = look(i);
+            if best.is_none_or(|(_, best)| looked.is_better_than(best)) {
+                best = Some((i, looked));
             }
         }
-        Some(best.0)
+        best.map(|(i, _)| i)
     }
 
     fn observe(&self, endpoint: &Endpoint, call: &Call) {
@@ -198,6 +207,28 @@ impl Pick for PeakEwma {
 
     fn observes(&self) -> bool {
         true
+    }
+}
+
+// === impl Listed ===
+
+impl Listed {
+    fn new(blocks: Vec<Arc<[Estimate]>>, places: Vec<(u32, u32)>) -> Self {
+        match &*blocks {
+            [only] if (0..).zip(&places).all(|(i, place)| *place == (0, i)) => Self::Straight(only.clone()),
+            _ => Self::Scattered { blocks, places },
+        }
+    }
+
+    #[inline]
+    fn at(&self, position: usize) -> &Estimate {
+        match self {
+            Self::Straight(block) => &block[position],
+            Self::Scattered { blocks, places } => {
+                let (block, index) = places[position];
+                &blocks[block as usize][index as usize]
+            }
+        }
     }
 }
 
@@ -215,15 +246,14 @@ impl Looked {
 impl Known {
     /// What both cost, to the same scale: as far as latencies are not to be trusted they are taken to be their mean, in
     /// which each counts as far as it is.
+    #[inline]
     fn beside(self, other: Self) -> (f32, f32) {
         // Not divided by the sum of confidences: only the ratio matters.
         let scale = self.confidence + other.confidence;
-        if scale == 0.0 {
-            return (1.0, 1.0);
-        }
-        let mean = self.confidence * self.latency + other.confidence * other.latency;
-        let cost = |one: Self| mean + one.confidence * (one.latency * scale - mean) + one.penalty * scale;
-        (cost(self), cost(other))
+        let mean = if scale == 0.0 { 1.0 } else { self.worth + other.worth };
+        // What latency adds to the one and takes from the other: the product of confidences times the difference.
+        let apart = self.worth * other.confidence - other.worth * self.confidence;
+        (mean + apart + self.penalty * scale, mean - apart + other.penalty * scale)
     }
 }
 
@@ -305,6 +335,17 @@ fn fade(age: u32, rate: f32) -> f32 {
     1.0 / (1.0 + x * (1.0 + x * (1.0 / 2.0 + x * (1.0 / 6.0 + x * (1.0 / 24.0)))))
 }
 
+/// The same within 6 % and as soon as a pick wants it: between two halvings it goes straight.
+#[inline]
+fn fade_roughly(age: u32, halving: u32) -> f32 {
+    let halvings = (u64::from(age) * u64::from(halving)).min(NOTHING_LEFT);
+    f32::from_bits(1.0_f32.to_bits() - halvings as u32)
+}
+
+/// The exponent of an `f32` begins there.
+const ONE_HALVING: f32 = (1 << 23) as f32;
+const NOTHING_LEFT: u64 = 100 << 23;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -323,14 +364,19 @@ mod tests {
         policy.known(policy.estimate(&set[index]), stamp(Moment::from_nanos(at * 1_000_000)))
     }
 
+    /// To the tenth of a millisecond.
+    fn latency(known: Known) -> f32 {
+        (known.worth / known.confidence * 1e4).round() / 1e4
+    }
+
     #[test]
     fn a_peak_counts_at_once_and_is_forgotten_slowly() {
         let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
         policy.observe(&set[0], &call(10, Outcome::Success, 1000));
         policy.observe(&set[0], &call(500, Outcome::Success, 1000));
-        assert_eq!(known(&policy, &set, 0, 1000).latency, 0.5);
+        assert_eq!(latency(known(&policy, &set, 0, 1000)), 0.5);
         policy.observe(&set[0], &call(10, Outcome::Success, 11_000));
-        let cost = known(&policy, &set, 0, 11_000).latency;
+        let cost = latency(known(&policy, &set, 0, 11_000));
         assert!((cost - (0.01 + 0.49 / std::f32::consts::E)).abs() < 0.005, "{cost}");
     }
 
@@ -390,10 +436,10 @@ mod tests {
         let mut limited = call(1, Outcome::Ignored, 1000);
         limited.retry_after = Some(Duration::from_secs(7));
         policy.observe(&set[0], &limited);
-        assert_eq!(known(&policy, &set, 0, 1000).latency, 7.0);
+        assert_eq!(latency(known(&policy, &set, 0, 1000)), 7.0);
         limited.retry_after = Some(Duration::MAX);
         policy.observe(&set[0], &limited);
-        assert_eq!(known(&policy, &set, 0, 1000).latency, 300.0);
+        assert_eq!(latency(known(&policy, &set, 0, 1000)), 300.0);
     }
 
     #[test]
@@ -401,9 +447,9 @@ mod tests {
         let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
         policy.observe(&set[0], &call(100, Outcome::Success, 1000));
         policy.observe(&set[0], &call(3, Outcome::Ignored, 5000));
-        assert_eq!(known(&policy, &set, 0, 5000).latency, 0.1);
+        assert_eq!(latency(known(&policy, &set, 0, 5000)), 0.1);
         policy.observe(&set[0], &call(900, Outcome::Ignored, 5000));
-        assert_eq!(known(&policy, &set, 0, 5000).latency, 0.9);
+        assert_eq!(latency(known(&policy, &set, 0, 5000)), 0.9);
     }
 
     #[test]
@@ -412,11 +458,11 @@ mod tests {
         let sets = [Set::of(&[1; 3]), Set::of(&[1; 2])];
         policy.observe(&sets[1][1], &call(20, Outcome::Success, 1000));
         let all: Vec<Endpoint> = sets.iter().flat_map(|set| set.endpoints.iter().cloned()).collect();
-        for some in [&all[..2], &all[1..], &all] {
+        for (some, straight) in [(&all[..2], true), (&all[..3], false), (&all[1..], false), (&all, false)] {
             let listed = policy.list(some);
-            for (endpoint, (block, index)) in some.iter().zip(listed.places) {
-                let estimate = &listed.blocks[block as usize][index as usize];
-                assert!(std::ptr::eq(estimate, policy.estimate(endpoint)));
+            assert_eq!(matches!(listed, Listed::Straight(_)), straight);
+            for (i, endpoint) in some.iter().enumerate() {
+                assert!(std::ptr::eq(listed.at(i), policy.estimate(endpoint)));
             }
         }
         let confidence = |set: usize| known(&policy, &sets[set], 1, 1000).confidence;
@@ -429,6 +475,10 @@ mod tests {
             let x = tenths as f32 / 10.0;
             let near = fade(tenths as u32 * 1000, PeakEwma::new().rate);
             assert!((near - (-x).exp()).abs() < 0.012, "{x}");
+            let rough = fade_roughly(tenths as u32 * 1000, PeakEwma::new().halving);
+            assert!((rough / (-x).exp() - 1.0).abs() < 0.062, "{x}");
         }
+        let longest = fade_roughly(u32::MAX, PeakEwma::new().decay(Duration::from_millis(1)).halving);
+        assert!(longest > 0.0 && longest < 1e-29);
     }
 }

@@ -195,6 +195,7 @@ impl<'a> Candidates<'a> {
     /// How many there are; never zero.
     #[must_use]
     #[expect(clippy::len_without_is_empty, reason = "it never is")]
+    #[inline]
     pub fn len(&self) -> usize {
         self.group.len(self.endpoints)
     }
@@ -228,6 +229,7 @@ impl<'a> Candidates<'a> {
 
     /// One at random, each as often as its weight says.
     #[must_use]
+    #[inline]
     pub fn sample(&self) -> usize {
         self.group.sample(self.endpoints, self.random())
     }
@@ -239,6 +241,7 @@ impl<'a> Candidates<'a> {
 
     /// One of the others at random, by weight. `None` when there are no others.
     #[must_use]
+    #[inline]
     pub fn sample_other(&self, than: usize) -> Option<usize> {
         let others = self.len().checked_sub(1).filter(|others| *others > 0)?;
         if self.is_weighted() {
@@ -255,12 +258,14 @@ impl<'a> Candidates<'a> {
 
     /// A number below `bound`, each as likely; zero for zero.
     #[must_use]
+    #[inline]
     pub fn random_below(&self, bound: usize) -> usize {
         scale(self.random(), bound)
     }
 
     /// Sixty-four random bits.
     #[must_use]
+    #[inline]
     pub fn random(&self) -> u64 {
         let seed = match self.seed.get() {
             0 => fastrand::u64(..) | 1,
@@ -344,6 +349,7 @@ impl<'a> Candidates<'a> {
 impl Index<usize> for Candidates<'_> {
     type Output = Endpoint;
 
+    #[inline]
     fn index(&self, index: usize) -> &Endpoint {
         &self.endpoints[self.position(index)]
     }
