@@ -311,6 +311,31 @@ impl<N> DiscoveryLayer<N> {
         }
     }
 
+    /// Goes on with what another layer knows, which this one is put in the place of: until its own registry answers, that is
+    /// last known good, and whoever stays after that keeps handle, counters, gate and connections. The other follows nothing
+    /// more. Must be called in a tokio runtime, else it does nothing.
+    ///
+    /// ```
+    /// use portcullis_discovery::{DiscoveryLayer, FixedRegistry};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let old = DiscoveryLayer::new(FixedRegistry::new().service("orders", ["10.0.0.1:80".parse()?, "10.0.0.2:80".parse()?]));
+    /// old.follow("orders");
+    /// old.ready().await;
+    ///
+    /// let new = DiscoveryLayer::new(FixedRegistry::new().service("orders", ["10.0.0.1:80".parse()?]));
+    /// new.take_over(&old);
+    /// assert_eq!(new.follow("orders").unwrap().len(), 2, "it has not been answered yet");
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn take_over<M>(&self, old: &DiscoveryLayer<M>) {
+        if !Arc::ptr_eq(&self.watches, &old.watches) {
+            self.watches.take_over(&old.watches, &self.limits);
+        }
+    }
+
     /// How each watched service is doing, ordered by name.
     #[must_use]
     pub fn status(&self) -> Vec<Status> {

@@ -71,6 +71,8 @@ struct Progress {
     failures: u64,
     /// Since when the registry has not answered, and what it says instead.
     failing: Option<(Moment, Error)>,
+    /// Whether another layer goes on with the endpoints, so that nothing here may change them any more.
+    handed_over: bool,
 }
 
 /// How a watched service is doing.
@@ -149,22 +151,31 @@ impl Watches {
             let name = unknown.state.service.clone();
             table.remove(&name);
         }
-        let name: Arc<str> = service.into();
-        let watched = Arc::new(Watched {
-            state: Arc::new(State {
-                service: name.clone(),
-                mark: USED.into(),
-                current: ArcSwapOption::empty(),
-                changed: Notify::new(),
-                started: limits.clock.now(),
-                progress: Mutex::default(),
-            }),
-            task: Mutex::default(),
-        });
+        let watched = Watched::new(service.into(), limits);
         watched.start(self, limits, &runtime);
-        table.insert(name, watched.clone());
+        table.insert(watched.state.service.clone(), watched.clone());
         self.table.store(Arc::new(table));
         Lookup::Waiting(watched)
+    }
+
+    /// Goes on with what `old` knows, which follows nothing any more.
+    pub(crate) fn take_over(self: &Arc<Self>, old: &Self, limits: &Limits) {
+        let Ok(runtime) = Handle::try_current() else { return };
+        let _writing = self.lock();
+        let mut table = Table::clone(&self.table.load());
+        for watched in old.all() {
+            let Some((known, progress)) = watched.hand_over() else { continue };
+            let (name, now) = (watched.state.service.clone(), limits.clock.now());
+            if let Some(begun) = table.get(&name) {
+                begun.state.adopt(&known, progress, now);
+                continue;
+            }
+            let watched = Watched::new(name.clone(), limits);
+            watched.state.adopt(&known, progress, now);
+            watched.start(self, limits, &runtime);
+            table.insert(name, watched);
+        }
+        self.table.store(Arc::new(table));
     }
 
     /// Forgets a service that nobody asked for, unless somebody just did.
@@ -203,7 +214,31 @@ impl fmt::Debug for Watches {
 // === impl Watched ===
 
 impl Watched {
+    fn new(service: Arc<str>, limits: &Limits) -> Arc<Self> {
+        let state = State {
+            service,
+            mark: USED.into(),
+            current: ArcSwapOption::empty(),
+            changed: Notify::new(),
+            started: limits.clock.now(),
+            progress: Mutex::default(),
+        };
+        Arc::new(Self { state: Arc::new(state), task: Mutex::default() })
+    }
+
+    /// Ends the task and gives away what is known, if anything is.
+    fn hand_over(&self) -> Option<(Endpoints, Progress)> {
+        let known = self.state.hand_over()?;
+        if let Some(task) = &*self.task.lock().unwrap_or_else(PoisonError::into_inner) {
+            task.abort();
+        }
+        Some(known)
+    }
+
     fn start(&self, watches: &Arc<Watches>, limits: &Limits, runtime: &Handle) {
+        if self.state.progress().handed_over {
+            return;
+        }
         let task = run(watches.registry.clone(), Arc::downgrade(watches), Ending(self.state.clone()), limits.clone());
         let task = runtime.spawn(task).abort_handle();
         *self.task.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
@@ -250,10 +285,7 @@ impl Drop for Watched {
         if let Some(task) = self.task.get_mut().unwrap_or_else(PoisonError::into_inner) {
             task.abort();
         }
-        // Nobody follows them any more: breakers need not keep them, nor pools their connections.
-        if let Some(endpoints) = self.current() {
-            drop(endpoints.reconcile([], Moment::MIN));
-        }
+        self.state.leave();
     }
 }
 
@@ -297,6 +329,10 @@ impl State {
     }
 
     fn replace(&self, instances: Vec<Instance>, now: Moment) {
+        let progress = self.progress();
+        if progress.handed_over {
+            return;
+        }
         let before = self.current.load_full();
         let after = match before.as_deref() {
             Some(before) => {
@@ -309,9 +345,47 @@ impl State {
             None => Endpoints::none(self.service.clone()).reconcile(instances, now),
         };
         let was = before.map(|before| before.len());
-        tracing::info!(service = &*self.service, endpoints = after.len(), was, "endpoints changed");
+        let endpoints = after.len();
         self.current.store(Some(Arc::new(after)));
+        drop(progress);
+        tracing::info!(service = &*self.service, endpoints, was, "endpoints changed");
         self.changed.notify_waiters();
+    }
+
+    /// Gives away what is known, once.
+    fn hand_over(&self) -> Option<(Endpoints, Progress)> {
+        let mut progress = self.progress();
+        let known = self.current().filter(|_| !progress.handed_over)?;
+        let told = progress.clone();
+        progress.handed_over = true;
+        Some((known, told))
+    }
+
+    /// Begins with what another layer knew. What is known here already counts, with the handles of those who stay.
+    fn adopt(&self, known: &Endpoints, told: Progress, now: Moment) {
+        let mut progress = self.progress();
+        let after = match self.current() {
+            Some(newer) => {
+                let after = known.reconcile(newer.iter().map(|endpoint| (*endpoint.instance()).clone()), now);
+                drop(newer.reconcile([], now));
+                after
+            }
+            None => {
+                *progress = told;
+                known.clone()
+            }
+        };
+        self.current.store(Some(Arc::new(after)));
+        drop(progress);
+        self.changed.notify_waiters();
+    }
+
+    /// Nobody follows the endpoints any more: breakers need not keep them, nor pools their connections.
+    fn leave(&self) {
+        let progress = self.progress();
+        if let Some(endpoints) = self.current().filter(|_| !progress.handed_over) {
+            drop(endpoints.reconcile([], Moment::MIN));
+        }
     }
 
     fn fail(&self, error: Error, now: Moment) {
@@ -391,8 +465,7 @@ async fn run(registry: Arc<dyn Registry>, watches: Weak<Watches>, state: Ending,
                     let Some(watches) = watches.upgrade() else { return };
                     if !used && watches.forget(state) {
                         tracing::info!(service = &*state.service, "nobody asks for the service any more");
-                        // Pools may close their connections.
-                        state.current().map(|endpoints| endpoints.reconcile([], clock.now()));
+                        state.leave();
                         return;
                     }
                 }
