@@ -53,8 +53,8 @@ pub trait Pick: Send + Sync + 'static {
         false
     }
 
-    /// Works out now what picks from `among` need and would get beside the first requests, such as a table, and waits for
-    /// it; see [`BalanceLayer::prepare`](crate::BalanceLayer::prepare). By default nothing.
+    /// Works out, and waits for, what picks from `among` need and would otherwise get while the first of them go on, such as
+    /// a table: see [`BalanceLayer::prepare`](crate::BalanceLayer::prepare). By default nothing.
     fn prepare(&self, among: &Candidates<'_>) {
         let _ = among;
     }
