@@ -10,6 +10,8 @@ use http::{Extensions, HeaderMap, HeaderName, Method, Request, Uri, header};
 use pin_project_lite::pin_project;
 use portcullis_core::Identity;
 
+use crate::claims::OTHER_ISSUER;
+
 /// Decides from the head of a request who is calling.
 ///
 /// A proof that needs nothing but the head answers [at once](Attempt::Now) and costs no future; one that has to ask
@@ -43,8 +45,8 @@ pub trait Authenticate {
         vec![Scheme::bearer()]
     }
 
-    /// Accepts callers whom either proof accepts. The second is asked only if the first does not accept at once; of two
-    /// refusals the caller gets the one about credentials that were shown.
+    /// Accepts callers whom either proof accepts, as soon as one does. The second is asked only if the first does not accept
+    /// at once; of two refusals the caller gets the one about credentials that were shown.
     fn or<B: Authenticate>(self, other: B) -> Or<Self, B>
     where
         Self: Sized,
@@ -52,7 +54,8 @@ pub trait Authenticate {
         Or(self, other)
     }
 
-    /// Accepts callers whom both proofs accept, as whom the first says they are.
+    /// Accepts callers whom both proofs accept, as whom the first says they are. Who shows credentials of one kind and none of
+    /// the other has shown [invalid](Denied::invalid) ones, so that they are refused where they are optional, too.
     fn and<B: Authenticate>(self, other: B) -> And<Self, B>
     where
         Self: Sized,
@@ -314,11 +317,12 @@ impl Scheme {
 fn rank(denied: &Denied) -> u8 {
     match denied.0 {
         Reason::Missing => 0,
-        Reason::Invalid(_) => 1,
-        Reason::Malformed(_) => 2,
-        Reason::Limited(_) => 3,
-        Reason::Unavailable(_) => 4,
-        Reason::Forbidden(_) => 5,
+        Reason::Invalid(OTHER_ISSUER) => 1,
+        Reason::Invalid(_) => 2,
+        Reason::Malformed(_) => 3,
+        Reason::Limited(_) => 4,
+        Reason::Unavailable(_) => 5,
+        Reason::Forbidden(_) => 6,
     }
 }
 
@@ -330,7 +334,23 @@ fn either(first: Result<Identity, Denied>, second: Result<Identity, Denied>) -> 
 }
 
 fn both(first: Result<Identity, Denied>, second: Result<Identity, Denied>) -> Result<Identity, Denied> {
-    first.and_then(|identity| second.map(|_| identity))
+    match (first, second) {
+        (Ok(identity), Ok(_)) => Ok(identity),
+        (Err(first), Err(second)) => Err(if first.is_missing() { second } else { first }),
+        (Err(denied), Ok(_)) | (Ok(_), Err(denied)) if denied.is_missing() => {
+            Err(Denied::invalid("another proof is missing"))
+        }
+        (Err(denied), Ok(_)) | (Ok(_), Err(denied)) => Err(denied),
+    }
+}
+
+/// Whether one result decides for both of two proofs, of which one or `all` must hold. A missing one does not: what else was
+/// shown tells whether any were.
+fn decides(all: bool, result: &Result<Identity, Denied>) -> bool {
+    match result {
+        Ok(_) => !all,
+        Err(denied) => all && !denied.is_missing(),
+    }
 }
 
 impl<A: Authenticate, B: Authenticate> Authenticate for Or<A, B> {
@@ -338,7 +358,7 @@ impl<A: Authenticate, B: Authenticate> Authenticate for Or<A, B> {
 
     fn authenticate(&self, head: &Head<'_>) -> Attempt<Self::Future> {
         match self.0.authenticate(head) {
-            Attempt::Now(Ok(identity)) => Attempt::Now(Ok(identity)),
+            Attempt::Now(first) if decides(false, &first) => Attempt::Now(first),
             first => Both::attempt(first, self.1.authenticate(head), false),
         }
     }
@@ -355,7 +375,7 @@ impl<A: Authenticate, B: Authenticate> Authenticate for And<A, B> {
 
     fn authenticate(&self, head: &Head<'_>) -> Attempt<Self::Future> {
         match self.0.authenticate(head) {
-            Attempt::Now(Err(denied)) => Attempt::Now(Err(denied)),
+            Attempt::Now(first) if decides(true, &first) => Attempt::Now(first),
             first => Both::attempt(first, self.1.authenticate(head), true),
         }
     }
@@ -380,6 +400,7 @@ impl<A, B> Both<A, B> {
     fn attempt(first: Attempt<A>, second: Attempt<B>, all: bool) -> Attempt<Self> {
         match (first, second) {
             (Attempt::Now(first), Attempt::Now(second)) => Attempt::Now(Self::joined(all, first, second)),
+            (Attempt::Now(one), _) | (_, Attempt::Now(one)) if decides(all, &one) => Attempt::Now(one),
             (first, second) => Attempt::Later(Self { first: first.into(), second: second.into(), all }),
         }
     }
@@ -403,9 +424,13 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
         // Both are polled, so that neither waits for the other to begin.
-        let (first, second) = (this.first.as_mut().poll_done(cx), this.second.as_mut().poll_done(cx));
-        if first.is_pending() || second.is_pending() {
-            return Poll::Pending;
+        let first = this.first.as_mut().poll_done(*this.all, cx);
+        let second = this.second.as_mut().poll_done(*this.all, cx);
+        match (first, second) {
+            (Poll::Ready(true), _) => return this.first.take(),
+            (_, Poll::Ready(true)) => return this.second.take(),
+            (Poll::Pending, _) | (_, Poll::Pending) => return Poll::Pending,
+            (Poll::Ready(false), Poll::Ready(false)) => {}
         }
         let (first, second) = (ready!(this.first.take()), ready!(this.second.take()));
         Poll::Ready(Self::joined(*this.all, first, second))
@@ -413,12 +438,16 @@ where
 }
 
 impl<F: Future<Output = Result<Identity, Denied>>> Side<F> {
-    fn poll_done(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+    /// Whether this side decides, once it is done.
+    fn poll_done(mut self: Pin<&mut Self>, all: bool, cx: &mut Context<'_>) -> Poll<bool> {
         if let SideProject::Waiting { future } = self.as_mut().project() {
             let result = ready!(future.poll(cx));
             self.set(Self::Done { result: Some(result) });
         }
-        Poll::Ready(())
+        match self.project() {
+            SideProject::Done { result: Some(result) } => Poll::Ready(decides(all, result)),
+            _ => Poll::Ready(false),
+        }
     }
 
     fn take(self: Pin<&mut Self>) -> Poll<Result<Identity, Denied>> {

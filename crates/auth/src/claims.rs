@@ -14,6 +14,9 @@ pub const DEFAULT_LEEWAY: Duration = Duration::from_secs(60);
 /// The largest leeway; more is cut down to it.
 pub const MAX_LEEWAY: Duration = Duration::from_secs(300);
 
+/// What is said of a token that another proof may well believe.
+pub(crate) const OTHER_ISSUER: &str = "the token is from another issuer";
+
 /// The last second of the year 9999: later dates are taken for mistakes.
 const LAST_SECOND: f64 = 253_402_300_799.0;
 
@@ -77,7 +80,7 @@ impl Rules {
         };
         let issuer = text("iss")?;
         if self.issuer.is_some() && issuer != self.issuer.as_deref() {
-            return Err(Denied::invalid("the token is from another issuer"));
+            return Err(Denied::invalid(OTHER_ISSUER));
         }
         self.check_audience(claims.get("aud"))?;
         let until = self.check_times(&claims, now)?;

@@ -16,7 +16,7 @@ use subtle::ConstantTimeEq;
 
 use crate::authenticate::{Attempt, Authenticate, Denied, Head};
 use crate::cache::{CacheStats, Tag, TokenCache};
-use crate::claims::{Believed, MAX_LEEWAY, Rules};
+use crate::claims::{Believed, MAX_LEEWAY, OTHER_ISSUER, Rules};
 use crate::error::{Error, Kind};
 use crate::key_set::{KeySet, Lookup};
 use crate::limit::FailureLimit;
@@ -350,12 +350,19 @@ impl Inner {
             let issuer = claims.get("iss").and_then(|issuer| issuer.as_str());
             let issuer = issuer.ok_or_else(|| Denied::invalid("the token does not say who issued it"))?;
             let provider = self.providers().find(|provider| provider.rules.issuer.as_deref() == Some(issuer));
-            (provider.ok_or_else(|| Denied::invalid("the token is from another issuer"))?, Some((signed, claims)))
+            (provider.ok_or_else(|| Denied::invalid(OTHER_ISSUER))?, Some((signed, claims)))
         };
         let key = match provider.keys.find(token.kid.as_deref(), token.algorithm) {
             Lookup::Found(key) => key,
             Lookup::Ambiguous => return Err(Denied::invalid("the token does not say which key signed it").into()),
             Lookup::Unknown => {
+                // Another issuer's token is no reason to ask this one's provider, nor to wait for it.
+                if read.is_none()
+                    && let Some(issuer) = &provider.rules.issuer
+                    && token.decode()?.claims()?.get("iss").and_then(|issuer| issuer.as_str()) != Some(issuer)
+                {
+                    return Err(Denied::invalid(OTHER_ISSUER).into());
+                }
                 let asking = provider.keys.asking(token.kid.as_deref());
                 let asking = asking.map(|asking| Box::pin(asking) as Pin<Box<dyn Future<Output = ()> + Send>>);
                 return Err(Failure::Unknown { asking, blind: provider.keys.is_blind() });
@@ -374,15 +381,15 @@ impl Inner {
         }
         let claims = claims.map_or_else(|| signed.claims(), Ok)?;
         let Believed { identity, until, certificate } = provider.rules.check(token.typ.as_deref(), claims, now)?;
-        // Only now: an expired token would buy signatures as well as garbage does.
-        if let Some(charge) = charge {
-            charge.give_back();
-        }
         if let (Some(cache), Some(tag), Some(until)) = (&self.cache, tag, until) {
             cache.insert(tag, identity.clone(), certificate, until, key, now);
         }
         if let Some(bound) = certificate {
             check_thumbprint(&bound, client.certificate.as_ref())?;
+        }
+        // Only now: an expired token, or one bound to another certificate, would buy signatures as well as garbage does.
+        if let Some(charge) = charge {
+            charge.give_back();
         }
         Ok(identity)
     }

@@ -95,6 +95,7 @@
 //! | keys too old, or none read yet | waits a second at most, then 503 |
 //! | unknown key while the provider fails | 503, as a new token may well be good |
 //! | unknown key otherwise | waits a second at most for one fetch, then 401 |
+//! | unknown key of a token that names another issuer than the [one wanted](Jwt::issuer) | 401 at once, without a fetch |
 //! | one key of a set cannot be used | tokens of the others pass; the log says which was left out |
 //! | two keys with one `kid` and algorithm | neither is used |
 //! | an identity header's value cannot stand in a header | that header is left out |

@@ -277,9 +277,9 @@ async fn any_of_takes_the_first_that_accepts_and_the_most_telling_refusal() {
         let response = send(&AuthLayer::new(proof), Request::new(())).await;
         (response.status().as_u16(), text(response).await)
     };
-    for (first, second) in [(0, 0), (1, 2), (2, 1)] {
+    for (first, second, sooner) in [(0, 0, "a"), (1, 1, "a"), (1, 2, "a"), (2, 1, "b")] {
         let who = says(accepts("a", first).or(accepts("b", second)).shared()).await;
-        assert_eq!(who, (200, "a".into()));
+        assert_eq!(who, (200, sooner.into()));
         let who = says(refuses(Denied::invalid("x"), first).or(accepts("b", second)).shared()).await;
         assert_eq!(who, (200, "b".into()));
         for (one, two) in [(Denied::missing(), Denied::invalid("x")), (Denied::invalid("x"), Denied::missing())] {
@@ -299,6 +299,64 @@ async fn all_of_wants_both_and_takes_the_first_ones_word() {
         assert_eq!(says(accepts("a", first).and(accepts("b", second)).shared()).await, (200, "a".into()));
         assert_eq!(says(refuses(Denied::forbidden("x"), first).and(accepts("b", second)).shared()).await.0, 403);
         assert_eq!(says(accepts("a", first).and(refuses(Denied::missing(), second)).shared()).await.0, 401);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn one_of_two_proofs_that_decides_does_not_wait_for_the_other() {
+    let says = async |proof: SharedAuthenticate| {
+        let started = tokio::time::Instant::now();
+        let status = send(&AuthLayer::new(proof), Request::new(())).await.status().as_u16();
+        (status, started.elapsed().as_secs())
+    };
+    let keys = || ApiKey::new().unwrap();
+    let now = || Basic::new("shop").unwrap().accept("ada", "s3cret").unwrap();
+    for (sooner, later) in [(1, 60), (60, 1)] {
+        assert_eq!(says(accepts("a", sooner).or(accepts("b", later)).shared()).await, (200, 1));
+        let (a, b) = (refuses(Denied::forbidden("x"), sooner), refuses(Denied::forbidden("x"), later));
+        assert_eq!(says(a.and(b).shared()).await, (403, 1));
+        let (a, b) = (refuses(Denied::missing(), sooner), refuses(Denied::missing(), later));
+        assert_eq!(says(a.clone().and(b.clone()).shared()).await, (401, 60), "what else is shown may tell more");
+        assert_eq!(says(a.or(b).shared()).await, (401, 60));
+    }
+    // One that says so at once.
+    let shown = async |proof: SharedAuthenticate| {
+        let mut request = support::request("Basic YWRhOnMzY3JldA==");
+        request.headers_mut().insert("x-api-key", "unknown".parse().unwrap());
+        let started = tokio::time::Instant::now();
+        let status = send(&AuthLayer::new(proof), request).await.status().as_u16();
+        (status, started.elapsed().as_secs())
+    };
+    assert_eq!(shown(refuses(Denied::invalid("x"), 60).or(now()).shared()).await, (200, 0));
+    assert_eq!(shown(accepts("a", 60).and(keys()).shared()).await, (401, 0));
+}
+
+/// A forged token without the certificate that must come with it is not nobody's.
+#[tokio::test]
+async fn where_two_proofs_are_optional_together_one_alone_is_refused() {
+    let (signer, jwt) = signer();
+    let certificate = ClientCertificate::new().read(|_| Some(Identity::new("host", Proof::ClientCertificate)));
+    let request = |signer: Option<&Signer>, certificate: bool| {
+        let mut request = signer.map_or_else(|| Request::new(()), |signer| bearer(signer, &json!({})));
+        if certificate {
+            PeerTls::new(vec![Bytes::from_static(b"mine")]).attach(request.extensions_mut());
+        }
+        request
+    };
+    let forger = Signer::new(Algorithm::HS256);
+    for proof in [certificate.clone().and(jwt.clone()).shared(), jwt.and(certificate).shared()] {
+        let layer = AuthLayer::new(proof).policy(Policy::optional());
+        for (signer, certificate, status) in [
+            (None, false, 200),
+            (Some(&forger), false, 401),
+            (Some(&forger), true, 401),
+            (Some(&signer), false, 401),
+            (None, true, 401),
+            (Some(&signer), true, 200),
+        ] {
+            let response = send(&layer, request(signer, certificate)).await;
+            assert_eq!(response.status().as_u16(), status, "{} {certificate}", signer.is_some());
+        }
     }
 }
 
@@ -489,6 +547,23 @@ async fn an_expired_token_is_garbage_too() {
         statuses.push(send(&layer, request).await.status().as_u16());
     }
     assert_eq!(statuses, [401, 401, 401, 429]);
+}
+
+#[tokio::test]
+async fn a_token_that_is_bound_to_another_certificate_is_garbage_too() {
+    let (signer, jwt) = signer();
+    let layer = AuthLayer::new(jwt.cache_bytes(0).failures_per_address(2, Duration::from_secs(1)));
+    let thumbprint = support::b64([7; 32]);
+    let stolen = || {
+        let mut request = bearer(&signer, &json!({"cnf": {"x5t#S256": thumbprint}}));
+        PeerAddress("192.0.2.1:5000".parse().unwrap()).attach(request.extensions_mut());
+        request
+    };
+    let mut statuses = Vec::new();
+    for _ in 0..3 {
+        statuses.push(send(&layer, stolen()).await.status().as_u16());
+    }
+    assert_eq!(statuses, [401, 401, 429]);
 }
 
 #[tokio::test]

@@ -107,6 +107,52 @@ async fn a_flood_of_unknown_keys_asks_once_per_cooldown() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn callers_of_one_issuer_neither_wait_for_another_nor_take_its_fetches() {
+    let _still = stand_still();
+    let (ours, new, theirs) =
+        (Signer::new(Algorithm::ES256), Signer::new(Algorithm::ES256), Signer::new(Algorithm::ES256));
+    let token = |signer: &Signer, kid: &str, issuer: &str, exp: u64| {
+        let claims = json!({"sub": "ada", "iss": issuer, "exp": exp});
+        request(&format!("Bearer {}", signer.sign_with(&json!({"alg": "ES256", "kid": kid}), &claims)))
+    };
+    let provider = Provider::start(Mode::Hang).await;
+    let first = Jwt::new(source(&provider).start().unwrap()).issuer("a").wall_clock(wall());
+    let second = Jwt::new(theirs.key_set("b")).issuer("b").wall_clock(wall());
+    let either = first.clone().or(second).shared();
+    let at_once = |request: &http::Request<()>| match either.authenticate(&Head::of(request)) {
+        Attempt::Now(result) => result.map(|identity| identity.issuer().map(str::to_owned)),
+        Attempt::Later(_) => panic!("waits"),
+    };
+    let good = token(&theirs, "b", "b", support::NOW + 600);
+    let expired = token(&theirs, "b", "b", support::NOW - 600);
+    let ask = || {
+        assert_eq!(at_once(&good), Ok(Some("b".to_owned())));
+        assert_eq!(at_once(&expired), Err(Denied::invalid("the token expired")));
+    };
+    provider.asked.subscribe().wait_for(|count| *count == 1).await.unwrap();
+    ask();
+    pass(5).await;
+    ask();
+    provider.set(Mode::Keys(keys(&[(&ours, "a")])));
+    pass(2).await;
+    let tried = first.keys().clone();
+    while tried.is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let before = provider.asked();
+    ask();
+    // The fetch is still there for the first token of a new key.
+    provider.set(Mode::Keys(keys(&[(&new, "a2")])));
+    let rotated = token(&new, "a2", "a", support::NOW + 600);
+    let rotated = match either.authenticate(&Head::of(&rotated)) {
+        Attempt::Now(result) => result,
+        Attempt::Later(later) => later.await,
+    };
+    assert!(rotated.is_ok(), "{rotated:?}");
+    assert_eq!(provider.asked(), before + 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn one_fetch_is_under_way_at_a_time() {
     let _still = stand_still();
     let signer = Signer::new(Algorithm::ES256);
