@@ -46,26 +46,25 @@
 //!
 //! # What it costs
 //!
-//! Time over the bare service in one run beside others (`cargo bench -p portcullis-rate-limit --bench limit`), on two cores of
-//! a virtual machine; of it our clock takes 35 ns, which the second column leaves out, and theirs some 10:
+//! Time over the bare service in one run beside others (`cargo bench -p portcullis-rate-limit --bench limit -- --warm-up-time
+//! 0.5 --measurement-time 2`), on two cores of a virtual machine; the second column has a clock that stands still, since ours
+//! takes 38 ns to read:
 //!
-//! | | this layer | without its clock | `tower_governor` | `governor` alone |
+//! | | this layer | clock not read | `tower_governor` | `governor` alone |
 //! |---|---|---|---|---|
-//! | one key, by address | 124 ns | 85 ns | 41 ns | 24 ns |
-//! | one key, by identity | 127 ns | | | |
-//! | two limits | 161 ns | | | |
-//! | 100,000 keys at random | 187 ns | 152 ns | 103 ns | 234 ns (text) |
-//! | 1,000,000 keys at random | 285 ns | 250 ns | 356 ns | 589 ns (text) |
-//! | two threads beside one, distinct keys | 1.92 × | | 1.48 × | |
+//! | one key, by address | 96 ns | 62 ns | 69 ns | 51 ns |
+//! | one key, by identity | 122 ns | | | |
+//! | two limits | 145 ns | | | |
+//! | 100,000 keys at random | 142 ns | 94 ns | 115 ns | 297 ns (text) |
+//! | 1,000,000 keys at random | 369 ns | 254 ns | 450 ns | 1,570 ns (text) |
+//! | two threads beside one, distinct keys | 1.78 × | | 0.91 × | |
 //!
 //! No allocation for address and identity keys; 64 bytes for each key of the capacity.
 //!
-//! With many keys the memory decides, and the machine's other tenants with it. The bench also shows what memory takes by
+//! With many keys the memory decides, and the machine's other tenants with it. The same run shows what memory takes by
 //! itself, by reads of which each says where the next one is: over as much as the fronts of the table's sets have, which is
-//! all that four charges of five look at, 11 ns for 100,000 keys and 143 to 157 ns for 1,000,000, in two runs later than the
-//! one above; over the whole table 48 to 52 ns and 184 to 194 ns. So much a charge among a million keys costs beside what it
-//! costs with a warm one. Huge pages change little: with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` a call among 1,000,000 keys
-//! took 364 ns instead of 374 ns, the bare service included.
+//! all that about four charges of five look at, 9 ns for 100,000 keys and 130 ns for 1,000,000; over the whole table 46 ns
+//! and 214 ns. A charge among a million keys costs that much beside what it costs with a warm one.
 //!
 //! # Defaults
 //!
