@@ -92,7 +92,8 @@ impl Window {
         Ok(Self { span: Span::Calls(calls), at_least, failed: None, slow: None })
     }
 
-    /// The calls that ended within `time`, in ten buckets: the one that is filling and the nine before it.
+    /// The calls that ended within `time`, in ten buckets: the one that is filling and the nine before it. A bucket counts
+    /// its first 262,143 calls, so that with more than that in a tenth of `time` a change may be seen a bucket later.
     ///
     /// # Errors
     ///

@@ -170,16 +170,11 @@ impl TimeWindow {
     pub(crate) fn record(&self, period: Period, now: Moment, failed: bool, slow: bool) {
         let tick = self.tick(now);
         let (tag, bucket) = (Tag::of(period, tick), &self.buckets[(tick % BUCKETS) as usize]);
-        tag.add(&bucket.calls, |counts| {
-            let (mut fails, mut calls) = (counts >> 18 & FULL, counts & FULL);
-            if calls == FULL {
-                // A share survives halving; a count that wrapped would not.
-                (fails, calls) = (fails / 2, calls / 2);
-            }
-            ((fails + u64::from(failed)) << 18) | (calls + 1)
-        });
-        if slow {
-            tag.add(&bucket.slow, |slow| (slow + 1) & Tag::REST);
+        // A full bucket keeps the shares it has: two words cannot be halved as one, and a count must not wrap.
+        let counted =
+            tag.add(&bucket.calls, |counts| (counts & FULL < FULL).then(|| counts + (u64::from(failed) << 18) + 1));
+        if counted && slow {
+            tag.add(&bucket.slow, |slow| Some(slow + 1));
         }
     }
 
@@ -200,7 +195,7 @@ impl TimeWindow {
             if let Some(counts) = tag.read(&bucket.calls) {
                 sum.calls += (counts & FULL) as u32;
                 sum.failed += (counts >> 18 & FULL) as u32;
-                // Halving forgets slow calls' companions, never makes them more than all.
+                // Read after the calls, it may count one that they do not.
                 sum.slow += tag.read(&bucket.slow).unwrap_or(0).min(counts & FULL) as u32;
             }
         }
@@ -232,16 +227,18 @@ impl Tag {
         matches!((word >> 36).wrapping_sub(self.0 >> 36) & Self::LAPS, 1 | 2)
     }
 
-    fn add(self, word: &AtomicU64, one: impl Fn(u64) -> u64) {
+    /// Whether there was room for `one` more, in a bucket that is not past.
+    fn add(self, word: &AtomicU64, one: impl Fn(u64) -> Option<u64>) -> bool {
         let mut was = word.load(Ordering::Relaxed);
         loop {
             let kept = match was & !Self::REST == self.0 {
                 true => was & Self::REST,
-                false if self.is_before(was) => return,
+                false if self.is_before(was) => return false,
                 false => 0,
             };
-            match word.compare_exchange_weak(was, self.0 | one(kept), Ordering::AcqRel, Ordering::Relaxed) {
-                Ok(_) => return,
+            let Some(next) = one(kept) else { return false };
+            match word.compare_exchange_weak(was, self.0 | next, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return true,
                 Err(now) => was = now,
             }
         }
@@ -291,13 +288,23 @@ mod tests {
     }
 
     #[test]
-    fn a_crowded_bucket_keeps_its_share() {
-        let window = TimeWindow::new(Duration::from_secs(10));
-        (0..600_000).for_each(|n| window.record(P, at(0), n % 4 == 0, n % 4 == 0));
-        let sum = window.sum(P, at(0));
-        let share = f64::from(sum.failed) / f64::from(sum.calls);
-        assert!(sum.calls < 1 << 18 && (0.24..0.26).contains(&share), "{sum:?}");
-        assert!(sum.slow <= sum.calls);
+    fn a_crowded_bucket_keeps_its_shares() {
+        // An hour's, at 4000 calls a second.
+        let window = TimeWindow::new(Duration::from_secs(3600));
+        let share = |part: u32, sum: Sum| f64::from(part) / f64::from(sum.calls);
+        // From the beginning of a bucket.
+        let start = 360_000 - ((1 << 52) / 1_000_000) % 360_000;
+        for n in 0..1_440_000 {
+            window.record(P, at(start + n / 4), n % 4 == 0, n % 10 == 0);
+            if n % 100_000 == 99_999 {
+                let sum = window.sum(P, at(start + n / 4));
+                assert!(sum.calls <= FULL as u32 && sum.calls > 90_000, "{sum:?}");
+                assert!((0.249..0.251).contains(&share(sum.failed, sum)), "{sum:?}");
+                assert!((0.099..0.101).contains(&share(sum.slow, sum)), "{sum:?}");
+            }
+        }
+        window.record(P, at(start + 360_000), true, true);
+        assert_eq!(window.sum(P, at(start + 360_000)).calls, FULL as u32 + 1, "the next one has room");
     }
 
     #[test]
