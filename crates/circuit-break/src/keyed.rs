@@ -169,9 +169,10 @@ impl<T: Hash + Eq + Send + Sync + 'static> Keys<T> {
         let before = entries.len();
         entries.retain(|entry| !is_idle(entry, now));
         if entries.len() >= WAYS {
-            // Closed ones know less than open ones.
+            // Closed ones know less than open ones, and what somebody said is not ours to forget.
             let order = |(_, entry): &(usize, &Arc<Alone>)| (entry.state() != State::Closed, entry.used());
-            if let Some((least, _)) = entries.iter().enumerate().min_by_key(order) {
+            let free = entries.iter().enumerate().filter(|(_, entry)| !entry.is_told());
+            if let Some((least, _)) = free.min_by_key(order) {
                 entries.swap_remove(least);
             }
         }
@@ -205,7 +206,7 @@ fn find<'a, T: Eq + 'static>(entries: &'a [Arc<Alone>], key: &T) -> Option<&'a A
 }
 
 fn is_idle(entry: &Alone, now: Moment) -> bool {
-    entry.state() == State::Closed && now.since(entry.used()) > IDLE
+    entry.state() == State::Closed && now.since(entry.used()) > IDLE && !entry.is_told()
 }
 
 #[cfg(all(test, not(portcullis_loom)))]
@@ -248,6 +249,22 @@ mod tests {
         keys.of(0, &rules, at(8));
         keys.of(99, &rules, at(9));
         assert!(keys.find(&0).is_some() && keys.find(&1).is_none() && keys.find(&99).is_some());
+    }
+
+    #[test]
+    fn what_was_told_a_mode_stays() {
+        use crate::handle::Mode;
+        use crate::shared::{Parts, Target};
+        let (keys, shared) = (keys(8), Shared::new(Parts::default()));
+        let told: Vec<_> = (0..9).map(|key| keys.of(key, &shared.parts.rules, at(0))).skip(1).collect();
+        let tell = |mode| told.iter().for_each(|key| shared.set_mode_of(&Target::Alone(key.clone()), mode));
+        tell(Some(Mode::ForcedOpen));
+        (9..100).for_each(|key| _ = keys.of(key, &shared.parts.rules, at(u64::from(key) * 1000)));
+        assert!((1..9).all(|key| keys.find(&key).is_some()) && keys.find(&99).is_some());
+        assert_eq!(keys.len(), 9, "no more than one besides");
+        tell(None);
+        keys.of(100, &shared.parts.rules, at(200_000));
+        assert_eq!(keys.len(), 1);
     }
 
     #[test]

@@ -275,7 +275,8 @@ impl<C, K: Fresh> CircuitBreakLayer<C, K> {
     ///
     /// There are at most `limit` of them, rounded up to a multiple of eight; when eight that share a place are full, the
     /// least used that is closed makes room, and if none is, the least used. Closed ones not asked for in ten minutes go
-    /// when others come.
+    /// when others come. Those that were told a [mode](Breaker::set_mode) of their own stay until told otherwise, beyond the
+    /// limit if need be.
     ///
     /// ```
     /// # use http::Request;

@@ -26,9 +26,10 @@ pub(crate) struct Shared {
     listeners: tokio::sync::broadcast::Sender<Change>,
     /// The mode of all, and whether some were told one themselves.
     mode: AtomicU8,
-    /// Closes the gates of what is forced open, which is in the list.
+    /// Closes the gates of what is forced open.
     hand: Mover,
-    held: Mutex<Vec<Target>>,
+    /// What was told a mode itself.
+    told: Mutex<Vec<Target>>,
 }
 
 type OnChange = dyn Fn(&Change) + Send + Sync;
@@ -89,7 +90,7 @@ impl Shared {
             listeners: tokio::sync::broadcast::Sender::new(BEHIND),
             mode: AtomicU8::new(Mode::Normal.to_bits()),
             hand: Mover::new(),
-            held: Mutex::default(),
+            told: Mutex::default(),
         }
     }
 
@@ -121,18 +122,23 @@ impl Shared {
     }
 
     pub(crate) fn set_mode_of(&self, target: &Target, mode: Option<Mode>) {
-        self.mode.fetch_or(SOME, Ordering::AcqRel);
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        // With the list held, so that of two who say different things one has the last word on all of it.
         self.guarded(target).mode.store(mode.map_or(NONE, Mode::to_bits), Ordering::Release);
-        tracing::info!(?mode, ?target, "a circuit breaker was told a mode");
-        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        held.retain(|other| !other.is(target) && !other.is_removed());
+        told.retain(|other| !other.is(target) && !other.is_removed());
+        if mode.is_some() {
+            told.push(target.clone());
+        }
         if mode == Some(Mode::ForcedOpen) {
             target.gate().close_for(self.hand);
-            held.push(target.clone());
         } else {
             target.gate().forget(self.hand);
         }
-        drop(held);
+        let some = if told.is_empty() { 0 } else { SOME };
+        let set_some = |bits| Some(bits & !SOME | some);
+        let _ = self.mode.fetch_update(Ordering::AcqRel, Ordering::Acquire, set_some);
+        drop(told);
+        tracing::info!(?mode, ?target, "a circuit breaker was told a mode");
         self.obey(target);
     }
 
@@ -270,8 +276,8 @@ impl Drop for Shared {
     fn drop(&mut self) {
         let moved = self.moved.get_mut().unwrap_or_else(PoisonError::into_inner);
         moved.iter().filter_map(WeakEndpoint::upgrade).for_each(|endpoint| endpoint.gate().forget(self.mover));
-        let held = self.held.get_mut().unwrap_or_else(PoisonError::into_inner);
-        held.iter().for_each(|target| target.gate().forget(self.hand));
+        let told = self.told.get_mut().unwrap_or_else(PoisonError::into_inner);
+        told.iter().for_each(|target| target.gate().forget(self.hand));
     }
 }
 
@@ -325,6 +331,11 @@ impl Alone {
         self.guarded.breaker.state()
     }
 
+    /// Whether it was told a mode itself.
+    pub(crate) fn is_told(&self) -> bool {
+        self.guarded.mode.load(Ordering::Acquire) != NONE
+    }
+
     pub(crate) fn touch(&self, now: Moment) {
         self.used.store(now.as_nanos(), Ordering::Relaxed);
     }
@@ -367,5 +378,53 @@ impl Target {
             Self::Endpoint(endpoint) => Guarding::endpoint(endpoint.clone()),
             Self::Alone(alone) => Guarding::alone(alone.clone()),
         }
+    }
+}
+
+#[cfg(all(test, not(portcullis_loom)))]
+mod tests {
+    use super::*;
+    use portcullis_core::Instance;
+
+    fn endpoint() -> Target {
+        Target::Endpoint(Endpoint::new("orders", Instance::new("a", std::net::SocketAddr::from(([127, 0, 0, 1], 1)))))
+    }
+
+    #[test]
+    fn once_nobody_is_told_a_mode_there_is_nothing_to_look_up() {
+        let shared = Shared::new(Parts::default());
+        let (one, other) = (endpoint(), endpoint());
+        shared.set_mode_of(&one, Some(Mode::ForcedClosed));
+        shared.set_mode_of(&other, Some(Mode::ForcedOpen));
+        shared.set_mode_of(&one, None);
+        assert!(!shared.is_normal());
+        shared.set_mode_of(&other, None);
+        assert!(shared.is_normal());
+        shared.set_mode_of(&one, Some(Mode::Disabled));
+        shared.set_mode(Mode::MetricsOnly);
+        shared.set_mode_of(&one, None);
+        assert_eq!(shared.mode(), Mode::MetricsOnly);
+    }
+
+    /// Or of two who say different things one would have the last word, and the other the gate.
+    #[test]
+    fn a_mode_and_its_gate_are_set_as_one() {
+        let (shared, target) = (Shared::new(Parts::default()), endpoint());
+        let forced = || shared.mode_of(shared.guarded(&target)) == Mode::ForcedOpen;
+        let start = std::sync::Barrier::new(2);
+        std::thread::scope(|scope| {
+            let told = shared.told.lock().unwrap_or_else(PoisonError::into_inner);
+            scope.spawn(|| {
+                start.wait();
+                shared.set_mode_of(&target, Some(Mode::ForcedOpen));
+            });
+            start.wait();
+            for _ in 0..10_000 {
+                std::thread::yield_now();
+                assert!(!forced() && target.gate().admits());
+            }
+            drop(told);
+        });
+        assert!(forced() && !target.gate().admits());
     }
 }
