@@ -40,7 +40,8 @@
 //! caller broke off says nothing, and gives its place back. Replace [`Standard`] by [`with_classify`].
 //!
 //! **Nothing can stick.** A probe that does not come back is replaced after the [probe timeout], an ignored one at once; no
-//! timer or task has to run. A result counts only if its call entered in the present period.
+//! timer or task has to run. One that streams for longer than that has succeeded, since long streams end with their callers.
+//! A result counts only if its call entered in the present period.
 //!
 //! **A balancer that panics is believed**: a forced pass is let through, and its outcome changes nothing; otherwise the
 //! breaker would undo the panic.
@@ -242,8 +243,11 @@ impl<C, K: Fresh> CircuitBreakLayer<C, K> {
         self.with_rules(|rules| rules.successes = successes)
     }
 
-    /// Takes probes for lost that have not come back so long after the last one went in; others go in their place. At least
-    /// a millisecond. Default 10 s.
+    /// Takes a probe for lost that has not come back so long after it went in; another goes in its place. At least a
+    /// millisecond. Default 10 s.
+    ///
+    /// One that began to answer well, and still gives data after that or is dropped by the caller then, is a stream and has
+    /// succeeded.
     #[must_use]
     pub fn probe_timeout(self, timeout: Duration) -> Self {
         self.with_rules(|rules| rules.probe_timeout = timeout)

@@ -7,11 +7,10 @@ use std::time::Duration;
 
 use http::{HeaderMap, Response};
 use portcullis_core::{
-    Classify, Entry, Gate, Generation, Guard, Head, Moment, Outcome, Pass, PerThread, Permit, Refused, Verdict,
-    retry_after,
+    Classify, Entry, Gate, Guard, Head, Moment, Outcome, Pass, PerThread, Permit, Refused, Verdict, retry_after,
 };
 
-use crate::breaker::{Call, Desk, Zeal};
+use crate::breaker::{Call, Desk, State, Zeal};
 use crate::outlier::Tally;
 use crate::shared::{Alone, Guarded, Shared, Target};
 
@@ -145,19 +144,17 @@ impl<C: Classify> Line<C> {
 // === impl Entered ===
 
 impl Entered {
-    fn generation(&self) -> Generation {
+    #[inline]
+    fn entry(&self) -> Entry {
         match self {
-            Self::Whole(entry) | Self::Alone(_, entry) => entry.generation(),
-            Self::Endpoint(pass) => pass.generation(),
+            Self::Whole(entry) | Self::Alone(_, entry) => *entry,
+            Self::Endpoint(pass) => pass.entry(),
         }
     }
 
     #[inline]
     fn is_rationed(&self) -> bool {
-        match self {
-            Self::Whole(entry) | Self::Alone(_, entry) => entry.is_rationed(),
-            Self::Endpoint(pass) => pass.is_rationed(),
-        }
+        self.entry().is_rationed()
     }
 }
 
@@ -211,7 +208,7 @@ impl<C: Classify> Watch<C> {
         }
         let zeal = if shared.is_normal() { Zeal::Acts } else { shared.mode_of(guarded).zeal() };
         let desk = Desk { rules: &shared.parts.rules, gate, mover: shared.mover, zeal };
-        let call = Call { entered: self.entered.generation(), outcome, took, asked };
+        let call = Call { entered: self.entered.entry().generation(), outcome, took, asked };
         if let Some(turn) = guarded.breaker.record(desk, call, || shared.now(), fastrand::f64) {
             shared.turned(&self.target(), turn);
         }
@@ -219,9 +216,19 @@ impl<C: Classify> Watch<C> {
 
     #[cold]
     fn probe(&self) {
-        if let Some(turn) = self.gate().1.breaker.probe(self.entered.generation()) {
+        if let Some(turn) = self.gate().1.breaker.probe(self.entered.entry().generation()) {
             self.line.shared.turned(&self.target(), turn);
         }
+    }
+
+    /// Whether it is a probe that began to answer well and has been at it for longer than a probe may take: a stream, whose
+    /// end says nothing more.
+    #[cold]
+    fn has_streamed(&self) -> bool {
+        let (gate, guarded) = self.gate();
+        matches!(self.stage, Stage::AtEnd | Stage::AtTrailers)
+            && guarded.breaker.state() != State::Closed
+            && gate.has_lost(self.entered.entry(), self.line.shared.now())
     }
 
     fn gate(&self) -> (&Gate, &Guarded) {
@@ -246,6 +253,13 @@ impl<C: Classify> Watch<C> {
 }
 
 impl<C: Classify> Guard for Watch<C> {
+    #[inline]
+    fn data(&mut self, _: usize) {
+        if self.entered.is_rationed() && self.has_streamed() {
+            self.tell(Outcome::Success, None);
+        }
+    }
+
     fn trailers(&mut self, trailers: &HeaderMap) {
         if self.stage == Stage::AtTrailers {
             self.tell(self.line.classify.trailers(trailers), Some(trailers));
@@ -266,7 +280,10 @@ impl<C: Classify> Guard for Watch<C> {
 impl<C: Classify> Drop for Watch<C> {
     #[inline]
     fn drop(&mut self) {
-        self.tell(Outcome::Ignored, None);
+        if self.stage != Stage::Told {
+            let streamed = self.entered.is_rationed() && self.has_streamed();
+            self.tell(if streamed { Outcome::Success } else { Outcome::Ignored }, None);
+        }
         match &self.entered {
             Entered::Whole(entry) => self.line.shared.whole.gate.leave(*entry),
             Entered::Alone(alone, entry) => alone.gate.leave(*entry),

@@ -172,6 +172,63 @@ async fn a_probe_dropped_at_any_await_frees_its_place_and_closes_nothing() {
     assert_eq!(world.state(), State::Closed);
 }
 
+/// Half-open for good, with a stream every ten seconds: probes were streams that nobody but their callers ended.
+#[tokio::test(start_paused = true)]
+async fn a_probe_that_streams_for_longer_than_a_probe_may_take_has_succeeded() {
+    // Whether data comes after that, or the caller goes.
+    for (data, wait, closes) in [(true, 5, true), (false, 5, true), (true, 4, false), (false, 4, false)] {
+        let mut world = World::ready_to_probe(|layer| layer).await;
+        let call = tokio::spawn(world.service.clone().oneshot(Request::new(())));
+        let (mut sender, body) = contract::body();
+        world.calls.next().await.answer(Response::new(body));
+        let mut response = call.await.unwrap().unwrap();
+        sender.send_data("first".into()).await.unwrap();
+        response.body_mut().frame().await.unwrap().unwrap();
+        tokio::time::advance(wait * S).await;
+        if data {
+            sender.send_data("more".into()).await.unwrap();
+            response.body_mut().frame().await.unwrap().unwrap();
+            assert_eq!(world.state() == State::Closed, closes, "{wait}");
+        }
+        drop(response);
+        assert_eq!(world.state() == State::Closed, closes, "{data} {wait}");
+    }
+}
+
+/// One that streams counts once, and only among probes.
+#[tokio::test(start_paused = true)]
+async fn a_stream_is_one_success_and_only_of_a_probe() {
+    let mut world = World::ready_to_probe(|layer| layer.successes(n(2))).await;
+    let stream = async |world: &mut World| {
+        let call = tokio::spawn(world.service.clone().oneshot(Request::new(())));
+        let (sender, body) = contract::body();
+        world.calls.next().await.answer(Response::new(body));
+        (sender, call.await.unwrap().unwrap())
+    };
+    let (mut sender, mut response) = stream(&mut world).await;
+    tokio::time::advance(5 * S).await;
+    for _ in 0..3 {
+        sender.send_data("more".into()).await.unwrap();
+        response.body_mut().frame().await.unwrap().unwrap();
+    }
+    drop(response);
+    assert_eq!(world.state(), State::HalfOpen);
+    world.end(200).await;
+    assert_eq!(world.state(), State::Closed);
+    // One of the closed state that its caller leaves says nothing, however long it was.
+    let (_sender, response) = stream(&mut world).await;
+    tokio::time::advance(50 * S).await;
+    drop(response);
+    assert_eq!(world.handle.whole().counts().ignored, 1);
+    // One without a head neither.
+    let mut world = World::ready_to_probe(|layer| layer).await;
+    let (mut answer, inner) = world.call().await;
+    assert!(inner.is_some() && futures::poll!(&mut answer).is_pending());
+    tokio::time::advance(50 * S).await;
+    drop(answer);
+    assert_eq!(world.state(), State::HalfOpen);
+}
+
 /// Timeouts above the breaker cancelled the calls, and nobody counted [resilience4j#1123]: put them below it.
 #[tokio::test(start_paused = true)]
 async fn a_timeout_below_it_counts() {

@@ -255,6 +255,14 @@ impl Gate {
         }
     }
 
+    /// Whether `entry` has one of the places of a ration and was out for longer than it may, so that its place is free again.
+    #[must_use]
+    #[cold]
+    pub fn has_lost(&self, entry: Entry, now: Moment) -> bool {
+        let is_out = |out: &Out| out.id == entry.place() && out.lost > now;
+        entry.is_rationed() && !lock(&self.rest.book).out.iter().any(is_out)
+    }
+
     /// Rations the gate, if `mover` has not moved it since `since`; `None` when it has. The new generation is what a
     /// result must have [`reached`](Generation::reached) to count.
     #[must_use = "nothing was moved when this is `None`"]
@@ -505,6 +513,11 @@ impl Pass {
     #[must_use]
     pub fn is_forced(&self) -> bool {
         self.entry.kind() == Kind::Forced
+    }
+
+    /// What the gate gave.
+    pub fn entry(&self) -> Entry {
+        self.entry
     }
 
     /// The gate that was entered.

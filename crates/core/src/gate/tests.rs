@@ -40,7 +40,9 @@ fn a_lost_place_is_replaced_and_its_late_return_adds_none() {
     gate.ration(mover, Generation::FIRST, Ration { until: at(0), places: 1, every: 5 * S }).unwrap();
     let lost = gate.pass(|| at(1)).unwrap();
     assert!(gate.pass(|| at(5)).is_err());
+    assert!(!gate.has_lost(lost.entry(), at(5)) && gate.has_lost(lost.entry(), at(6)));
     let fresh = gate.pass(|| at(6)).unwrap();
+    assert!(gate.has_lost(lost.entry(), at(6)) && !gate.has_lost(fresh.entry(), at(6)));
     drop(lost);
     assert!(gate.pass(|| at(7)).is_err(), "the late return made a second place");
     drop(fresh);
