@@ -7,8 +7,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use portcullis_testing::Backend;
 use portcullis_testing::client::get;
+use portcullis_testing::process::free_port;
+use portcullis_testing::{Backend, Consul};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -98,6 +99,61 @@ async fn what_is_known_of_latencies_stays_and_so_do_connections() {
     reload(&program, &text.replace("\"peak-ewma\"", "\"peak-ewma\", panic_threshold = 10")).await;
     until_busy().await;
     assert_eq!(busy.1.load(Ordering::Relaxed), 1);
+}
+
+/// A new token or address began the service anew: nothing was known until the registry answered.
+#[tokio::test]
+async fn what_a_registry_said_stays_when_it_is_asked_in_another_way_and_does_not_answer() {
+    let mut consul = Consul::start().await;
+    let backend = Backend::start("one").await;
+    let port = backend.address().port();
+    let instance = json!({ "Name": "a", "ID": "a-1", "Address": "127.0.0.1", "Port": port });
+    assert_eq!(consul.put("/v1/agent/service/register", &instance.to_string()).await.status, 200);
+    let text = |url: &str, more: &str| {
+        let registry = format!("registries.r = {{ kind = \"consul\", address = \"{url}\"{more} }}\n");
+        file(&[], &format!("{registry}services.a = {{ registry = \"r\", breaker = {{ failures = 3 }} }}\n{ALL}"))
+    };
+    let program = Program::start(&text(&consul.url(), ""));
+    program.until("/ready", |answer| answer.status == 200).await;
+    assert_eq!(program.get("/").await.status, 200);
+    consul.kill();
+    let nowhere = format!("http://127.0.0.1:{}", free_port());
+    for text in [
+        text(&consul.url(), ", token = \"another\""),
+        text(&nowhere, ", token = \"another\""),
+        text(&nowhere, ", max_age = \"1h\""),
+    ] {
+        reload(&program, &text).await;
+        assert_eq!(program.get("/").await.status, 200, "{}", log(&program.folder));
+        assert_eq!(program.ask("/ready").await.status, 200);
+    }
+    let known = program.ask("/endpoints").await.json();
+    assert_eq!(known["a"]["endpoints"][0]["requests"], 4, "it is the same endpoint: {known}");
+    // What it says when it answers again counts.
+    consul.restart().await;
+    let instance = json!({ "Name": "a", "ID": "a-2", "Address": "127.0.0.1", "Port": port });
+    assert_eq!(consul.put("/v1/agent/service/register", &instance.to_string()).await.status, 200);
+    reload(&program, &text(&consul.url(), "")).await;
+    let is_new = |id: &serde_json::Value| id.as_str().is_some_and(|id| id.ends_with("/a-2"));
+    program.until("/endpoints", |answer| is_new(&answer.json()["a"]["endpoints"][0]["id"])).await;
+}
+
+#[tokio::test]
+async fn who_is_registered_by_hand_stays_when_the_registry_is_believed_longer() {
+    let one = Backend::start("one").await;
+    let text = |more: &str| {
+        file(&[], &format!("registries.r = {{ kind = \"embedded\"{more} }}\nservices.a.registry = \"r\"\n{ALL}"))
+    };
+    let program = Program::start(&text(""));
+    let order = json!({ "service": "a", "id": "one", "address": one.address().to_string() });
+    assert_eq!(program.order("/register", &order).await.status, 200);
+    program.until("/endpoints", |answer| answer.json()["a"]["endpoints"][0]["id"] == "one").await;
+    reload(&program, &text(", max_age = \"1h\", idle = \"1m\"")).await;
+    assert_eq!(program.get("/").await.header("x-backend"), "one");
+    let order = json!({ "service": "a", "id": "two", "address": one.address().to_string() });
+    assert_eq!(program.order("/register", &order).await.status, 200);
+    let known = program.until("/endpoints", |answer| answer.json()["a"]["endpoints"][1]["id"] == "two").await.json();
+    assert_eq!(known["a"]["endpoints"][0]["id"], "one");
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::stream;
 use portcullis::discovery::consul::Consistency;
@@ -20,6 +21,8 @@ use crate::config::{self, Config, Protocol as Speaks, RegistryKind};
 pub(crate) struct Registries {
     named: BTreeMap<String, (config::Registry, Arc<dyn Registry>)>,
     sources: BTreeMap<String, Source>,
+    /// Layers, and those before them that know the same services.
+    succeeding: Vec<(DiscoveryLayer, DiscoveryLayer)>,
 }
 
 /// Where one service's instances come from.
@@ -27,8 +30,25 @@ pub(crate) struct Registries {
 enum Source {
     /// The file lists them.
     Listed(Listed, Vec<Instance>),
-    /// Registries know them: all of them together, the last one perhaps only where the others know none.
-    Named { registries: Vec<Arc<dyn Registry>>, had_fallback: bool, registered: String },
+    /// Registries know them, by this name.
+    Named(Place, String),
+}
+
+/// Registries, and how they are asked.
+#[derive(Clone)]
+struct Place {
+    /// All of them together, the last one perhaps only where the others know none.
+    registries: Vec<Arc<dyn Registry>>,
+    had_fallback: bool,
+    times: Times,
+}
+
+/// What a registry's table says of the layer rather than of the registry.
+#[derive(Clone, Copy, PartialEq)]
+struct Times {
+    max_age: Option<Duration>,
+    first_wait: Option<Duration>,
+    idle: Option<Duration>,
 }
 
 /// Instances that the file lists. Another file may list others: who stays keeps its handle.
@@ -41,7 +61,7 @@ impl Registries {
     pub(super) fn build(config: &Config, before: Option<&Self>) -> Result<Self, Error> {
         let mut named = BTreeMap::new();
         for (name, registry) in &config.registries {
-            let kept = before.and_then(|before| before.named.get(name)).filter(|(old, _)| *old == **registry);
+            let kept = before.and_then(|before| before.named.get(name)).filter(|(old, _)| is_same(old, registry));
             let built = match kept {
                 Some((_, kept)) => kept.clone(),
                 None => build(registry).map_err(|Error(why)| Error::of(format_args!("the registry {name:?}"), why))?,
@@ -49,7 +69,7 @@ impl Registries {
             named.insert(name.clone(), ((**registry).clone(), built));
         }
         let sources = before.map(|before| before.sources.clone()).unwrap_or_default();
-        Ok(Self { named, sources })
+        Ok(Self { named, sources, succeeding: Vec::new() })
     }
 
     /// The layer that finds a service's endpoints, the old one if that finds them in the same place; and what the service
@@ -75,29 +95,22 @@ impl Registries {
             return (DiscoveryLayer::new(listed), name.to_owned());
         };
         let registered = service.registered_as.clone().unwrap_or_else(|| name.to_owned());
-        let registries: Vec<_> = known.iter().map(|(_, registry)| registry.clone()).collect();
-        if let (Some(old), Some(Source::Named { registries: before, had_fallback, registered: was })) =
-            (old, self.sources.get(name))
-            && before.len() == registries.len()
-            && before.iter().zip(&registries).all(|(a, b)| Arc::ptr_eq(a, b))
-            && *had_fallback == service.fallback.is_some()
-            && *was == registered
+        let registries = known.iter().map(|(_, registry)| registry.clone()).collect();
+        let place = Place { registries, had_fallback: service.fallback.is_some(), times: Times::of(first) };
+        let before = match self.sources.get(name) {
+            Some(Source::Named(before, called)) if *called == registered => old.map(|old| (old, before)),
+            _ => None,
+        };
+        if let Some((old, before)) = before
+            && before.is(&place)
         {
             return (old.clone(), name.to_owned());
         }
-        let had_fallback = service.fallback.is_some();
-        let registry = together(&registries, had_fallback);
-        let mut layer = DiscoveryLayer::new(Renamed { registry, to: registered.as_str().into() });
-        if let Some(age) = first.max_age {
-            layer = layer.max_age(age);
+        let layer = place.layer(&registered);
+        if let Some((old, _)) = before {
+            self.succeeding.push((layer.clone(), old.clone()));
         }
-        if let Some(wait) = first.first_wait {
-            layer = layer.first_wait(wait);
-        }
-        if let Some(idle) = first.idle {
-            layer = layer.idle(idle);
-        }
-        self.sources.insert(name.to_owned(), Source::Named { registries, had_fallback, registered });
+        self.sources.insert(name.to_owned(), Source::Named(place, registered));
         (layer, name.to_owned())
     }
 
@@ -112,8 +125,11 @@ impl Registries {
         embedded.map(|(name, (_, registry))| (name.as_str(), registry))
     }
 
-    /// Has the lists changed when the file takes effect.
-    pub(super) fn commit(&self, commit: &mut Vec<Change>) {
+    /// When the file takes effect, has the lists changed, and layers begin with what those before them know.
+    pub(super) fn commit(&mut self, commit: &mut Vec<Change>) {
+        for (new, old) in self.succeeding.drain(..) {
+            commit.push(Box::new(move || new.take_over(&old)));
+        }
         for source in self.sources.values() {
             if let Source::Listed(Listed(list), instances) = source
                 && *list.borrow() != *instances
@@ -125,20 +141,14 @@ impl Registries {
     }
 }
 
-/// What these registries know, the last one only where the others know none if it is a fallback.
-fn together(registries: &[Arc<dyn Registry>], fallback: bool) -> Arc<dyn Registry> {
-    let (first, last) = match registries.split_last() {
-        Some((last, first)) if fallback => (first, Some(last)),
-        _ => (registries, None),
+/// Whether both are the same registry, however long what it said is believed.
+fn is_same(one: &config::Registry, other: &config::Registry) -> bool {
+    let asked_alike = |one: &config::Registry| {
+        let mut one = one.clone();
+        (one.max_age, one.first_wait, one.idle) = (None, None, None);
+        one
     };
-    let merged: Arc<dyn Registry> = match first {
-        [one] => one.clone(),
-        several => Arc::new(Merged::new(several.iter().cloned())),
-    };
-    match last {
-        Some(last) => Arc::new(Fallback::new(merged, last.clone())),
-        None => merged,
-    }
+    asked_alike(one) == asked_alike(other)
 }
 
 fn instance(endpoint: &config::EndpointTable, service: &config::Service) -> Instance {
@@ -247,6 +257,55 @@ fn dns(registry: &config::Registry) -> Result<DnsRegistry, portcullis::discovery
         Some(pattern) => dns.pattern(pattern.as_str()),
         None => dns,
     })
+}
+
+// === impl Place ===
+
+impl Place {
+    fn is(&self, other: &Self) -> bool {
+        self.registries.len() == other.registries.len()
+            && self.registries.iter().zip(&other.registries).all(|(a, b)| Arc::ptr_eq(a, b))
+            && (self.had_fallback, self.times) == (other.had_fallback, other.times)
+    }
+
+    /// The layer that finds there what is registered by this name.
+    fn layer(&self, registered: &str) -> DiscoveryLayer {
+        let mut layer = DiscoveryLayer::new(Renamed { registry: self.together(), to: registered.into() });
+        if let Some(age) = self.times.max_age {
+            layer = layer.max_age(age);
+        }
+        if let Some(wait) = self.times.first_wait {
+            layer = layer.first_wait(wait);
+        }
+        if let Some(idle) = self.times.idle {
+            layer = layer.idle(idle);
+        }
+        layer
+    }
+
+    /// What the registries know, the last one only where the others know none if it is a fallback.
+    fn together(&self) -> Arc<dyn Registry> {
+        let (first, last) = match self.registries.split_last() {
+            Some((last, first)) if self.had_fallback => (first, Some(last)),
+            _ => (&*self.registries, None),
+        };
+        let merged: Arc<dyn Registry> = match first {
+            [one] => one.clone(),
+            several => Arc::new(Merged::new(several.iter().cloned())),
+        };
+        match last {
+            Some(last) => Arc::new(Fallback::new(merged, last.clone())),
+            None => merged,
+        }
+    }
+}
+
+// === impl Times ===
+
+impl Times {
+    fn of(registry: &config::Registry) -> Self {
+        Self { max_age: registry.max_age, first_wait: registry.first_wait, idle: registry.idle }
+    }
 }
 
 // === impl Listed ===
