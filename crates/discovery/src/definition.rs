@@ -116,6 +116,12 @@ pub trait Membership: Send + Sync + 'static {
 
     /// Says how the instance is, for the checks in which it reports by itself.
     fn report(&self, health: Health, note: String) -> Pending<()>;
+
+    /// Looks whether the registry still knows the instance, and registers it anew if not. By default the registry is one
+    /// that does not forget.
+    fn confirm(&self) -> Pending<()> {
+        Box::pin(async { Ok(()) })
+    }
 }
 
 // === impl ServiceDefinition ===
@@ -313,6 +319,16 @@ impl Registration {
     /// What the registry answers.
     pub async fn report(&self, health: Health, note: &str) -> Result<(), crate::Error> {
         self.membership.report(health, note.to_owned()).await
+    }
+
+    /// Looks at once whether the registry still knows the instance, and registers it anew if not; with Consul that also
+    /// happens by itself, every so often. For when another registration of the same id has just been taken off.
+    ///
+    /// # Errors
+    ///
+    /// What the registry answers.
+    pub async fn confirm(&self) -> Result<(), crate::Error> {
+        self.membership.confirm().await
     }
 }
 

@@ -121,6 +121,18 @@ async fn who_reports_all_the_time_is_registered_anew_as_well() {
     .await;
 }
 
+#[tokio::test]
+async fn what_another_registration_of_the_id_took_off_is_back_when_it_is_confirmed() {
+    let consul = Consul::start().await;
+    let registry = ConsulRegistry::new(config(&consul).resync(Duration::from_secs(3600))).unwrap();
+    let old = registry.register(definition("orders", "a", 1)).await.unwrap();
+    let new = registry.register(definition("orders", "a", 1)).await.unwrap();
+    old.deregister().await.unwrap();
+    assert_eq!(consul.get("/v1/agent/service/a").await.status, 404);
+    new.confirm().await.unwrap();
+    assert_eq!(consul.get("/v1/agent/service/a").await.status, 200);
+}
+
 /// The agent's minimum is a minute, looked at every half: `LONG=1` waits for it.
 #[tokio::test]
 async fn an_instance_critical_for_long_is_forgotten_by_the_agent() {

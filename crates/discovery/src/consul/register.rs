@@ -30,6 +30,7 @@ enum Command {
     Deregister,
     Maintenance(Option<String>),
     Report(Health, String),
+    Confirm,
 }
 
 pub(super) async fn register(client: Arc<Client>, definition: ServiceDefinition) -> Result<Registration, Error> {
@@ -89,6 +90,9 @@ impl Keeper {
                             Err(Error::invalid("the instance has no check in which it reports by itself"))
                         };
                         let _ = done.send(result);
+                    }
+                    Some((Command::Confirm, done)) => {
+                        let _ = done.send(self.beat().await);
                     }
                     None => {
                         if let Err(error) = self.deregister().await {
@@ -309,6 +313,10 @@ impl Membership for Handle {
 
     fn report(&self, health: Health, note: String) -> Pending<()> {
         self.ask(Command::Report(health, note))
+    }
+
+    fn confirm(&self) -> Pending<()> {
+        self.ask(Command::Confirm)
     }
 }
 
