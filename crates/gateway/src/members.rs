@@ -23,7 +23,12 @@ const WANT: &str = "want {\"service\": …, \"address\": \"host:port\"}, and per
 
 /// Instances, by registry, service and id.
 #[derive(Default)]
-pub(crate) struct Members(Mutex<BTreeMap<Name, Member>>);
+pub(crate) struct Members {
+    all: Mutex<BTreeMap<Name, Member>>,
+    /// Held from looking whether one is there until it is: of two registrations of one instance the registry must keep the
+    /// one that is kept here.
+    entering: tokio::sync::Mutex<()>,
+}
 
 /// Registry, service and id.
 type Name = (String, String, String);
@@ -56,7 +61,7 @@ pub(crate) async fn order(state: &State, what: &str, order: &Json) -> Result<Str
     let Some(service) = text("service") else { return Err(wrong(String::from(WANT))) };
     if what == "/deregister" {
         let Some(id) = text("id") else { return Err(wrong(String::from("want {\"service\": …, \"id\": …}"))) };
-        let gone = lock(&state.members.0).remove(&(registry.to_owned(), service.to_owned(), id.to_owned()));
+        let gone = lock(&state.members.all).remove(&(registry.to_owned(), service.to_owned(), id.to_owned()));
         return match gone {
             Some(_) => Ok(String::from("deregistered")),
             None => Err((StatusCode::NOT_FOUND, format!("{service} has no instance {id:?}"))),
@@ -72,24 +77,41 @@ pub(crate) async fn order(state: &State, what: &str, order: &Json) -> Result<Str
     };
     let name = (registry.to_owned(), service.to_owned(), instance.id.to_string());
     let said = format!("registered as {}", instance.id);
-    {
-        let mut members = lock(&state.members.0);
-        if let Some(same) =
-            members.get_mut(&name).filter(|old| old.instance == instance && Arc::ptr_eq(&old.registry, at))
-        {
-            same.until = until;
-            return Ok(said);
-        }
-        if members.len() >= MOST && !members.contains_key(&name) {
-            return Err((StatusCode::INSUFFICIENT_STORAGE, format!("{MOST} instances are registered")));
-        }
+    if state.members.enter(name, at, instance, until).await? {
+        state.telemetry.event("by hand", format!("{service}: {said}"));
     }
-    let definition = ServiceDefinition::of(service, instance.clone());
-    let registration = at.register(definition).await.map_err(|error| wrong(error.to_string()))?;
-    let member = Member { instance, registry: at.clone(), _registration: registration, until };
-    lock(&state.members.0).insert(name, member);
-    state.telemetry.event("by hand", format!("{service}: {said}"));
     Ok(said)
+}
+
+impl Members {
+    /// Registers an instance, and says whether it was not there.
+    async fn enter(
+        &self,
+        name: Name,
+        at: &Arc<dyn Registry>,
+        instance: Instance,
+        until: Option<Moment>,
+    ) -> Result<bool, Refusal> {
+        let _one_at_a_time = self.entering.lock().await;
+        {
+            let mut members = lock(&self.all);
+            if let Some(same) =
+                members.get_mut(&name).filter(|old| old.instance == instance && Arc::ptr_eq(&old.registry, at))
+            {
+                same.until = until;
+                return Ok(false);
+            }
+            if members.len() >= MOST && !members.contains_key(&name) {
+                return Err((StatusCode::INSUFFICIENT_STORAGE, format!("{MOST} instances are registered")));
+            }
+        }
+        let definition = ServiceDefinition::of(name.1.as_str(), instance.clone());
+        let registration = at.register(definition).await;
+        let registration = registration.map_err(|error| (StatusCode::BAD_REQUEST, error.to_string()))?;
+        let member = Member { instance, registry: at.clone(), _registration: registration, until };
+        lock(&self.all).insert(name, member);
+        Ok(true)
+    }
 }
 
 /// The instance an order describes, if it describes one.
@@ -125,7 +147,7 @@ pub(crate) async fn expire(state: Arc<State>) {
     loop {
         tokio::time::sleep(LOOK).await;
         let (now, running) = (state.clock.now(), state.running().clone());
-        let mut members = lock(&state.members.0);
+        let mut members = lock(&state.members.all);
         members.retain(|(registry, service, id), member| {
             let known = running.registries.named(registry).is_some_and(|known| Arc::ptr_eq(&known, &member.registry));
             let kept = known && member.until.is_none_or(|until| now < until);
@@ -134,5 +156,57 @@ pub(crate) async fn expire(state: Arc<State>) {
             }
             kept
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use portcullis::discovery::{EmbeddedRegistry, Pending, Watch};
+    use tokio::sync::Notify;
+
+    /// Registers at once, and answers who has that weight when it is let.
+    #[derive(Default)]
+    struct Slow(EmbeddedRegistry, Arc<[Notify; 2]>);
+
+    impl Registry for Slow {
+        fn watch(&self, service: &Arc<str>) -> Watch {
+            self.0.watch(service)
+        }
+
+        fn register(&self, definition: ServiceDefinition) -> Pending<Registration> {
+            let (weight, let_answer) = (definition.instance.weight as usize, self.1.clone());
+            let registered = self.0.register(definition);
+            Box::pin(async move {
+                let_answer[weight].notified().await;
+                registered.await
+            })
+        }
+    }
+
+    /// The later registration replaced the earlier in the registry, and was then replaced by it here.
+    #[tokio::test]
+    async fn who_is_registered_twice_at_once_stays_registered() {
+        let (slow, members) = (Slow::default(), Arc::new(Members::default()));
+        let (known, let_answer) = (slow.0.clone(), slow.1.clone());
+        let registry: Arc<dyn Registry> = Arc::new(slow);
+        let registering = [0, 1].map(|weight| {
+            let (members, registry) = (members.clone(), registry.clone());
+            tokio::spawn(async move {
+                let mut instance = Instance::new("one", std::net::SocketAddr::from(([127, 0, 0, 1], 80)));
+                instance.weight = weight;
+                members.enter(("r".into(), "a".into(), "one".into()), &registry, instance, None).await
+            })
+        });
+        for weight in [1, 0] {
+            for _ in 0..10 {
+                tokio::task::yield_now().await;
+            }
+            let_answer[weight].notify_one();
+        }
+        for one in registering {
+            assert_eq!(one.await.ok(), Some(Ok(true)));
+        }
+        assert_eq!((known.instances("a").len(), lock(&members.all).len()), (1, 1));
     }
 }
