@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 use std::time::Duration;
 
-use portcullis::discovery::{Health, HealthCheck, Registration, ServiceDefinition};
+use portcullis::discovery::{Health, HealthCheck, Registration, Registry, ServiceDefinition};
 use portcullis::serve::{ClientCertificates, Server, ServerTls};
 use portcullis_core::{Address, Instance, Protocol, Scheme};
 use tokio::task::JoinHandle;
@@ -23,7 +23,13 @@ pub(crate) struct Door {
     pub(crate) server: Server,
     pub(crate) address: SocketAddr,
     pub(crate) tls: Option<ServerTls>,
-    pub(crate) register: Option<Register>,
+    pub(crate) entry: Option<Entry>,
+}
+
+/// What a registry is told of a listener.
+pub(crate) struct Entry {
+    registry: String,
+    definition: ServiceDefinition,
 }
 
 /// The certificates of a file that are to be shown from now on, and where.
@@ -65,8 +71,11 @@ impl Door {
             server = server.tls(tls.clone());
         }
         let address = server.local_addr().map_err(|error| error.to_string())?;
-        let register = listener.register.as_ref().map(|register| (**register).clone());
-        Ok(Self { name: name.to_owned(), server, address, tls, register })
+        let entry = listener.register.as_ref().map(|register| Entry {
+            registry: register.registry.to_string(),
+            definition: definition(register, address, tls.is_some(), listener.reuse_port),
+        });
+        Ok(Self { name: name.to_owned(), server, address, tls, entry })
     }
 }
 
@@ -119,38 +128,88 @@ impl Renewal {
 
 // === registration ===
 
-/// Registers a listener until it is told to stop; done when it is registered no more.
-pub(crate) fn register(state: &Arc<State>, register: Register, address: SocketAddr, encrypted: bool) -> JoinHandle<()> {
+/// Keeps a listener registered until it is told to stop; done when it is registered no more.
+pub(crate) fn register(state: &Arc<State>, entry: Entry) -> JoinHandle<()> {
     let state = state.clone();
     tokio::spawn(async move {
-        let registration = tokio::select! {
-            registration = registered(&state, &register, address, encrypted) => registration,
-            () = state.stopping() => return,
-        };
-        state.stopping().await;
-        if let Some(registration) = registration
-            && let Err(error) = registration.deregister().await
-        {
-            tracing::warn!(service = register.service, %error, "could not deregister");
+        let mut held = None;
+        tokio::select! {
+            () = keep(&state, &entry, &mut held) => {}
+            () = state.stopping() => {}
+        }
+        if let Some((_, registration)) = held {
+            leave(registration).await;
         }
     })
 }
 
+/// Where a listener is registered.
+type Held = (Arc<dyn Registry>, Registration);
+
+/// Registers in the registry of that name, and in each that other files put in its place.
+async fn keep(state: &State, entry: &Entry, held: &mut Option<Held>) {
+    let service = &*entry.definition.service;
+    let mut files = state.files();
+    loop {
+        files.mark_unchanged();
+        match (state.running().registries.named(&entry.registry), &*held) {
+            (Some(registry), Some((at, _))) if Arc::ptr_eq(&registry, at) => {}
+            (Some(registry), _) => {
+                let registration = tokio::select! {
+                    registration = registered(&registry, entry) => registration,
+                    Ok(()) = files.changed() => continue,
+                };
+                if let Some(registration) = registration
+                    && let Some((_, old)) = held.replace((registry, registration))
+                {
+                    leave(old).await;
+                    // It may have been the same entry of the same agent, asked in another way.
+                    if let Some((_, registration)) = held
+                        && let Err(error) = registration.confirm().await
+                    {
+                        tracing::warn!(service, %error, "the registration could not be confirmed");
+                    }
+                }
+            }
+            (None, Some(_)) => {
+                let registry = &*entry.registry;
+                tracing::warn!(
+                    service,
+                    registry,
+                    "the file has no such registry any more; registered there until the end"
+                );
+            }
+            (None, None) => {
+                let registry = &*entry.registry;
+                tracing::warn!(service, registry, "the file has no such registry any more; not registered");
+            }
+        }
+        if files.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn leave(registration: Registration) {
+    let service = registration.service().clone();
+    if let Err(error) = registration.deregister().await {
+        tracing::warn!(service = &*service, %error, "could not deregister");
+    }
+}
+
 /// Asks until it is registered; `None` where that cannot be.
-async fn registered(state: &State, register: &Register, at: SocketAddr, encrypted: bool) -> Option<Registration> {
-    let definition = definition(register, at, encrypted);
+async fn registered(registry: &Arc<dyn Registry>, entry: &Entry) -> Option<Registration> {
+    let service = &*entry.definition.service;
     let (mut wait, most) = AGAIN;
     loop {
-        // The file says which; it may be another after a reload.
-        let registry = state.running().registries.named(&register.registry)?;
-        match registry.register(definition.clone()).await {
+        match registry.register(entry.definition.clone()).await {
             Ok(registration) => return Some(registration),
             Err(error) if error.is_invalid() || error.is_unsupported() => {
-                tracing::error!(service = register.service, %error, "cannot register");
+                tracing::error!(service, %error, "cannot register");
                 return None;
             }
             Err(error) => {
-                tracing::warn!(service = register.service, %error, ?wait, "not registered; trying again");
+                tracing::warn!(service, %error, ?wait, "not registered; trying again");
                 tokio::time::sleep(wait.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
                 wait = (wait * 2).min(most);
             }
@@ -158,9 +217,13 @@ async fn registered(state: &State, register: &Register, at: SocketAddr, encrypte
     }
 }
 
-fn definition(register: &Register, at: SocketAddr, encrypted: bool) -> ServiceDefinition {
+fn definition(register: &Register, at: SocketAddr, encrypted: bool, shared: bool) -> ServiceDefinition {
     let address: Address = register.address.as_ref().map_or_else(|| at.into(), |address| (**address).clone());
-    let id = register.id.clone().unwrap_or_else(|| format!("{}-{address}", register.service).replace(':', "-"));
+    let id = register.id.clone().unwrap_or_else(|| {
+        let id = format!("{}-{address}", register.service).replace(':', "-");
+        // Whoever goes must not take off who came meanwhile; and in containers all processes may have one number.
+        if shared { format!("{id}-{:08x}", fastrand::u32(..)) } else { id }
+    });
     let mut instance = Instance::new(id, address.clone());
     instance.weight = register.weight;
     instance.tags = register.tags.iter().map(|tag| tag.as_str().into()).collect();

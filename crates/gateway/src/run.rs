@@ -89,10 +89,10 @@ async fn serve(
 
     let mut addresses = Vec::new();
     let mut serving = JoinSet::new();
-    for Door { name, server, address, tls, register } in doors {
+    for Door { name, server, address, tls, entry } in doors {
         say!("listening at http{}://{address} ({name})", if tls.is_some() { "s" } else { "" });
         addresses.push(address);
-        let registered = register.map(|register| crate::listen::register(&state, register, address, tls.is_some()));
+        let registered = entry.map(|entry| crate::listen::register(&state, entry));
         let server = server.graceful(drained(state.clone(), registered, last), drain_timeout - last);
         let observed = Observed::new(state.clone());
         serving.spawn(async move { server.serve(observed).await });

@@ -34,6 +34,8 @@ pub(crate) struct State {
     /// What counts as it was at the start.
     fixed: Fixed,
     reloading: tokio::sync::Mutex<()>,
+    /// Tells of every file put in force.
+    files: watch::Sender<()>,
     /// Whether it has been told to stop.
     stop: watch::Sender<bool>,
 }
@@ -95,6 +97,7 @@ impl State {
             shown,
             fixed: Fixed::of(&running.config),
             reloading: tokio::sync::Mutex::default(),
+            files: watch::Sender::new(()),
             stop: watch::Sender::new(false),
             running: ArcSwap::from_pointee(running),
         };
@@ -104,6 +107,11 @@ impl State {
 
     pub(crate) fn running(&self) -> arc_swap::Guard<Arc<Running>> {
         self.running.load()
+    }
+
+    /// Changes with every file put in force.
+    pub(crate) fn files(&self) -> watch::Receiver<()> {
+        self.files.subscribe()
     }
 
     /// Reads the file again and puts it in force, or changes nothing and says why.
@@ -150,6 +158,7 @@ impl State {
         next.commit();
         renewal.commit();
         self.running.store(Arc::new(next));
+        self.files.send_replace(());
         self.listen_to_breakers(Some(&before));
         let running = self.running();
         let is_one = |name: &str| running.services.iter().any(|(own, service)| own == name || service.name == name);

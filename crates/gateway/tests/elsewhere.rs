@@ -117,6 +117,77 @@ async fn a_listener_is_registered_until_it_is_told_to_stop_and_serves_on() {
     assert_eq!(program.ended().await, Some(0));
 }
 
+/// The gateways that a registry knows.
+async fn gateways(consul: &Consul) -> usize {
+    consul.get("/v1/health/service/gateway?passing").await.json().as_array().map_or(0, Vec::len)
+}
+
+/// Waits until a registry knows so many gateways, for less time than a registration takes to come back by itself.
+async fn until_known(consul: &Consul, program: &Program, count: usize) {
+    let begun = Instant::now();
+    while gateways(consul).await != count {
+        assert!(begun.elapsed() < Duration::from_secs(5), "{}", log(&program.folder));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn registering(listener: &str, registry: &str) -> String {
+    let text = file(&[("a", &[([127, 0, 0, 1], 1).into()])], &format!("{registry}{ALL}"));
+    let register = "register = { registry = \"r\", service = \"gateway\" }";
+    text.replace("{ address = \"127.0.0.1:0\" }\nserver", &format!("{{ {listener}, {register} }}\nserver"))
+}
+
+/// It stayed where it was, and gone there it was nowhere.
+#[tokio::test]
+async fn a_listener_is_registered_where_the_file_says_it_is() {
+    let (one, other) = (Consul::start().await, Consul::start().await);
+    let registry = |consul: &Consul, more: &str| {
+        format!("registries.r = {{ kind = \"consul\", address = \"{}\"{more} }}\n", consul.url())
+    };
+    let at = |registry: &str| registering("address = \"127.0.0.1:0\"", registry);
+    let program = Program::start(&at(&registry(&one, "")));
+    let reload = async |text: &str| {
+        program.write(text);
+        assert_eq!(program.order("/reload", &json!(null)).await.status, 200);
+    };
+    until_known(&one, &program, 1).await;
+    reload(&at(&registry(&other, ""))).await;
+    until_known(&other, &program, 1).await;
+    until_known(&one, &program, 0).await;
+    // The same agent, whom the old registration tells to forget what the new one told it.
+    reload(&at(&registry(&other, ", timeout = \"4s\""))).await;
+    let begun = Instant::now();
+    while log(&program.folder).matches("deregistered").count() < 2 {
+        assert!(begun.elapsed() < Duration::from_secs(5), "{}", log(&program.folder));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    until_known(&other, &program, 1).await;
+    let nowhere = "the file has no such registry any more";
+    assert!(!log(&program.folder).contains(nowhere));
+    reload(&file(&[("a", &[([127, 0, 0, 1], 1).into()])], ALL)).await;
+    while !log(&program.folder).contains(nowhere) {
+        assert!(begun.elapsed() < Duration::from_secs(10), "{}", log(&program.folder));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert_eq!(gateways(&other).await, 1);
+}
+
+/// The one that goes took off the one that came.
+#[tokio::test]
+async fn who_takes_over_stays_registered_when_the_one_before_goes() {
+    let consul = Consul::start().await;
+    let listener = format!("address = \"127.0.0.1:{}\", reuse_port = true", free_port());
+    let text =
+        registering(&listener, &format!("registries.r = {{ kind = \"consul\", address = \"{}\" }}\n", consul.url()));
+    let mut old = Program::start(&text);
+    until_known(&consul, &old, 1).await;
+    let new = Program::start(&text);
+    until_known(&consul, &new, 2).await;
+    old.signal("TERM");
+    assert_eq!(old.ended().await, Some(0));
+    assert_eq!(gateways(&consul).await, 1);
+}
+
 #[tokio::test]
 async fn the_end_comes_in_time_whoever_does_not_answer() {
     // Takes connections, and answers nothing.

@@ -51,7 +51,9 @@ section! {
         registry: At<String>,
         /// The service it is an instance of.
         service: String,
-        /// What tells it from other instances; by default service, address and port.
+        /// What tells it from other instances; by default service, address and port, and with reuse_port something of the
+        /// process too. An id said here must then be another for the next process, which the one that goes would take off
+        /// otherwise.
         id: Option<String>,
         /// Where others reach it, if not at the listener's address.
         address: Option<At<Address>>,
