@@ -218,9 +218,12 @@ fn samples(text: &str) -> BTreeMap<String, f64> {
 
 #[tokio::test]
 async fn everything_is_counted_and_nothing_that_callers_make_up_becomes_a_label() {
-    let (two, dead) = (Backend::start("two").await, SocketAddr::from(([127, 0, 0, 1], free_port())));
-    // Nobody answers there.
-    let keys = format!("https://127.0.0.1:{}/keys", free_port());
+    let two = Backend::start("two").await;
+    // Nobody answers there, and nobody else can.
+    let held = tokio::net::TcpSocket::new_v4().unwrap();
+    held.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let dead = held.local_addr().unwrap();
+    let keys = format!("https://{dead}/keys");
     let more = format!(
         "limits.few = {{ rate = \"20/h\" }}\nlimiter.default = [\"few\"]\n\
          auth.providers.p = {{ jwks_url = \"{keys}\", issuer = \"i\", audiences = [\"x\"] }}\nauth.default = \"optional\"\n{ALL}"
