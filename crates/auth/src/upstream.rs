@@ -1,5 +1,7 @@
 //! What the request says about the caller when it goes on.
 
+use std::borrow::Cow;
+
 use http::{HeaderMap, HeaderName, HeaderValue, Request, header};
 use portcullis_core::{Carried, Identity, ReservedHeaders};
 use serde_json::Value;
@@ -24,7 +26,9 @@ use serde_json::Value;
 /// In a request's trailers they are struck by the layer that passes its body on, `portcullis-forward`: this one leaves the
 /// names as [`ReservedHeaders`], and whoever sends bodies on by other means can [strike](ReservedHeaders::strike) them too.
 ///
-/// Values are UTF-8. One that cannot stand in a header, such as a claim with a line break, is left out.
+/// Values are UTF-8. One that cannot stand in a header as it is, such as a claim with a line break or with blanks around it,
+/// is left out, and so is one of several that would be read as more than one or as another: a role with a comma, a scope with
+/// a blank, and one that is empty or has blanks around it.
 #[derive(Clone, Debug, Default)]
 pub struct IdentityHeaders {
     fields: Vec<(What, HeaderName)>,
@@ -116,22 +120,38 @@ impl IdentityHeaders {
     /// Says who is calling; to be called after [`strip`](Self::strip).
     pub(crate) fn write(&self, identity: &Identity, headers: &mut HeaderMap) {
         for (what, name) in &self.fields {
-            let value = match what {
-                What::Subject => HeaderValue::from_bytes(identity.subject().as_bytes()).ok(),
-                What::Issuer => identity.issuer().and_then(|issuer| HeaderValue::from_bytes(issuer.as_bytes()).ok()),
-                What::Scopes => HeaderValue::from_bytes(identity.scopes().join(" ").as_bytes()).ok(),
-                What::Roles => HeaderValue::from_bytes(identity.roles().join(",").as_bytes()).ok(),
+            let text = match what {
+                What::Subject => Some(Cow::Borrowed(identity.subject())),
+                What::Issuer => identity.issuer().map(Cow::Borrowed),
+                What::Scopes => Some(joined(identity.scopes(), ' ').into()),
+                What::Roles => Some(joined(identity.roles(), ',').into()),
                 What::Claim(pointer) => match pointed(identity, pointer) {
                     None | Some(Value::Null) => None,
-                    Some(Value::String(text)) => HeaderValue::from_bytes(text.as_bytes()).ok(),
-                    Some(other) => HeaderValue::from_bytes(other.to_string().as_bytes()).ok(),
+                    Some(Value::String(text)) => Some(Cow::Borrowed(&**text)),
+                    Some(other) => Some(other.to_string().into()),
                 },
             };
-            if let Some(value) = value {
+            // Whoever reads a header takes the blanks around its value away.
+            let text = text.filter(|text| text.trim() == text);
+            if let Some(value) = text.and_then(|text| HeaderValue::from_bytes(text.as_bytes()).ok()) {
                 headers.insert(name.clone(), value);
             }
         }
     }
+}
+
+/// What can be taken apart again by whoever knows only the separator.
+fn joined(words: &[impl AsRef<str>], separator: char) -> String {
+    let is_between = |letter: char| letter == separator || separator == ' ' && letter.is_whitespace();
+    let is_one = |word: &&str| !word.is_empty() && word.trim() == *word && !word.contains(is_between);
+    let mut text = String::new();
+    for word in words.iter().map(AsRef::as_ref).filter(is_one) {
+        if !text.is_empty() {
+            text.push(separator);
+        }
+        text.push_str(word);
+    }
+    text
 }
 
 fn pointed<'a>(identity: &'a Identity, pointer: &str) -> Option<&'a Value> {
@@ -181,6 +201,19 @@ mod tests {
         assert_eq!(connection(&[b"close, X-User", b"x_roles,te", b"X.Tenant, \xff"]), [b"close, te, \xff"]);
         assert_eq!(connection(&[b"te ,x-other", b"\xff"]), [&b"te ,x-other"[..], b"\xff"], "as it came");
         assert!(connection(&[b"x-user"]).is_empty());
+    }
+
+    #[test]
+    fn values_say_no_more_than_the_identity() {
+        let claims = json!({"org": {"tenant": " a"}});
+        let identity = Identity::new("ada ", Proof::Jwt)
+            .with_roles(["guest,admin", "guest", "", " admin", "admin\t", "a b", ","])
+            .with_scopes(["read write", "read", "\u{2003}x", "a\tb", "x,y"])
+            .with_claims(claims.as_object().unwrap().clone());
+        let mut map = HeaderMap::new();
+        headers().scopes(HeaderName::from_static("x-scopes")).write(&identity, &mut map);
+        assert_eq!((&map["x-roles"], &map["x-scopes"]), (&"guest,a b".parse().unwrap(), &"read x,y".parse().unwrap()));
+        assert!(!map.contains_key("x-user") && !map.contains_key("x-tenant"));
     }
 
     #[test]
