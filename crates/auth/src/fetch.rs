@@ -1,6 +1,7 @@
 //! The client that reads keys from a provider: one request, one answer, everything bounded.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +21,9 @@ use crate::key_source::MAX_DOCUMENT_BYTES;
 
 /// How long a fetch may take, from looking up the name to the last byte.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long one address of several may take to answer, so that a dead one does not hide the next.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Default)]
 pub(crate) struct Client {
@@ -61,7 +65,9 @@ impl Client {
 
     /// Takes a URL apart, if it is one that may be fetched.
     pub(crate) fn target(&self, url: &str) -> Result<Target, Error> {
-        let wrong = |what: &str| Error::new(Kind::Setting, format!("{what}: {url}"));
+        // Before an @ may stand a password.
+        let shown = url.rsplit_once('@').map_or(url, |(_, rest)| rest);
+        let wrong = |what: &str| Error::new(Kind::Setting, format!("{what}: {shown}"));
         let uri: Uri = url.parse().map_err(|_| wrong("not a URL"))?;
         let tls = match uri.scheme_str() {
             Some("https") => true,
@@ -109,8 +115,9 @@ impl Client {
     }
 
     async fn exchange(&self, target: &Target) -> Result<(Vec<u8>, Option<Duration>), Error> {
-        let stream = TcpStream::connect((&*target.host, target.port)).await;
-        let stream = stream.map_err(|error| io("the provider cannot be reached").with_source(error))?;
+        let unreachable = |error| io("the provider cannot be reached").with_source(error);
+        let addresses = tokio::net::lookup_host((&*target.host, target.port)).await.map_err(unreachable)?;
+        let stream = connect(addresses).await.map_err(unreachable)?;
         if !target.tls {
             return request(TokioIo::new(stream), target).await;
         }
@@ -135,6 +142,25 @@ impl Client {
         let config = Arc::new(config.with_root_certificates(roots).with_no_client_auth());
         Ok(self.tls.get_or_init(|| config).clone())
     }
+}
+
+/// Connects to the first address that answers in time. The last has as long as the fetch.
+async fn connect(addresses: impl IntoIterator<Item = SocketAddr>) -> std::io::Result<TcpStream> {
+    let mut addresses = addresses.into_iter().peekable();
+    let mut failed = std::io::ErrorKind::AddrNotAvailable.into();
+    while let Some(address) = addresses.next() {
+        let stream = TcpStream::connect(address);
+        let connected = match addresses.peek() {
+            Some(_) => tokio::time::timeout(CONNECT_TIMEOUT, stream).await,
+            None => Ok(stream.await),
+        };
+        match connected {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => failed = error,
+            Err(_) => failed = std::io::ErrorKind::TimedOut.into(),
+        }
+    }
+    Err(failed)
 }
 
 async fn request<T>(io_stream: TokioIo<T>, target: &Target) -> Result<(Vec<u8>, Option<Duration>), Error>
@@ -208,6 +234,41 @@ mod tests {
         }
         let insecure = Client { insecure_http: true, ..Client::default() };
         assert_eq!(insecure.target("http://id.example/keys").map(|target| target.port).ok(), Some(80));
+    }
+
+    #[test]
+    fn a_password_in_a_refused_url_is_not_printed() {
+        let client = Client::default();
+        for url in
+            ["https://a:s3cret@id.example/", "http://a:s3cret@id.example/", "ftp://a:s3cret@x", "https://a:s3cret@"]
+        {
+            let error = client.target(url).map(drop).unwrap_err();
+            assert!(!format!("{error} {error:?}").contains("s3cret"), "{error:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_that_does_not_answer_does_not_hide_the_next() {
+        // One whose queue is full answers nothing.
+        let full = tokio::net::TcpSocket::new_v4().unwrap();
+        full.bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+        let full = full.listen(0).unwrap();
+        let live = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (dead, live_at) = (full.local_addr().unwrap(), live.local_addr().unwrap());
+        let mut waiting = Vec::new();
+        loop {
+            let stream = std::pin::pin!(TcpStream::connect(dead));
+            // The clock runs ahead as soon as nothing else can happen.
+            match tokio::time::timeout(Duration::from_millis(100), stream).await {
+                Ok(stream) => waiting.push(stream.unwrap()),
+                Err(_) => break,
+            }
+        }
+        let started = tokio::time::Instant::now();
+        let stream = connect([dead, live_at]).await.unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), live_at);
+        assert_eq!(started.elapsed(), CONNECT_TIMEOUT);
+        assert!(connect([]).await.is_err());
     }
 
     #[test]

@@ -105,7 +105,7 @@ impl Refresh {
 
     fn remember(&self, kid: Option<&str>, now: Moment) {
         let (hash, (have, until)) = self.cell(kid);
-        until.store((now + self.cooldown * 2).as_nanos(), Ordering::Relaxed);
+        until.store((now + self.cooldown.saturating_mul(2)).as_nanos(), Ordering::Relaxed);
         have.store(hash, Ordering::Relaxed);
     }
 
