@@ -17,6 +17,9 @@ use crate::refresh::{Freshness, Refresh};
 /// The largest number of keys one set keeps; what comes after is ignored.
 pub const MAX_KEYS: usize = 100;
 
+/// What is said of a set that is no good to begin with.
+pub(crate) const UNUSABLE: &str = "a key set without a key that can be used";
+
 /// The keys of one issuer: a handle that is cheap to clone, shared by everything that verifies with it.
 ///
 /// Each key is bound to one algorithm when it is loaded; what a token's header says only chooses among them. Readers never
@@ -93,17 +96,22 @@ impl KeySet {
     pub fn from_jwks(jwks: impl AsRef<[u8]>) -> Result<Self, Error> {
         let keys = parse(jwks.as_ref(), true)?;
         if keys.is_empty() {
-            return Err(Error::new(Kind::KeySet, "a key set without a key that can be used"));
+            return Err(Error::new(Kind::KeySet, UNUSABLE));
         }
         Ok(Self::of(keys))
     }
 
-    /// Adds another set's keys as they are now.
+    /// Adds another set's keys. Both must be sets that do not change; to accept the tokens of several sources, say
+    /// [`Jwt::also`](crate::Jwt::also) or [`Authenticate::or`](crate::Authenticate::or).
     ///
     /// # Errors
     ///
-    /// [`Error::is_key_set`] when both have a key with the same `kid` and algorithm.
+    /// [`Error::is_key_set`] when both have a key with the same `kid` and algorithm; [`Error::is_setting`] when either is kept
+    /// fresh.
     pub fn with(self, other: &Self) -> Result<Self, Error> {
+        if self.freshness().or(other.freshness()).is_some() {
+            return Err(Error::new(Kind::Setting, "keys that are kept fresh cannot be put together with others"));
+        }
         let (ours, theirs) = (self.0.shared.keys.load(), other.0.shared.keys.load());
         let keys: Vec<_> = ours.iter().chain(theirs.iter()).cloned().collect();
         for (index, key) in keys.iter().enumerate() {
@@ -237,8 +245,8 @@ impl fmt::Debug for KeySet {
     }
 }
 
-/// The usable keys of a set or of a single key. Secrets are only ever read from a document the user holds, never from one
-/// that was fetched.
+/// The usable keys of a set or of a single key; none only of a set that says so. Secrets are only ever read from a document
+/// the user holds, never from one that was fetched.
 pub(crate) fn parse(jwks: &[u8], with_secrets: bool) -> Result<Vec<Key>, Error> {
     let malformed = |what: &str| Error::new(Kind::KeySet, format!("not a key set: {what}"));
     let mut document = json::object(jwks).ok_or_else(|| malformed("no JSON object, or with duplicate members"))?;
@@ -279,6 +287,9 @@ pub(crate) fn parse(jwks: &[u8], with_secrets: bool) -> Result<Vec<Key>, Error> 
         keep
     });
     keys.dedup_by(|a, b| a.is_same(b));
+    if keys.is_empty() && !members.is_empty() {
+        return Err(Error::new(Kind::KeySet, UNUSABLE));
+    }
     Ok(keys)
 }
 

@@ -36,8 +36,9 @@ const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// A place keys are read from, and how.
 ///
 /// [`start`](Self::start) makes it a [`KeySet`]. One background task reads the keys ahead of their time, and once more when
-/// a token names a key that is not known, though not oftener than once per cooldown. While the source cannot be read, the
-/// last keys go on being used up to a stated age. A request waits at most one second for keys.
+/// a token names a key that is not known, though not oftener than once per cooldown. While the source cannot be read, or
+/// gives nothing that can be used, the last keys go on being used up to a stated age. An empty set is believed: that is how
+/// an issuer takes all its keys back. A request waits at most one second for keys.
 #[derive(Clone)]
 pub struct KeySource {
     place: Place,
@@ -61,7 +62,7 @@ enum Place {
 
 impl KeySource {
     /// A file with a key set in JSON, looked at every ten seconds. Replace it by renaming another over it, so that no half
-    /// of it is ever read; a file that cannot be read or used leaves the keys as they were.
+    /// of it is ever read; a file that cannot be read or used leaves the keys as they were, and one with an empty set none.
     #[must_use]
     pub fn file(path: impl Into<PathBuf>) -> Self {
         Self::new(Place::File(path.into()))
@@ -150,7 +151,7 @@ impl KeySource {
     /// # Errors
     ///
     /// [`Error::is_setting`] outside a tokio runtime, or for a URL that is not `https`; [`Error::is_io`] or
-    /// [`Error::is_key_set`] for a file that cannot be read or used now.
+    /// [`Error::is_key_set`] for a file that cannot be read or used now, as one without keys.
     pub fn start(self) -> Result<KeySet, Error> {
         let runtime = tokio::runtime::Handle::try_current();
         let runtime = runtime.map_err(|_| Error::new(Kind::Setting, "keys are read within a tokio runtime"))?;
@@ -158,7 +159,7 @@ impl KeySource {
             Place::File(path) => {
                 let document = read_file(path)?;
                 if key_set::parse(&document, true)?.is_empty() {
-                    return Err(Error::new(Kind::KeySet, "a key set without a key that can be used"));
+                    return Err(Error::new(Kind::KeySet, key_set::UNUSABLE));
                 }
                 Some(document)
             }
@@ -245,11 +246,12 @@ impl KeySource {
     fn settle(&self, shared: &Shared, document: &[u8]) -> Result<[u8; 32], Error> {
         // What is published holds no secrets, and a file the user wrote may.
         let keys = key_set::parse(document, matches!(self.place, Place::File(_)))?;
-        if keys.is_empty() {
-            return Err(Error::new(Kind::KeySet, "a key set without a key that can be used"));
-        }
         if shared.replace(keys) {
-            tracing::info!(source = %self, keys = shared.len(), "keys changed");
+            if shared.len() == 0 {
+                tracing::warn!(source = %self, "the key set was emptied: no token is accepted");
+            } else {
+                tracing::info!(source = %self, keys = shared.len(), "keys changed");
+            }
             if let Some(refresh) = shared.refresh() {
                 refresh.forget();
             }

@@ -91,7 +91,8 @@
 //!
 //! | what | the request gets |
 //! |---|---|
-//! | provider down, hanging, or answering errors, HTML, too much, or a redirect | the last keys go on being used, up to their age |
+//! | provider down, hanging, or answering errors, HTML, too much, a redirect, or keys of which none can be used | the last keys go on being used, up to their age |
+//! | an empty key set (`{"keys": []}`), from a provider or in a file | 401, until there are keys again: see below |
 //! | keys too old, or none read yet | waits a second at most, then 503 |
 //! | unknown key while the provider fails | 503, as a new token may well be good |
 //! | unknown key otherwise | waits a second at most for one fetch, then 401 |
@@ -111,6 +112,9 @@
 //!   universal rather than one-way, which is what a table needs whose hashes never leave; HMAC would cost four times as much.
 //! * **What verifies is not limited**: attempts are paid for before the signature and paid back once everything held, so
 //!   that replaying an expired token buys no more than garbage does.
+//! * **An empty key set is believed.** It is how an issuer takes leaked keys back, and a forged token would be accepted for a
+//!   day otherwise. A provider that publishes one by mistake has its callers refused, and the keys it publishes next are seen
+//!   with the first token they signed, within a [cooldown](DEFAULT_COOLDOWN).
 //! * **Invalid credentials are refused where they are optional.** Who shows a token means to be somebody.
 //! * **Without a peer address nobody is limited**, with a warning, once: one bucket for all would let one caller lock out the
 //!   rest.

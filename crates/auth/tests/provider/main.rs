@@ -132,13 +132,16 @@ async fn callers_of_one_issuer_neither_wait_for_another_nor_take_its_fetches() {
     provider.asked.subscribe().wait_for(|count| *count == 1).await.unwrap();
     ask();
     pass(5).await;
+    let tried = async |times| {
+        while first.keys().freshness().unwrap().fetches < times {
+            tokio::task::yield_now().await;
+        }
+    };
+    tried(1).await;
     ask();
     provider.set(Mode::Keys(keys(&[(&ours, "a")])));
     pass(2).await;
-    let tried = first.keys().clone();
-    while tried.is_empty() {
-        tokio::task::yield_now().await;
-    }
+    tried(2).await;
     let before = provider.asked();
     ask();
     // The fetch is still there for the first token of a new key.
@@ -189,7 +192,6 @@ async fn nobody_is_refused_while_the_provider_rotates_fails_in_every_way_and_die
         Mode::CutOff,
         Mode::Hangup,
         Mode::Hang,
-        Mode::Keys(json!({"keys": []})),
         Mode::Keys(json!({"keys": [{"kty": "RSA"}]})),
         Mode::Keys(json!({"error": "x"})),
     ];
@@ -217,7 +219,7 @@ async fn nobody_is_refused_while_the_provider_rotates_fails_in_every_way_and_die
         flow.more(20).await;
     }
     let freshness = flow.callers().keys.freshness().unwrap();
-    assert_eq!((freshness.fetches, freshness.failures), (1 + 4 * 11, 3 * 11));
+    assert_eq!((freshness.fetches, freshness.failures), (1 + 4 * 10, 3 * 10));
 
     // Three rotations: the new key beside the old one, then tokens of the new one, then the new one alone.
     let mut old = signer;
@@ -249,6 +251,32 @@ async fn nobody_is_refused_while_the_provider_rotates_fails_in_every_way_and_die
     assert_eq!(refused, 0);
     assert_eq!(flow.callers().keys.freshness().unwrap().fetches, tried);
     eprintln!("served {served}, wrongly refused {refused}, provider asked {asked} times, and 5 more when dead");
+}
+
+/// An issuer takes its keys back.
+#[tokio::test(start_paused = true)]
+async fn an_emptied_set_is_believed_at_once_and_new_keys_with_their_first_token() {
+    let _still = stand_still();
+    let (leaked, new) = (Signer::new(Algorithm::ES256), Signer::new(Algorithm::ES256));
+    let provider = Provider::start(Mode::Keys(keys(&[(&leaked, "1")]))).await;
+    let callers = Callers::new(source(&provider).start().unwrap());
+    let remembering = Jwt::new(callers.keys.clone()).wall_clock(wall());
+    let token = leaked.sign_with(&json!({"alg": "ES256", "kid": "1"}), &support::claims());
+    callers.tried(1).await;
+    for _ in 0..2 {
+        assert!(support::ask(&remembering, &token).is_ok());
+    }
+    provider.set(Mode::Keys(json!({"keys": []})));
+    pass(300).await;
+    callers.tried(2).await;
+    let freshness = callers.keys.freshness().unwrap();
+    assert_eq!((callers.keys.len(), freshness.failures), (0, 0));
+    let unknown = Denied::invalid("the token is signed with an unknown key");
+    assert_eq!(callers.call(&leaked, "1").await, Err(unknown.clone()));
+    assert_eq!(support::ask(&remembering, &token), Err(unknown), "nor from memory");
+    pass(30).await;
+    provider.set(Mode::Keys(keys(&[(&new, "2")])));
+    assert!(callers.call(&new, "2").await.is_ok());
 }
 
 #[tokio::test(start_paused = true)]

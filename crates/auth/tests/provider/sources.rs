@@ -125,19 +125,36 @@ async fn a_file_is_read_again_and_its_last_good_content_kept() {
     let callers = Callers::new(KeySource::file(&path).start().unwrap());
     assert!(callers.call(&old, "1").await.is_ok(), "read at once");
     callers.tried(1).await;
-    for (tried, broken) in [(2, "{"), (3, ""), (4, "{\"keys\":[]}")] {
+    for (tried, broken) in [(2, "{"), (3, ""), (4, "{\"keys\":[{\"kty\":\"RSA\"}]}")] {
         std::fs::write(&path, broken).unwrap();
         pass(30).await;
         callers.tried(tried).await;
         assert!(callers.call(&old, "1").await.is_ok());
     }
-    std::fs::write(&path, keys(&[(&new, "1")]).to_string()).unwrap();
+    std::fs::write(&path, "{\"keys\":[]}").unwrap();
+    assert!(KeySource::file(&path).start().unwrap_err().is_key_set(), "nobody means to begin with none");
     pass(30).await;
     callers.tried(5).await;
+    assert!(callers.keys.is_empty() && callers.call(&old, "1").await.is_err(), "which asks once more");
+    std::fs::write(&path, keys(&[(&new, "1")]).to_string()).unwrap();
+    pass(30).await;
+    callers.tried(7).await;
     assert!(callers.call(&new, "1").await.is_ok());
     assert!(callers.call(&old, "1").await.is_err());
     std::fs::remove_dir_all(&folder).unwrap();
     assert!(KeySource::file(&path).start().unwrap_err().is_io());
+}
+
+/// Put together, nobody would keep them fresh.
+#[tokio::test(start_paused = true)]
+async fn keys_that_are_kept_fresh_are_not_put_together_with_others() {
+    let (one, other) = (Signer::new(Algorithm::ES256), Signer::new(Algorithm::ES256));
+    let provider = Provider::start(Mode::Keys(keys(&[(&one, "1")]))).await;
+    let fresh = source(&provider).start().unwrap();
+    assert!(fresh.clone().with(&other.key_set("2")).unwrap_err().is_setting());
+    assert!(other.key_set("2").with(&fresh).unwrap_err().is_setting());
+    assert_eq!(one.key_set("1").with(&other.key_set("2")).unwrap().len(), 2);
+    assert!(one.key_set("1").with(&one.key_set("1")).unwrap_err().is_key_set());
 }
 
 fn tempfile() -> std::path::PathBuf {
