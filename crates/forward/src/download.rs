@@ -46,7 +46,8 @@ pub(crate) struct Limits {
     still: Option<Instant>,
     deadline: Option<Instant>,
     left: Option<u64>,
-    is_grpc: bool,
+    /// Whether a gRPC status can be said in trailers.
+    takes_status: bool,
 }
 
 /// Why a body was broken off by us.
@@ -116,8 +117,8 @@ impl ResponseBody {
 
     fn cut(&mut self, cut: Cut) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         self.finish(false);
-        let is_grpc = self.limits.as_ref().is_some_and(|limits| limits.is_grpc);
-        if is_grpc && cut == Cut::Deadline {
+        let takes_status = self.limits.as_ref().is_some_and(|limits| limits.takes_status);
+        if takes_status && cut == Cut::Deadline {
             let mut trailers = HeaderMap::new();
             trailers.insert(GRPC_STATUS, HeaderValue::from(u16::from(GrpcCode::DEADLINE_EXCEEDED.number())));
             trailers.insert(GRPC_MESSAGE, HeaderValue::from_static("the time for the request is over"));
@@ -133,10 +134,10 @@ impl Limits {
         idle: Duration,
         deadline: Option<Instant>,
         left: Option<u64>,
-        is_grpc: bool,
+        takes_status: bool,
     ) -> Option<Box<Self>> {
         let watched = idle < Duration::MAX || deadline.is_some() || left.is_some();
-        watched.then(|| Box::new(Self { alarm: Alarm::default(), idle, still: None, deadline, left, is_grpc }))
+        watched.then(|| Box::new(Self { alarm: Alarm::default(), idle, still: None, deadline, left, takes_status }))
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Cut> {
@@ -146,19 +147,16 @@ impl Limits {
         self.alarm.poll(cx, end).map(|()| if idle == Some(end) { Cut::Idle } else { Cut::Deadline })
     }
 
-    /// Counts what passes; false when it is too much.
-    fn takes(&mut self, bytes: usize) -> bool {
+    /// Counts what passes; why no more may. A body that always has more ready does not come by the alarm.
+    fn pass(&mut self, bytes: usize) -> Result<(), Cut> {
         self.still = None;
-        match &mut self.left {
-            Some(left) => match left.checked_sub(bytes as u64) {
-                Some(rest) => {
-                    *left = rest;
-                    true
-                }
-                None => false,
-            },
-            None => true,
+        if let Some(left) = &mut self.left {
+            *left = left.checked_sub(bytes as u64).ok_or(Cut::TooLarge)?;
         }
+        if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Err(Cut::Deadline);
+        }
+        Ok(())
     }
 }
 
@@ -179,9 +177,9 @@ impl Body for ResponseBody {
                 } else {
                     let bytes = frame.data_ref().map_or(0, Bytes::len);
                     if let Some(limits) = &mut this.limits
-                        && !limits.takes(bytes)
+                        && let Err(cut) = limits.pass(bytes)
                     {
-                        return this.cut(Cut::TooLarge);
+                        return this.cut(cut);
                     }
                     if this.source_is_over() {
                         this.finish(true);

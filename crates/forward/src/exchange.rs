@@ -38,7 +38,8 @@ pub(crate) struct Exchange {
     pub(crate) permit: Option<Permit>,
     pub(crate) times: Times,
     pub(crate) response_limit: Option<u64>,
-    pub(crate) is_grpc: bool,
+    /// Whether a gRPC status can be said in trailers.
+    pub(crate) takes_status: bool,
 }
 
 /// The two forms of a request's target.
@@ -52,6 +53,8 @@ pub(crate) struct Target {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Times {
     pub(crate) start: Instant,
+    /// When the last try had a connection.
+    pub(crate) leased: Instant,
     pub(crate) connect: Duration,
     pub(crate) response: Duration,
     pub(crate) idle: Duration,
@@ -91,17 +94,12 @@ impl Exchange {
         let mut body = Some(body);
         // Whether a byte of an earlier try reached the upstream.
         let mut sent = false;
-        let mut fresh = false;
+        let (mut fresh, mut repeated) = (false, false);
         for tries in 1.. {
             let lease = match (!fresh).then(|| self.shard.take(self.want, self.times.start)).flatten() {
                 Some(lease) => lease,
-                None => {
-                    let limit = after(Instant::now(), self.times.connect);
-                    let deadline = earlier(limit, self.times.head);
-                    // Boxed, since few come this way and all would carry its room.
-                    let lease = Box::pin(self.shard.lease(&self.endpoint, self.want, fresh, deadline)).await;
-                    lease.map_err(|failure| failure.or_sent(sent))?
-                }
+                // Boxed, since few come this way and all would carry its room.
+                None => Box::pin(self.lease(fresh)).await.map_err(|failure| failure.or_sent(sent))?,
             };
             let Some(body_now) = body.take() else { break };
             let tried = match lease {
@@ -127,7 +125,7 @@ impl Exchange {
                     sent |= failure.sent;
                     let may = match again {
                         Again::Always => true,
-                        Again::IfIdempotent => self.method.is_idempotent(),
+                        Again::IfIdempotent => self.method.is_idempotent() && !std::mem::replace(&mut repeated, true),
                         Again::Never => false,
                     };
                     // Only for a connection that was used before were the fields kept.
@@ -140,6 +138,18 @@ impl Exchange {
             }
         }
         Err(Failure::sent(Kind::Reset))
+    }
+
+    /// A connection that is not there at once, in the time there is for that.
+    async fn lease(&mut self, fresh: bool) -> Result<Lease, Failure> {
+        let limit = after(Instant::now(), self.times.connect);
+        let deadline = earlier(limit, self.times.head);
+        let lease = self.shard.lease(&self.endpoint, self.want, fresh, deadline).await;
+        self.times.leased = Instant::now();
+        lease.map_err(|failure| match failure.kind {
+            Kind::ConnectTimeout if deadline != limit => Failure { kind: Kind::Deadline, ..failure },
+            _ => failure,
+        })
     }
 
     /// For HTTP/2. The fields are kept if it may have to be made again.
@@ -289,7 +299,7 @@ impl Exchange {
     fn poll_limits(&self, alarm: &mut Alarm, cx: &mut Context<'_>) -> Poll<Kind> {
         let times = &self.times;
         let (limit, kind) = match &self.flow {
-            None => (after(times.start, times.response), Kind::ResponseTimeout),
+            None => (after(times.leased, times.response), Kind::ResponseTimeout),
             Some(flow) => match flow.progress() {
                 Progress::Done => (after(flow.moved(), times.response), Kind::ResponseTimeout),
                 Progress::Open => (after(flow.moved(), times.idle), Kind::RequestIdle),
@@ -315,7 +325,7 @@ impl Exchange {
     }
 
     fn limits(&self) -> Option<Box<Limits>> {
-        Limits::new(self.times.idle, self.times.end, self.response_limit, self.is_grpc)
+        Limits::new(self.times.idle, self.times.end, self.response_limit, self.takes_status)
     }
 }
 
@@ -339,29 +349,29 @@ fn failed(mut error: TrySendError<Request<Outgoing>>, flow: Option<&Flow>, stale
     if let Some(kind) = flow.and_then(broken) {
         return Tried::Failed(Failure::sent(kind), Again::Never);
     }
-    let unprocessed = is_unprocessed(&error);
+    let h2 = h2_error(&error);
+    let unprocessed = h2.is_some_and(is_unprocessed);
     let kind = if error.is_user() { Kind::Unsendable } else { Kind::Reset };
     let again = match kind {
         Kind::Reset if unprocessed => Again::Always,
-        Kind::Reset if stale => Again::IfIdempotent,
+        // A stream that was reset is an answer: the connection is well.
+        Kind::Reset if stale && !h2.is_some_and(h2::Error::is_reset) => Again::IfIdempotent,
         _ => Again::Never,
     };
     Tried::Failed(Failure { kind, sent: !unprocessed, cause: None }.because(&error), again)
 }
 
+fn h2_error(error: &hyper::Error) -> Option<&h2::Error> {
+    let sources = std::iter::successors(std::error::Error::source(error), |inner| inner.source());
+    sources.into_iter().find_map(|inner| inner.downcast_ref())
+}
+
 /// Whether the other end says that it did not process the stream
 /// ([RFC 9113](https://www.rfc-editor.org/rfc/rfc9113#section-8.7)).
-fn is_unprocessed(error: &hyper::Error) -> bool {
-    let mut source = std::error::Error::source(error);
-    while let Some(inner) = source {
-        if let Some(h2) = inner.downcast_ref::<h2::Error>() {
-            let refused = h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM);
-            let gone = h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR);
-            return h2.is_remote() && (refused || gone);
-        }
-        source = inner.source();
-    }
-    false
+fn is_unprocessed(h2: &h2::Error) -> bool {
+    let refused = h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM);
+    let gone = h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR);
+    h2.is_remote() && (refused || gone)
 }
 
 // === impl Target ===

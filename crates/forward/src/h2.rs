@@ -41,6 +41,8 @@ struct State {
     heard: AtomicBool,
     driver: AtomicWaker,
     shard: Weak<Shard>,
+    /// Held until the last stream is gone, which may outlive the right to begin others.
+    _place: OwnedSemaphorePermit,
 }
 
 /// Spawns what hyper needs for the connection. The first of it reads the socket: until the endpoint's settings have
@@ -76,6 +78,7 @@ impl H2 {
             heard: AtomicBool::new(false),
             driver: AtomicWaker::new(),
             shard: Arc::downgrade(shard),
+            _place: place,
         });
         let mut builder = http2::Builder::new(Spawn { state: state.clone(), reads: Arc::default() });
         builder
@@ -93,7 +96,7 @@ impl H2 {
             .handshake(TokioIo::new(stream))
             .await
             .map_err(|error| Failure::unsent(Kind::Connect).because(&error))?;
-        tokio::spawn(state.clone().drive(connection, place));
+        tokio::spawn(state.clone().drive(connection));
         Ok((Self { sender, state: state.clone(), retire, last_used: now }, StreamPlace(state)))
     }
 
@@ -102,7 +105,7 @@ impl H2 {
         let most = self.state.most.load(Ordering::Relaxed).min(limit);
         let is_fit = !self.sender.is_closed()
             && self.retire.is_none_or(|retire| now < retire)
-            && self.state.streams.load(Ordering::Relaxed) < most;
+            && self.state.streams.load(Ordering::SeqCst) < most;
         is_fit.then(|| {
             self.state.streams.fetch_add(1, Ordering::Relaxed);
             self.last_used = now;
@@ -115,23 +118,22 @@ impl H2 {
         self.state.settled.load(Ordering::Acquire)
     }
 
+    pub(crate) fn is_unused(&self) -> bool {
+        self.state.streams.load(Ordering::Relaxed) == 0
+    }
+
     pub(crate) fn is_over(&self, now: Instant, idle_timeout: Duration) -> bool {
-        let unused = self.state.streams.load(Ordering::Relaxed) == 0;
         self.sender.is_closed()
             || self.retire.is_some_and(|retire| now >= retire)
-            || unused && now.saturating_duration_since(self.last_used) > idle_timeout
+            || self.is_unused() && now.saturating_duration_since(self.last_used) > idle_timeout
     }
 }
 
 // === impl State ===
 
 impl State {
-    /// Ends with the connection, which ends when the last sender and the last stream are gone.
-    async fn drive(
-        self: Arc<Self>,
-        mut connection: http2::Connection<TokioIo<Heard>, Outgoing, Spawn>,
-        place: OwnedSemaphorePermit,
-    ) {
+    /// Ends when no stream can begin any more: with the last sender, or with the connection.
+    async fn drive(self: Arc<Self>, mut connection: http2::Connection<TokioIo<Heard>, Outgoing, Spawn>) {
         let result = poll_fn(|cx| {
             self.driver.register(cx.waker());
             let polled = Pin::new(&mut connection).poll(cx);
@@ -142,7 +144,6 @@ impl State {
             polled
         })
         .await;
-        drop(place);
         self.most.store(0, Ordering::Relaxed);
         self.settle();
         if let Err(error) = result {
@@ -166,11 +167,12 @@ impl State {
 
 impl Drop for StreamPlace {
     fn drop(&mut self) {
-        self.0.streams.fetch_sub(1, Ordering::Relaxed);
-        if let Some(shard) = self.0.shard.upgrade()
-            && shard.has_waiting()
-        {
+        let before = self.0.streams.fetch_sub(1, Ordering::SeqCst);
+        let Some(shard) = self.0.shard.upgrade() else { return };
+        if shard.has_waiting() {
             shard.room.notify_one();
+        } else if before == 1 && shard.is_missed_elsewhere() {
+            shard.forget(|h2| Arc::ptr_eq(&h2.state, &self.0) && h2.is_unused());
         }
     }
 }

@@ -48,6 +48,13 @@ enum Turn<'a> {
 /// Somebody makes an HTTP/2 connection; whether it came to be or not, those who wait must know.
 struct Dialing<'a>(&'a Arc<Shard>);
 
+/// Whether the caller was among those who wait.
+#[derive(PartialEq, Eq)]
+enum Queued {
+    Now,
+    Already,
+}
+
 /// One of those who wait.
 struct Waiting<'a>(&'a AtomicUsize);
 
@@ -88,40 +95,50 @@ impl Shard {
     async fn wait(self: &Arc<Self>, endpoint: &Endpoint, want: Want, mut fresh: bool) -> Result<Lease, Failure> {
         let mut waiting = None;
         let mut failures = None;
+        let mut place = None;
         loop {
             let (mut returned, mut room) = (pin!(self.returned.notified()), pin!(self.room.notified()));
+            let mut resigned = pin!(self.resigned.notified());
             if want != Want::H2 {
                 returned.as_mut().enable();
             }
             if want != Want::H1 {
                 room.as_mut().enable();
+                resigned.as_mut().enable();
             }
             if !fresh && let Some(lease) = self.take(want, Instant::now()) {
                 return Ok(lease);
             }
-            let mut dialing = match self.turn(want, &mut failures)? {
+            let dialing = match self.turn(want, &mut failures)? {
                 Turn::Alone => None,
                 Turn::ForAll(dialing) => Some(dialing),
                 Turn::Wait => {
-                    fresh = false;
-                    self.queue(&mut waiting)?;
-                    tokio::select! {
-                        () = returned, if want != Want::H2 => {}
-                        () = room => {}
+                    // Whoever makes the connection has a place of its own.
+                    place = None;
+                    if self.queue(&mut waiting)? == Queued::Already {
+                        fresh = false;
+                        tokio::select! {
+                            () = returned, if want != Want::H2 => {}
+                            () = room => {}
+                            () = resigned => {}
+                        }
                     }
                     continue;
                 }
             };
-            let Some(place) = self.place() else {
-                drop(dialing.take());
-                self.queue(&mut waiting)?;
-                fresh = false;
-                tokio::select! {
-                    biased;
-                    () = returned, if want != Want::H2 => {}
-                    () = room, if want != Want::H1 => {}
-                    // It is given back at once and taken again above, so that one place serves one of us.
-                    _ = self.open.acquire() => {}
+            let Some(place) = place.take().or_else(|| self.place()) else {
+                if let Some(dialing) = dialing {
+                    dialing.resign();
+                }
+                if self.queue(&mut waiting)? == Queued::Already {
+                    fresh = false;
+                    tokio::select! {
+                        biased;
+                        () = returned, if want != Want::H2 => {}
+                        () = room, if want != Want::H1 => {}
+                        // Places go to those who wait in turn, so it is kept for what comes next.
+                        freed = self.open.clone().acquire_owned() => place = freed.ok(),
+                    }
                 }
                 continue;
             };
@@ -160,17 +177,20 @@ impl Shard {
         Ok(if std::mem::replace(&mut kept.dialing, true) { Turn::Wait } else { Turn::ForAll(Dialing(self)) })
     }
 
-    /// Counts the caller among those who wait, if there is room.
-    fn queue<'a>(&'a self, waiting: &mut Option<Waiting<'a>>) -> Result<(), Failure> {
-        if waiting.is_none() {
-            let before = self.waiting.fetch_add(1, Ordering::AcqRel);
-            let entry = Waiting(&self.waiting);
-            if before >= self.limits.waiting {
-                return Err(Failure::unsent(Kind::Exhausted));
-            }
-            *waiting = Some(entry);
+    /// Counts the caller among those who wait, if there is room. Who was not counted before must look once more: what
+    /// became free meanwhile was told to nobody.
+    fn queue<'a>(&'a self, waiting: &mut Option<Waiting<'a>>) -> Result<Queued, Failure> {
+        if waiting.is_some() {
+            return Ok(Queued::Already);
         }
-        Ok(())
+        // `SeqCst`, as where it is read after something became free: one of both sees what the other did.
+        let before = self.waiting.fetch_add(1, Ordering::SeqCst);
+        let entry = Waiting(&self.waiting);
+        if before >= self.limits.waiting {
+            return Err(Failure::unsent(Kind::Exhausted));
+        }
+        *waiting = Some(entry);
+        Ok(Queued::Now)
     }
 
     /// A connection for a tunnel, which is nobody else's and is counted as long as its place is held.
@@ -180,12 +200,22 @@ impl Shard {
         deadline: Option<Instant>,
     ) -> Result<(Stream, OwnedSemaphorePermit), Failure> {
         let opened = async {
-            let place = match self.place() {
-                Some(place) => place,
-                None => {
-                    let mut waiting = None;
-                    self.queue(&mut waiting)?;
-                    self.open.clone().acquire_owned().await.map_err(|_| Failure::unsent(Kind::Exhausted))?
+            let mut waiting = None;
+            let place = loop {
+                // One that is idle again is closed for it.
+                let mut returned = pin!(self.returned.notified());
+                returned.as_mut().enable();
+                if let Some(place) = self.place() {
+                    break place;
+                }
+                if self.queue(&mut waiting)? == Queued::Already {
+                    tokio::select! {
+                        biased;
+                        () = returned => {}
+                        freed = self.open.clone().acquire_owned() => {
+                            break freed.map_err(|_| Failure::unsent(Kind::Exhausted))?;
+                        }
+                    }
                 }
             };
             Ok((self.dial(endpoint, Some(false)).await?.stream, place))
@@ -234,6 +264,16 @@ impl Shard {
 }
 
 // === impl Dialing ===
+
+impl Dialing<'_> {
+    /// Leaves it to the others, who wait for a place as well then. They alone are told: whoever waits for a place already
+    /// would otherwise be woken by itself.
+    fn resign(self) {
+        let shard = std::mem::ManuallyDrop::new(self).0;
+        shard.kept().dialing = false;
+        shard.resigned.notify_waiters();
+    }
+}
 
 impl Drop for Dialing<'_> {
     fn drop(&mut self) {

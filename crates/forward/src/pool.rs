@@ -64,6 +64,8 @@ pub(crate) struct Shard {
     pub(crate) returned: Notify,
     /// A stream ended, or an HTTP/2 connection came to be, failed to, or ended.
     pub(crate) room: Notify,
+    /// Nobody makes the HTTP/2 connection any more that others wait for: there is no place for it.
+    pub(crate) resigned: Notify,
     all: Weak<Shards>,
 }
 
@@ -80,6 +82,13 @@ pub(crate) struct Kept {
     pub(crate) failures: u64,
     pub(crate) failure: Option<Failure>,
     keeper: Option<AbortHandle>,
+}
+
+/// A connection to be closed, where no lock is held.
+#[expect(dead_code, reason = "to be dropped")]
+enum Unused {
+    H1(Box<H1>),
+    H2(H2),
 }
 
 /// Closes what was idle for too long.
@@ -107,6 +116,7 @@ impl Pool {
                     waiting: AtomicUsize::new(0),
                     returned: Notify::new(),
                     room: Notify::new(),
+                    resigned: Notify::new(),
                     all: Arc::downgrade(&self.shards),
                 };
                 Box::new(Link { runtime, shard: Arc::new(shard), next: Shards::default() })
@@ -167,29 +177,30 @@ impl Shard {
         None
     }
 
-    /// The right to open a connection. If all that are allowed are open, an idle one of another runtime is closed for it.
+    /// The right to open a connection. If all that are allowed are open, an idle one of any runtime is closed for it; the
+    /// place of one of HTTP/2 comes free when its task has ended.
     pub(crate) fn place(&self) -> Option<OwnedSemaphorePermit> {
         if let Ok(place) = self.open.clone().try_acquire_owned() {
             return Some(place);
         }
         let all = self.all.upgrade()?;
-        let idle = all.iter().find_map(|shard| shard.kept().idle.pop());
+        let idle = all.iter().find_map(|shard| shard.kept().unused());
         drop(idle);
         self.open.clone().try_acquire_owned().ok()
     }
 
     /// Whether another runtime waits for a connection to end, and this one does not.
-    fn is_missed_elsewhere(&self) -> bool {
+    pub(crate) fn is_missed_elsewhere(&self) -> bool {
         self.open.available_permits() == 0
             && !self.has_waiting()
             && self.all.upgrade().is_some_and(|all| all.iter().any(|shard| shard.has_waiting()))
     }
 
     pub(crate) fn has_waiting(&self) -> bool {
-        self.waiting.load(Ordering::Acquire) > 0
+        self.waiting.load(Ordering::SeqCst) > 0
     }
 
-    /// Lets go of an HTTP/2 connection that has ended.
+    /// Lets go of an HTTP/2 connection.
     pub(crate) fn forget(&self, ended: impl Fn(&H2) -> bool) {
         self.kept().h2.retain(|h2| !ended(h2));
         self.room.notify_waiters();
@@ -197,7 +208,7 @@ impl Shard {
 
     /// Takes a connection back whose exchange is over; whatever is not fit for another is closed.
     pub(crate) fn put(self: &Arc<Self>, mut h1: Box<H1>, endpoint: &Endpoint) {
-        if endpoint.is_removed() || !h1.rests(Instant::now()) || self.is_missed_elsewhere() {
+        if endpoint.is_removed() || !h1.rests(Instant::now()) {
             return;
         }
         let mut kept = self.kept();
@@ -205,12 +216,17 @@ impl Shard {
             return;
         }
         kept.idle.push(h1);
-        if kept.keeper.is_none() {
-            drop(kept);
+        let is_looked_after = kept.keeper.is_some();
+        drop(kept);
+        if !is_looked_after {
             self.look_after();
         }
+        // After it can be found: whoever begins to wait now finds it, or is seen here.
         if self.has_waiting() {
             self.returned.notify_one();
+        } else if self.is_missed_elsewhere() {
+            let unused = self.kept().idle.pop();
+            drop(unused);
         }
     }
 
@@ -248,6 +264,15 @@ impl Drop for Shard {
 // === impl Kept ===
 
 impl Kept {
+    /// Lets go of a connection that nobody uses.
+    fn unused(&mut self) -> Option<Unused> {
+        if let Some(h1) = self.idle.pop() {
+            return Some(Unused::H1(h1));
+        }
+        let at = self.h2.iter().position(H2::is_unused)?;
+        Some(Unused::H2(self.h2.swap_remove(at)))
+    }
+
     fn stream(&mut self, now: Instant, limit: usize) -> Option<Lease> {
         self.h2.iter_mut().find_map(|h2| {
             let place = h2.stream(now, limit)?;
@@ -259,13 +284,14 @@ impl Kept {
 // === impl Keeper ===
 
 impl Keeper {
-    async fn run(self, idle_timeout: Duration) {
+    async fn run(mut self, idle_timeout: Duration) {
         let every = (idle_timeout / 4).clamp(Duration::from_millis(100), Duration::from_secs(15));
         loop {
             sleep(every).await;
             match self.shard.upgrade() {
                 Some(shard) if shard.sweep(Instant::now()) => {}
-                _ => return,
+                // Another may look after it by now.
+                _ => return self.shard = Weak::new(),
             }
         }
     }

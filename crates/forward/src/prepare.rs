@@ -170,7 +170,8 @@ impl Shared {
             permit,
             times,
             response_limit: policy.response_limit(),
-            is_grpc,
+            // Where trailers do not arrive, the end of a call could be taken for a whole answer.
+            takes_status: is_grpc && parts.version == Version::HTTP_2,
         };
         Ok(Prepared { way: Way::Exchange(exchange, body), dialect, route, shared: self.clone() })
     }
@@ -214,6 +215,7 @@ impl Shared {
         let off = Duration::MAX;
         Times {
             start,
+            leased: start,
             connect: policy.time(|policy| policy.connect_timeout).unwrap_or(off),
             response: policy.time(|policy| policy.response_timeout).unwrap_or(off),
             idle: policy.time(|policy| policy.idle_timeout).unwrap_or(off),

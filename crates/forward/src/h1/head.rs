@@ -76,6 +76,13 @@ impl Asked<'_> {
                 write_field(out, &CONTENT_LENGTH, &HeaderValue::from(length));
             }
             Length::Chunked => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
+            // RFC 9110 §8.6: where content has a meaning, its absence is said. Some ask for it with 411.
+            Length::None
+                if matches!(*self.method, Method::POST | Method::PUT | Method::PATCH)
+                    && !self.headers.contains_key(CONTENT_LENGTH) =>
+            {
+                out.extend_from_slice(b"content-length: 0\r\n");
+            }
             Length::Exact(_) | Length::None => {}
         }
         if let Some(protocol) = self.upgrade {

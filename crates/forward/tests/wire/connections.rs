@@ -114,6 +114,51 @@ async fn requests_beyond_the_limit_wait_and_beyond_that_are_refused() {
     assert_eq!(second.unwrap().status(), 200, "over the same connection");
 }
 
+#[tokio::test]
+async fn those_who_wait_for_a_place_get_one_after_another() {
+    let upstream = Upstream::bind().await;
+    let endpoint = endpoint(&upstream);
+    let forward = Forward::new().max_connections(1).connect_timeout(Duration::from_secs(15));
+    let asked = futures::future::join_all((0..5).map(|_| ok(&forward, &endpoint)));
+    tokio::join!(asked, async {
+        for _ in 0..5 {
+            let mut server = upstream.accept().await;
+            server.head().await;
+            server.send("HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\nok").await;
+        }
+    });
+}
+
+/// The time to answer begins when there is a connection.
+#[tokio::test]
+async fn who_waited_for_a_connection_has_all_the_time_for_the_answer() {
+    let upstream = Upstream::bind().await;
+    let endpoint = endpoint(&upstream);
+    let forward = Forward::new()
+        .max_connections(1)
+        .connect_timeout(Duration::from_secs(60))
+        .response_timeout(Duration::from_secs(5));
+    let (first, mut server) = tokio::join!(within(forward.clone().call(get(&endpoint))), async {
+        let mut server = upstream.accept().await;
+        server.head().await;
+        server.send("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n").await;
+        server
+    });
+    let mut second = tokio_test::task::spawn(forward.clone().call(get(&endpoint)));
+    assert!(second.poll().is_pending());
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(10)).await;
+    tokio::time::resume();
+    assert!(second.poll().is_pending());
+    server.send("ok").await;
+    within(first.unwrap().into_body().collect()).await.unwrap();
+    let (second, ()) = tokio::join!(within(second), async {
+        server.head().await;
+        server.send(OK).await;
+    });
+    assert_eq!(second.unwrap().status(), 200);
+}
+
 /// In a runtime of its own.
 fn elsewhere(forward: &Forward, endpoint: &Endpoint) -> std::thread::JoinHandle<tokio::runtime::Runtime> {
     let (forward, endpoint) = (forward.clone(), endpoint.clone());

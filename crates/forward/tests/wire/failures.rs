@@ -1,5 +1,6 @@
 //! What goes wrong, and what the caller is told.
 
+use std::task::Poll;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -155,6 +156,35 @@ async fn a_deadline_ends_the_wait_and_the_body() {
     assert!(error.to_string().contains("time for the request"), "{error}");
 }
 
+/// A reader who is slow finds more whenever he looks: the alarm is never asked.
+#[tokio::test]
+async fn a_deadline_also_ends_a_body_that_has_always_more() {
+    let upstream = Upstream::bind().await;
+    let forward = upstream.forward().total_timeout(Duration::from_secs(60));
+    let (response, _server) = tokio::join!(call(&forward, get("/")), async {
+        let mut server = upstream.accept().await;
+        server.head().await;
+        server.send("HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n").await;
+        server.send(vec![b'x'; 64 * 1024]).await;
+        server
+    });
+    let mut body = response.into_body();
+    assert!(within(body.frame()).await.unwrap().is_ok());
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(61)).await;
+    let error = loop {
+        match tokio_test::task::spawn(body.frame()).poll() {
+            Poll::Ready(Some(frame)) => match frame {
+                Ok(_) => panic!("time was over"),
+                Err(error) => break error,
+            },
+            Poll::Ready(None) => panic!("it was not whole"),
+            Poll::Pending => tokio::task::yield_now().await,
+        }
+    };
+    assert!(error.to_string().contains("time for the request"), "{error}");
+}
+
 #[tokio::test]
 async fn a_body_that_stands_still_is_broken_off() {
     let upstream = Upstream::bind().await;
@@ -277,6 +307,8 @@ async fn no_connection_in_time_is_504_and_nothing_was_sent() {
     let mut server = upstream.accept().await;
     server.head().await;
     assert_eq!(rejection(&call(&forward, get("/")).await), (504, "connect-timeout", false));
+    let hasty = forward.clone().connect_timeout(Duration::from_secs(15)).total_timeout(Duration::from_millis(30));
+    assert_eq!(rejection(&call(&hasty, get("/")).await), (504, "deadline-exceeded", false), "it was not the endpoint");
     server.send(OK).await;
     assert_eq!(busy.await.unwrap().status(), 200);
 }

@@ -186,41 +186,20 @@ async fn http_2_to_http_2_with_trailers_and_a_host_that_must_agree() {
 
 #[tokio::test]
 async fn streams_share_a_connection_and_more_are_opened_when_they_run_out() {
-    let release = Arc::new(Notify::new());
-    let waiting = Arc::new(AtomicUsize::new(0));
-    let upstream = {
-        let (release, waiting) = (release.clone(), waiting.clone());
-        h2_upstream(2, move |_| {
-            let (release, waiting) = (release.clone(), waiting.clone());
-            async move {
-                let released = release.notified();
-                waiting.fetch_add(1, Ordering::Relaxed);
-                released.await;
-                Response::new(full("ok"))
-            }
-        })
-        .await
-    };
+    let (upstream, release, waiting) = holding(2).await;
     let forward = Forward::new();
     let warm = tokio::spawn({
         let (mut forward, request) = (forward.clone(), to(&upstream.endpoint, get("/")));
         async move { forward.call(request).await.unwrap() }
     });
-    while waiting.load(Ordering::Relaxed) < 1 {
-        tokio::task::yield_now().await;
-    }
+    until(&waiting, 1).await;
     let calls: Vec<_> = (0..5)
         .map(|_| {
             let (mut forward, request) = (forward.clone(), to(&upstream.endpoint, get("/")));
             tokio::spawn(async move { forward.call(request).await.unwrap() })
         })
         .collect();
-    within(async {
-        while waiting.load(Ordering::Relaxed) < 6 {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await;
+    until(&waiting, 6).await;
     assert_eq!(upstream.connections.load(Ordering::Relaxed), 3);
     release.notify_waiters();
     assert_eq!(within(warm).await.unwrap().status(), 200);
@@ -253,8 +232,8 @@ async fn an_endpoint_that_is_not_there_fails_for_all_who_wait() {
     }
 }
 
-/// A server that says `frames` after the client's first request, and nothing before but its settings.
-async fn scripted(frames: Vec<u8>) -> (Endpoint, tokio::task::JoinHandle<usize>) {
+/// A server that says one of `answers` after each request, the last one from then on, and nothing before but its settings.
+async fn scripted(answers: Vec<&'static [u8]>) -> (Endpoint, tokio::task::JoinHandle<usize>) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let mut instance = Instance::new("1", Address::Socket(listener.local_addr().unwrap()));
@@ -277,8 +256,9 @@ async fn scripted(frames: Vec<u8>) -> (Endpoint, tokio::task::JoinHandle<usize>)
                 let mut payload = vec![0; length];
                 io.read_exact(&mut payload).await.unwrap();
                 if head[3] == 1 {
+                    let answer = answers.get(requests).or(answers.last()).unwrap();
                     requests += 1;
-                    io.write_all(&frames).await.unwrap();
+                    io.write_all(answer).await.unwrap();
                 }
             }
         }
@@ -294,7 +274,7 @@ const GOAWAY: [u8; 17] = [0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 #[tokio::test]
 async fn what_the_endpoint_did_not_process_was_not_sent() {
     for (frames, sent) in [(&REFUSED[..], false), (&GOAWAY, false), (&INTERNAL, true)] {
-        let (endpoint, requests) = scripted(frames.to_vec()).await;
+        let (endpoint, requests) = scripted(vec![frames]).await;
         let request = Request::post("http://a/").body(Full::<Bytes>::from("x")).unwrap();
         let response = call(&Forward::new(), to(&endpoint, request)).await;
         let rejection = response.extensions().get::<Rejection>().unwrap();
@@ -302,6 +282,108 @@ async fn what_the_endpoint_did_not_process_was_not_sent() {
         drop((response, endpoint));
         assert!(within(requests).await.unwrap() >= 1);
     }
+}
+
+#[tokio::test]
+async fn a_stream_that_is_reset_on_a_used_connection_is_not_repeated() {
+    // An answer without a body, and INTERNAL_ERROR on the next stream.
+    const OK: [u8; 10] = [0, 0, 1, 1, 5, 0, 0, 0, 1, 0x88];
+    const RESET: [u8; 13] = [0, 0, 4, 3, 0, 0, 0, 0, 3, 0, 0, 0, 2];
+    let (endpoint, requests) = scripted(vec![&OK, &RESET, &[]]).await;
+    let forward = Forward::new();
+    assert_eq!(call(&forward, to(&endpoint, get("/"))).await.status(), 200);
+    let response = call(&forward, to(&endpoint, get("/"))).await;
+    let rejection = response.extensions().get::<Rejection>().unwrap();
+    assert_eq!((rejection.status().as_u16(), rejection.sent()), (502, true));
+    drop((response, endpoint));
+    assert_eq!(within(requests).await.unwrap(), 2);
+}
+
+/// A server whose answers wait until they are released; how many wait.
+async fn holding(streams: u32) -> (H2, Arc<Notify>, Arc<AtomicUsize>) {
+    let (release, waiting) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
+    let kept = (release.clone(), waiting.clone());
+    let answer = move |_| {
+        let (release, waiting) = kept.clone();
+        async move {
+            let released = release.notified();
+            waiting.fetch_add(1, Ordering::Relaxed);
+            released.await;
+            Response::new(full("ok"))
+        }
+    };
+    (h2_upstream(streams, answer).await, release, waiting)
+}
+
+async fn until(waiting: &AtomicUsize, count: usize) {
+    within(async {
+        while waiting.load(Ordering::Relaxed) < count {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn requests_beyond_all_streams_of_all_connections_wait_for_one() {
+    let (upstream, release, waiting) = holding(100).await;
+    let forward = Forward::new().max_connections(1).max_streams(1).connect_timeout(Duration::from_secs(15));
+    let calls: Vec<_> = (0..4)
+        .map(|_| {
+            let (mut forward, request) = (forward.clone(), to(&upstream.endpoint, get("/")));
+            tokio::spawn(async move { forward.call(request).await.unwrap().into_body().collect().await.unwrap() })
+        })
+        .collect();
+    for count in 1..=4 {
+        until(&waiting, count).await;
+        release.notify_waiters();
+    }
+    for call in calls {
+        assert_eq!(within(call).await.unwrap().to_bytes(), "ok");
+    }
+    assert_eq!(upstream.connections.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn an_unused_connection_makes_room_for_one_of_the_other_protocol_and_for_another_runtime() {
+    let upstream = h2_upstream(100, |_| async { Response::new(full("ok")) }).await;
+    let forward = Forward::new().max_connections(1).connect_timeout(Duration::from_secs(15));
+    let elsewhere = {
+        let (forward, request) = (forward.clone(), to(&upstream.endpoint, get("/")));
+        tokio::task::spawn_blocking(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+            let asked = async move { call(&forward, request).await.into_body().collect().await.unwrap() };
+            assert_eq!(runtime.block_on(runtime.spawn(asked)).unwrap().to_bytes(), "ok");
+            runtime
+        })
+    };
+    let runtime = within(elsewhere).await.unwrap();
+    assert_eq!(forward.connections(&upstream.endpoint), (0, 1));
+    let response = call(&forward, to(&upstream.endpoint, get("/"))).await;
+    assert_eq!(within(response.into_body().collect()).await.unwrap().to_bytes(), "ok");
+    assert_eq!(forward.open_connections(&upstream.endpoint), 1);
+    runtime.shutdown_background();
+}
+
+#[tokio::test]
+async fn a_connection_counts_until_its_last_stream_ends() {
+    let (upstream, release, waiting) = holding(100).await;
+    let forward = Forward::new().max_age(Duration::ZERO).max_connections(2);
+    let old = tokio::spawn({
+        let (mut forward, request) = (forward.clone(), to(&upstream.endpoint, get("/")));
+        async move { forward.call(request).await.unwrap().into_body().collect().await.unwrap() }
+    });
+    until(&waiting, 1).await;
+    // It takes no more streams: the keeper lets go of it, or the next request finds it retired.
+    let next = tokio::spawn({
+        let (mut forward, request) = (forward.clone(), to(&upstream.endpoint, get("/")));
+        async move { forward.call(request).await.unwrap().into_body().collect().await.unwrap() }
+    });
+    until(&waiting, 2).await;
+    assert_eq!(forward.open_connections(&upstream.endpoint), 2);
+    release.notify_waiters();
+    assert_eq!(within(old).await.unwrap().to_bytes(), "ok");
+    assert_eq!(within(next).await.unwrap().to_bytes(), "ok");
 }
 
 fn grpc(timeout: Option<&str>) -> Request<Full<Bytes>> {

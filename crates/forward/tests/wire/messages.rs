@@ -9,6 +9,7 @@ async fn bodies_keep_their_framing() {
     for (request, framing, body) in [
         ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\nhello", "content-length: 5", "hello"),
         ("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n", "content-length: 0", ""),
+        ("PUT / HTTP/1.1\r\nhost: a\r\n\r\n", "content-length: 0", ""),
         ("GET / HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\nhello", "content-length: 5", "hello"),
         (
             "POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
