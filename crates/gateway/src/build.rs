@@ -152,3 +152,25 @@ pub(crate) fn trusted_proxies(trusted: &config::TrustedProxies) -> Result<Truste
         config::ProxyHeader::Forwarded => proxies.reading_forwarded(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn what_nobody_asks_for_stays_known() {
+        let text = "[services.quiet]\nendpoints = [\"127.0.0.1:9\"]\n[[routes]]\npath = \"/\"\nto = \"quiet\"\n";
+        let config = Config::parse("gateway.toml", text, Path::new("."), &|_| None).unwrap();
+        let running = Running::build(config, None).unwrap();
+        running.gateway.ready().await;
+        let before = running.services["quiet"].endpoints().unwrap();
+        for _ in 0..12 {
+            tokio::time::sleep(Duration::from_secs(600)).await;
+        }
+        let after = running.services["quiet"].endpoints().unwrap();
+        assert!(before.iter().eq(after.iter()) && after.iter().all(|endpoint| !endpoint.is_removed()));
+    }
+}

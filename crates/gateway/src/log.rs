@@ -6,7 +6,7 @@
 use std::fmt;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
@@ -102,10 +102,19 @@ pub(crate) fn dropped() -> u64 {
 
 /// Waits until what was said is written, but no longer than that.
 pub(crate) fn flush(within: Duration) {
+    let Some(Lines(lines)) = LINES.get() else { return };
+    let mut left = within;
     let (done, is_done) = sync_channel(1);
-    if LINES.get().is_some_and(|Lines(lines)| lines.try_send(Order::Flush(done)).is_ok()) {
-        let _ = is_done.recv_timeout(within);
+    let mut order = Order::Flush(done);
+    while let Err(TrySendError::Full(again)) = lines.try_send(order) {
+        if left.is_zero() {
+            return;
+        }
+        std::thread::park_timeout(GATHER);
+        left = left.saturating_sub(GATHER);
+        order = again;
     }
+    let _ = is_done.recv_timeout(left);
 }
 
 /// Writes lines, as many at once as there are.

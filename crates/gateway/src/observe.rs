@@ -99,6 +99,9 @@ pub(crate) struct Finished {
     pub(crate) whole: bool,
 }
 
+/// So much of what a caller said is kept for log and spans, of which many may wait.
+const LONGEST: usize = 2 << 10;
+
 // === impl Observed ===
 
 impl Observed {
@@ -121,8 +124,8 @@ impl Service<Request<Incoming>> for Observed {
         let running = self.state.running();
         let (traces, exporter) = (&running.config.traces, &running.exporter);
         let trace = traces.propagate.then(|| {
-            let share = exporter.as_ref().map(|_| traces.sample.0);
-            Trace::carry(request.headers_mut(), Sampling { accept: traces.accept, share }, || fastrand::u64(..))
+            let sampling = Sampling { accept: traces.accept, share: traces.sample.0, exports: exporter.is_some() };
+            Trace::carry(request.headers_mut(), sampling, || fastrand::u64(..))
         });
         let is_exported = trace.is_some_and(|trace| trace.is_exported());
         let asked = Asked::of(&request, running.config.log.access || is_exported, is_exported);
@@ -154,21 +157,22 @@ impl Asked {
         let all = || More {
             version: request.version(),
             encrypted: PeerTls::of(request.extensions()).is_some(),
-            host: request
-                .uri()
-                .authority()
-                .map(http::uri::Authority::as_str)
-                .or(field(header::HOST))
-                .map(str::to_owned),
-            agent: field(header::USER_AGENT).map(str::to_owned),
+            host: request.uri().authority().map(http::uri::Authority::as_str).or(field(header::HOST)).map(kept),
+            agent: field(header::USER_AGENT).map(kept),
         };
         Self {
             method: request.method().clone(),
-            path: path.then(|| request.uri().path().to_owned()),
+            path: path.then(|| kept(request.uri().path())),
             peer: PeerAddress::of(request.extensions()).map(|PeerAddress(peer)| *peer),
             more: more.then(|| Box::new(all())),
         }
     }
+}
+
+/// As much of it as is kept.
+fn kept(text: &str) -> String {
+    let end = (0..=LONGEST.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+    text[..end.unwrap_or_default()].to_owned()
 }
 
 // === impl ResponseFuture ===

@@ -160,8 +160,9 @@ fn signals(state: &Arc<State>) -> io::Result<()> {
                 _ = term.recv() => {}
                 _ = interrupt.recv() => {}
                 _ = hangup.recv() => {
-                    // Said by itself.
-                    let _ = state.reload().await;
+                    // Said by itself, and beside: a file that cannot be read must not keep it from being stopped.
+                    let state = state.clone();
+                    tokio::spawn(async move { state.reload().await });
                     continue;
                 }
             }
@@ -189,12 +190,18 @@ async fn watch(state: Arc<State>) {
     };
     // Nothing has been seen of those that are looked at for the first time: they may have changed since they were read.
     let mut seen = BTreeMap::new();
+    // A wrong file may be made right elsewhere: by a key that it names and the running one does not.
+    let mut wrong = false;
     loop {
         let now = look();
         let changed = now.iter().any(|(file, about)| seen.get(file) != Some(about));
         seen.extend(now);
-        if changed && state.running().config.server.watch && !state.is_as_the_file_says().await {
-            let _ = state.reload().await;
+        if (changed || wrong) && state.running().config.server.watch {
+            let otherwise = state.says_otherwise().await;
+            if otherwise.unwrap_or(changed) {
+                let _ = state.reload().await;
+            }
+            wrong = otherwise.is_none();
         }
         tokio::time::sleep(LOOK).await;
     }

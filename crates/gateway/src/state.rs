@@ -139,11 +139,11 @@ impl State {
         result
     }
 
-    /// Whether another reading would change nothing.
-    pub(crate) async fn is_as_the_file_says(&self) -> bool {
-        let Some(file) = self.file.clone() else { return true };
+    /// Whether another reading would change something; nothing if the file cannot be read, or is wrong.
+    pub(crate) async fn says_otherwise(&self) -> Option<bool> {
+        let Some(file) = self.file.clone() else { return Some(false) };
         let loaded = tokio::task::spawn_blocking(move || Config::load(&file)).await;
-        loaded.is_ok_and(|loaded| loaded.is_ok_and(|config| config == self.running().config))
+        Some(loaded.ok()?.ok()? != self.running().config)
     }
 
     fn replace(&self, config: Config) -> Result<String, String> {
@@ -162,7 +162,8 @@ impl State {
         self.listen_to_breakers(Some(&before));
         let running = self.running();
         let is_one = |name: &str| running.services.iter().any(|(own, service)| own == name || service.name == name);
-        self.telemetry.keep_services(is_one);
+        let labels: Vec<String> = running.config.routes.iter().map(|route| route.label()).collect();
+        self.telemetry.keep(is_one, |route| labels.iter().any(|label| label == route));
         let mut said = String::from("the file is in force");
         if !later.is_empty() {
             said.push_str(&format!("; what it says of {} counts from the next start", later.join(", ")));

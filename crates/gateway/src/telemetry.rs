@@ -118,14 +118,13 @@ pub(crate) struct Event {
 impl Telemetry {
     /// Where requests with these labels are counted.
     pub(crate) fn series(&self, labels: Labels) -> Arc<Series> {
-        if let Some(series) = self.series.load().get(&labels) {
+        let all = self.series.load();
+        if let Some(series) = all.get(&labels).or_else(|| all.get(overflow()).filter(|_| all.len() > MAX_SERIES)) {
             return series.clone();
         }
         let _writing = lock(&self.writing);
         let mut series = HashMap::clone(&self.series.load());
-        let overflow =
-            || Labels { route: "_overflow".into(), method: "_OTHER", status: 0, grpc: None, refused: ("", "") };
-        let labels = if series.len() < MAX_SERIES { labels } else { overflow() };
+        let labels = if series.len() < MAX_SERIES { labels } else { overflow().clone() };
         let found = series.entry(labels).or_default().clone();
         self.series.store(Arc::new(series));
         found
@@ -143,9 +142,13 @@ impl Telemetry {
         found
     }
 
-    /// Forgets the services that are none of these.
-    pub(crate) fn keep_services(&self, is_one: impl Fn(&str) -> bool) {
+    /// Forgets the services and the routes that are none of these.
+    pub(crate) fn keep(&self, is_one: impl Fn(&str) -> bool, is_route: impl Fn(&str) -> bool) {
         let _writing = lock(&self.writing);
+        let stays = |labels: &Labels| labels.route.is_empty() || labels == overflow() || is_route(&labels.route);
+        let all = self.series.load();
+        let kept = all.iter().filter(|(labels, _)| stays(labels)).map(|(labels, one)| (labels.clone(), one.clone()));
+        self.series.store(Arc::new(kept.collect()));
         let kept =
             self.moved.load().iter().filter(|(name, _)| is_one(name)).map(|(a, b)| (a.clone(), b.clone())).collect();
         self.moved.store(Arc::new(kept));
@@ -203,6 +206,18 @@ impl Telemetry {
     pub(crate) fn events(&self) -> Vec<Event> {
         lock(&self.events).iter().rev().cloned().collect()
     }
+}
+
+/// What there is no series for is counted here.
+fn overflow() -> &'static Labels {
+    static OVERFLOW: LazyLock<Labels> = LazyLock::new(|| Labels {
+        route: "_overflow".into(),
+        method: "_OTHER",
+        status: 0,
+        grpc: None,
+        refused: ("", ""),
+    });
+    &OVERFLOW
 }
 
 // === impl Labels ===
@@ -316,6 +331,9 @@ mod tests {
         let overflow = readings.iter().find(|(labels, _)| &*labels.route == "_overflow").unwrap();
         let Reading { times, up, down } = &overflow.1;
         assert_eq!((times.count(), *up, *down, times.buckets[FINE + 1]), (50, 50, 150, 50));
+        telemetry.keep(|_| false, |route| route == "7");
+        let left: Vec<_> = telemetry.readings().into_iter().map(|(labels, _)| labels.route).collect();
+        assert_eq!(left.iter().map(|route| &**route).collect::<Vec<_>>(), ["7", "_overflow"]);
     }
 
     #[test]

@@ -20,8 +20,10 @@ pub(crate) struct Trace {
 pub(crate) struct Sampling {
     /// Whether callers' traces go on.
     pub(crate) accept: bool,
-    /// The share of traces begun here that are exported; nothing is where nobody exports.
-    pub(crate) share: Option<f64>,
+    /// The share of traces begun here that are sampled: those behind record them, whether or not this gateway does.
+    pub(crate) share: f64,
+    /// Whether spans are exported from here.
+    pub(crate) exports: bool,
 }
 
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
@@ -42,11 +44,11 @@ impl Trace {
                 // What belonged to a trace that cannot be read means nothing in another.
                 headers.remove(TRACESTATE);
                 let id = u128::from(fresh()) << 64 | u128::from(fresh());
-                let sampled = sampling.share.is_some_and(|share| is_within(id, share));
+                let sampled = is_within(id, sampling.share);
                 Self { id, span: fresh(), parent: None, flags: if sampled { SAMPLED } else { 0 }, exported: false }
             }
         };
-        trace.exported = sampling.share.is_some() && trace.flags & SAMPLED != 0;
+        trace.exported = sampling.exports && trace.flags & SAMPLED != 0;
         trace.write(headers);
         trace
     }
@@ -124,8 +126,8 @@ mod tests {
     use super::*;
 
     const PARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
-    const ALL: Sampling = Sampling { accept: true, share: Some(1.0) };
-    const QUIET: Sampling = Sampling { accept: true, share: None };
+    const ALL: Sampling = Sampling { accept: true, share: 1.0, exports: true };
+    const QUIET: Sampling = Sampling { exports: false, ..ALL };
 
     fn carried(parent: &str, sampling: Sampling) -> (Trace, HeaderMap) {
         let mut headers = HeaderMap::new();
@@ -172,7 +174,7 @@ mod tests {
         headers.append(TRACEPARENT, PARENT.parse().unwrap());
         assert_ne!(Trace::carry(&mut headers, QUIET, || 1).to_string(), "4bf92f3577b34da6a3ce929d0e0e4736");
         assert_eq!(headers.get_all(TRACEPARENT).iter().count(), 1);
-        let strangers = Sampling { accept: false, share: None };
+        let strangers = Sampling { accept: false, ..QUIET };
         assert_eq!(carried(PARENT, strangers).0.parent, None, "strangers' traces end at the edge");
     }
 
@@ -181,12 +183,15 @@ mod tests {
         assert!(carried(PARENT, ALL).0.is_exported());
         assert!(!carried(&PARENT.replace("-01", "-00"), ALL).0.is_exported(), "not sampled where it began");
         assert!(!carried(PARENT, QUIET).0.is_exported(), "nobody exports");
-        let never = Sampling { share: Some(0.0), ..ALL };
+        let never = Sampling { share: 0.0, ..ALL };
         assert!(carried(PARENT, never).0.is_exported());
         let (begun, headers) = carried("", never);
         assert!(!begun.is_exported() && headers[TRACEPARENT].to_str().unwrap().ends_with("-00"));
         let (begun, headers) = carried("", ALL);
         assert!(begun.is_exported() && headers[TRACEPARENT].to_str().unwrap().ends_with("-01"));
+        let (begun, headers) = carried("", QUIET);
+        let sampled = headers[TRACEPARENT].to_str().unwrap().ends_with("-01");
+        assert!(!begun.is_exported() && sampled, "those behind may record what is not exported from here");
     }
 
     #[test]

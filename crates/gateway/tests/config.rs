@@ -151,6 +151,11 @@ fn the_example_is_as_the_schema_says_also_where_it_is_commented_out_and_wrong_fi
 fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
     let mut unsaid = Vec::new();
     for (part, said) in [
+        ("[admin]\ntoken = 8675309", "7:9: a integer is not a secret; { env = \"NAME\" }"),
+        (
+            "[services.tls]\nendpoints = [\"127.0.0.1:1\"]\ntls = { ca = \"-----BEGIN CERTIFICATE-----\" }",
+            "8:14: this is no path, but what should be in a file; put the text into a file",
+        ),
         ("[log]\nfromat = \"json\"", "7:1: unknown key \"fromat\"; did you mean \"format\"?"),
         (
             "services.x.endpoints = \"a:1\"",

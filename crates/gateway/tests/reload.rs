@@ -287,19 +287,38 @@ async fn a_hangup_and_a_change_of_the_file_reload_it() {
         file(&[("a", &[backend.address()])], &more).replace("threads = 2", "threads = 2, watch = true")
     };
     let program = Program::start(&with("first"));
-    let until = async |word: &str| {
-        for _ in 0..500 {
-            if program.get("/word").await.text() == word {
-                return;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-        panic!("not {word}: {}", log(&program.folder));
-    };
-    until("first").await;
+    says(&program, "first").await;
     program.write(&with("second"));
     program.signal("HUP");
-    until("second").await;
+    says(&program, "second").await;
     program.write(&with("the third"));
-    until("the third").await;
+    says(&program, "the third").await;
+}
+
+/// Waits until `/word` is answered so.
+async fn says(program: &Program, word: &str) {
+    for _ in 0..500 {
+        if program.get("/word").await.text() == word {
+            return;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    panic!("not {word}: {}", log(&program.folder));
+}
+
+#[tokio::test]
+async fn a_file_that_names_what_comes_later_is_tried_again() {
+    let backend = Backend::start("one").await;
+    let with = |more: &str| {
+        file(&[("a", &[backend.address()])], &format!("{ALL}{more}"))
+            .replace("threads = 2", "threads = 2, watch = true")
+    };
+    let program = Program::start(&with(""));
+    let secret =
+        "[auth]\ndefault = \"none\"\n[auth.providers.p]\nsecret = { file = \"later\" }\nalgorithm = \"HS256\"\n";
+    program.write(&with(&format!("[[routes]]\npath = \"/word\"\nrespond = {{ body = \"new\" }}\n{secret}")));
+    let refused = "portcullis_config_reloads_total{result=\"refused\"} 1";
+    program.until("/metrics", |answer| answer.text().contains(refused)).await;
+    std::fs::write(program.folder.join("later"), "thirty-two bytes are enough for this").expect("a folder to write in");
+    says(&program, "new").await;
 }

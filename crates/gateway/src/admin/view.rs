@@ -7,7 +7,6 @@ use portcullis_core::Endpoint;
 use serde_json::{Value as Json, json};
 
 use crate::build::Service;
-use crate::config::Route;
 use crate::state::State;
 use crate::telemetry::{Answered, BOUNDS, Times};
 
@@ -32,7 +31,7 @@ pub(super) fn state(state: &State) -> Json {
     };
     let mut routes: Vec<Json> = Vec::new();
     for one in &running.config.routes {
-        let name = route_name(one);
+        let name = one.label();
         // Routes of one name are counted as one.
         if routes.iter().any(|have| have["name"] == *name) {
             continue;
@@ -95,15 +94,6 @@ pub(super) fn state(state: &State) -> Json {
         // How long ago, and the requests, errors and refusals until then.
         "history": history,
     })
-}
-
-/// What a route is called in logs and metrics.
-pub(super) fn route_name(route: &Route) -> String {
-    let grpc = || {
-        let grpc = route.grpc.as_ref()?;
-        Some(format!("/{}/{}", *grpc.service, grpc.method.as_ref().map_or("{method}", |method| method)))
-    };
-    route.name.clone().or_else(|| route.path.as_ref().map(|path| path.to_string())).or_else(grpc).unwrap_or_default()
 }
 
 /// All services with their endpoints.

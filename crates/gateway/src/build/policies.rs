@@ -80,14 +80,10 @@ pub(super) fn route(
     believed: Option<Believed>,
 ) -> Result<(String, Route), Error> {
     let mut built = target(route)?;
-    let pattern = match (&route.path, &route.grpc) {
-        (Some(path), _) => path.to_string(),
-        (None, Some(grpc)) => {
-            built = built.grpc();
-            format!("/{}/{}", *grpc.service, grpc.method.as_ref().map_or("{method}", |method| method))
-        }
-        (None, None) => return Err(Error(String::from("no path"))),
-    };
+    let pattern = route.pattern().ok_or_else(|| Error(String::from("no path")))?;
+    if route.path.is_none() {
+        built = built.grpc();
+    }
     if let Some(name) = &route.name {
         built = built.named(name);
     }

@@ -48,7 +48,6 @@ struct Place {
 struct Times {
     max_age: Option<Duration>,
     first_wait: Option<Duration>,
-    idle: Option<Duration>,
 }
 
 /// Instances that the file lists. Another file may list others: who stays keeps its handle.
@@ -92,7 +91,7 @@ impl Registries {
             }
             let listed = Listed(Arc::new(watch::Sender::new(instances.clone())));
             self.sources.insert(name.to_owned(), Source::Listed(listed.clone(), instances));
-            return (DiscoveryLayer::new(listed), name.to_owned());
+            return (follower(listed), name.to_owned());
         };
         let registered = service.registered_as.clone().unwrap_or_else(|| name.to_owned());
         let registries = known.iter().map(|(_, registry)| registry.clone()).collect();
@@ -141,11 +140,17 @@ impl Registries {
     }
 }
 
+/// A layer for one service of the file. It is followed for as long as the file has it, asked for or not: whether the gateway
+/// is ready hangs on it, and what operators did to its endpoints stays.
+fn follower(registry: impl Registry) -> DiscoveryLayer {
+    DiscoveryLayer::new(registry).idle(Duration::MAX)
+}
+
 /// Whether both are the same registry, however long what it said is believed.
 fn is_same(one: &config::Registry, other: &config::Registry) -> bool {
     let asked_alike = |one: &config::Registry| {
         let mut one = one.clone();
-        (one.max_age, one.first_wait, one.idle) = (None, None, None);
+        (one.max_age, one.first_wait) = (None, None);
         one
     };
     asked_alike(one) == asked_alike(other)
@@ -270,15 +275,12 @@ impl Place {
 
     /// The layer that finds there what is registered by this name.
     fn layer(&self, registered: &str) -> DiscoveryLayer {
-        let mut layer = DiscoveryLayer::new(Renamed { registry: self.together(), to: registered.into() });
+        let mut layer = follower(Renamed { registry: self.together(), to: registered.into() });
         if let Some(age) = self.times.max_age {
             layer = layer.max_age(age);
         }
         if let Some(wait) = self.times.first_wait {
             layer = layer.first_wait(wait);
-        }
-        if let Some(idle) = self.times.idle {
-            layer = layer.idle(idle);
         }
         layer
     }
@@ -304,7 +306,7 @@ impl Place {
 
 impl Times {
     fn of(registry: &config::Registry) -> Self {
-        Self { max_age: registry.max_age, first_wait: registry.first_wait, idle: registry.idle }
+        Self { max_age: registry.max_age, first_wait: registry.first_wait }
     }
 }
 

@@ -66,8 +66,6 @@ section! {
         max_age: Option<Duration>,
         /// How long a request waits for the first answer; "1s" by default.
         first_wait: Option<Duration>,
-        /// How long a service is watched that nobody asks for; "10m" by default.
-        idle: Option<Duration>,
         /// A file that remembers what the registry said, for a start while it does not answer.
         remember: Option<Place>,
     }

@@ -190,6 +190,18 @@ section! {
 }
 
 impl Route {
+    /// The path of the requests it takes: a call's, where it names one of gRPC.
+    pub(crate) fn pattern(&self) -> Option<String> {
+        let grpc =
+            |grpc: &Grpc| format!("/{}/{}", *grpc.service, grpc.method.as_ref().map_or("{method}", |method| method));
+        self.path.as_ref().map(|path| path.to_string()).or_else(|| self.grpc.as_ref().map(grpc))
+    }
+
+    /// What it is called in logs and metrics.
+    pub(crate) fn label(&self) -> String {
+        self.name.clone().or_else(|| self.pattern()).unwrap_or_default()
+    }
+
     pub(super) fn check(&self, span: &Range<usize>, config: &Config, notes: &mut Notes<'_>) {
         let answers = [!self.to.is_empty(), self.redirect.is_some(), self.respond.is_some()];
         match answers.iter().filter(|&&answer| answer).count() {

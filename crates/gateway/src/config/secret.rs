@@ -69,6 +69,11 @@ impl Reader<'_> {
 
     fn file(&mut self, node: &Node<'_>, path: &str) -> Option<(Source, Vec<u8>)> {
         const LARGEST: u64 = 16 << 20;
+        if path.contains(['\n', '\r']) || path.contains("-----BEGIN") {
+            let help = "put the text into a file, or into a variable: { env = \"NAME\" }";
+            self.notes.push(&node.span(), "this is no path, but what should be in a file", help);
+            return None;
+        }
         let path = self.folder.join(path);
         let why = match super::read_at_most(&path, LARGEST) {
             Ok(Some(bytes)) => return Some((Source::File(path), bytes)),
@@ -109,7 +114,9 @@ impl Value for Secret {
             return Some(Self { source: Source::Literal, value: text.to_owned() });
         }
         if !node.get_ref().is_table() {
-            reader.wrong(node, "a secret: { env = \"NAME\" }, { file = \"path\" }, or text");
+            // Without what stands there: it may be one all the same.
+            let what = format!("a {} is not a secret", node.get_ref().type_str());
+            reader.notes.push(&node.span(), what, "{ env = \"NAME\" }, { file = \"path\" }, or text in quotes");
             return None;
         }
         let (source, bytes) = reader.elsewhere(node)?;
