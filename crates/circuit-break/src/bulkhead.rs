@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use pin_project_lite::pin_project;
-use portcullis_core::{Body, Carried, Dialect, Endpoint, Guard, Layer as Name, Permit, Rejection, SlotKey};
+use portcullis_core::{Body, Carried, Clear, Dialect, Endpoint, Guard, Layer as Name, PerEndpoint, Permit, Rejection};
 
 /// Refuses requests when too many are in flight, so that what hangs cannot take everything else with it.
 ///
@@ -75,12 +76,16 @@ pin_project! {
 struct Shared {
     limit: u32,
     whole: Arc<Count>,
-    slot: SlotKey<Arc<Count>>,
+    endpoints: PerEndpoint<Share>,
     refused: AtomicU64,
 }
 
 #[derive(Default)]
 struct Count(AtomicU32);
+
+/// One endpoint's count. Another endpoint's is another one, so that calls which outlive theirs take nothing from it.
+#[derive(Default)]
+struct Share(ArcSwap<Count>);
 
 // === impl BulkheadLayer ===
 
@@ -88,9 +93,8 @@ impl BulkheadLayer {
     /// Lets so many calls be in flight at a time: to each endpoint below a balancer, else in all.
     #[must_use]
     pub fn new(limit: NonZeroU32) -> Self {
-        let shared =
-            Shared { limit: limit.get(), whole: Arc::default(), slot: SlotKey::new(), refused: AtomicU64::new(0) };
-        Self { shared: Arc::new(shared) }
+        let (endpoints, refused) = (PerEndpoint::new(), AtomicU64::new(0));
+        Self { shared: Arc::new(Shared { limit: limit.get(), whole: Arc::default(), endpoints, refused }) }
     }
 
     /// How many calls are in flight that carried no permit.
@@ -102,7 +106,7 @@ impl BulkheadLayer {
     /// How many calls are in flight to one endpoint.
     #[must_use]
     pub fn in_flight_to(&self, endpoint: &Endpoint) -> u32 {
-        endpoint.existing_slot(&self.shared.slot).map_or(0, |count| count.0.load(Ordering::Relaxed))
+        self.shared.endpoints.existing(endpoint).map_or(0, |share| share.0.load().0.load(Ordering::Relaxed))
     }
 
     /// How many requests were refused.
@@ -142,11 +146,12 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let count = match Permit::of(request.extensions()) {
-            Some(permit) => permit.endpoint().slot(&self.shared.slot, Arc::default),
-            None => &self.shared.whole,
+        let limit = self.shared.limit;
+        let hold = match Permit::of(request.extensions()) {
+            Some(permit) => Hold::take(&self.shared.endpoints.of(permit.endpoint(), Share::default).0.load(), limit),
+            None => Hold::take(&self.shared.whole, limit),
         };
-        let step = match Hold::take(count, self.shared.limit) {
+        let step = match hold {
             Some(hold) => Step::Called { future: self.inner.call(request), hold },
             None => {
                 self.shared.refused.fetch_add(1, Ordering::Relaxed);
@@ -197,6 +202,14 @@ impl<F> fmt::Debug for BulkheadFuture<F> {
     }
 }
 
+// === impl Share ===
+
+impl Clear for Share {
+    fn clear(&self) {
+        self.0.store(Arc::default());
+    }
+}
+
 // === impl Hold ===
 
 impl Hold {
@@ -232,5 +245,20 @@ impl Drop for Hold {
 impl fmt::Debug for Hold {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Hold").field(&self.0.is_some()).finish()
+    }
+}
+
+#[cfg(all(test, not(portcullis_loom)))]
+mod tests {
+    use super::*;
+    use portcullis_core::Instance;
+
+    #[test]
+    fn what_a_layer_counts_goes_with_it_though_the_endpoint_stays() {
+        let endpoint = Endpoint::new("s", Instance::new("a", std::net::SocketAddr::from(([127, 0, 0, 1], 1))));
+        let layer = BulkheadLayer::new(NonZeroU32::MIN);
+        let count = layer.shared.endpoints.of(&endpoint, Share::default).0.load_full();
+        drop(layer);
+        assert!(Arc::into_inner(count).is_some(), "the endpoint keeps it");
     }
 }

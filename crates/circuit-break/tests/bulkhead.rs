@@ -103,6 +103,30 @@ async fn below_a_balancer_each_endpoint_has_its_limit_and_a_refusal_gives_its_pl
     assert_eq!((layer.in_flight_to(&a), layer.in_flight_to(&b), layer.in_flight()), (1, 0, 0));
 }
 
+/// A call that outlives its endpoint must not be counted down at the next.
+#[tokio::test(start_paused = true)]
+async fn an_endpoint_that_comes_when_another_is_gone_begins_anew_and_calls_that_are_left_take_nothing_from_it() {
+    let layer = layer(1);
+    let hanging =
+        tower::service_fn(|_: Request<()>| std::future::pending::<Result<Response<contract::ProbeBody>, Broken>>());
+    let mut service = layer.layer(hanging);
+    let now = || Moment::from_nanos(1);
+    // Others come and go beside this test, so which numbers are given again is not known: many that follow each other.
+    for _ in 0..100 {
+        let gone = endpoint();
+        let left = service.ready().await.unwrap().call(permitted(Permit::without_right(gone.clone())));
+        assert_eq!(layer.in_flight_to(&gone), 1);
+        drop(gone);
+        let next = endpoint();
+        let call = service.ready().await.unwrap().call(permitted(next.permit(now).unwrap()));
+        assert_eq!(layer.in_flight_to(&next), 1);
+        drop(left);
+        assert_eq!(layer.in_flight_to(&next), 1);
+        drop(call);
+        assert_eq!(layer.in_flight_to(&next), 0);
+    }
+}
+
 /// Hundreds were in flight before the first result came [gobreaker#91]: a bulkhead holds until a timeout tells the breaker.
 #[tokio::test(start_paused = true)]
 async fn a_bulkhead_holds_the_crowd_until_the_breaker_knows() {
