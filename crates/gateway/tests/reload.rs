@@ -148,7 +148,7 @@ async fn who_is_registered_by_hand_stays_when_the_registry_is_believed_longer() 
     let order = json!({ "service": "a", "id": "one", "address": one.address().to_string() });
     assert_eq!(program.order("/register", &order).await.status, 200);
     program.until("/endpoints", |answer| answer.json()["a"]["endpoints"][0]["id"] == "one").await;
-    reload(&program, &text(", max_age = \"1h\", idle = \"1m\"")).await;
+    reload(&program, &text(", max_age = \"1h\", first_wait = \"2s\"")).await;
     assert_eq!(program.get("/").await.header("x-backend"), "one");
     let order = json!({ "service": "a", "id": "two", "address": one.address().to_string() });
     assert_eq!(program.order("/register", &order).await.status, 200);
