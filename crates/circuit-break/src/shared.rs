@@ -246,9 +246,10 @@ impl Shared {
         };
         match target {
             Target::Endpoint(endpoint) => tracing::info!(
-                service = %endpoint.service(),
-                endpoint = %endpoint.id(),
-                address = %endpoint.address(),
+                // As text, which is escaped: whoever registers chooses it.
+                service = &**endpoint.service(),
+                endpoint = &**endpoint.id(),
+                address = endpoint.address().to_string(),
                 from = ?change.from, to = ?change.to, reason = ?change.reason, open_for = ?change.open_for,
                 enforced = change.enforced,
                 "circuit breaker changed"

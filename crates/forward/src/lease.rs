@@ -234,7 +234,7 @@ impl Shard {
         let dialed = dial(&instance, h2, self.limits.tls.as_ref()).await?;
         #[cfg(not(feature = "tls"))]
         let dialed = dial(&instance, h2).await?;
-        debug!(endpoint = %endpoint.id(), h2 = dialed.h2, "connected");
+        debug!(endpoint = &**endpoint.id(), h2 = dialed.h2, "connected");
         Ok(dialed)
     }
 

@@ -59,6 +59,28 @@ async fn instances_are_registered_at_the_operators_side_and_get_requests_until_t
 }
 
 #[tokio::test]
+async fn who_registers_cannot_write_lines_into_the_log() {
+    let backend = Backend::start("one").await;
+    let more = format!(
+        "log.level = \"debug\"\nregistries.r.kind = \"embedded\"\nservices.a = {{ registry = \"r\", breaker = {{ failures = 1 }} }}\n{ALL}"
+    );
+    let program = Program::start(&file(&[], &more));
+    let id = "one\nFORGED all is well";
+    let order = json!({ "service": "a", "id": id, "address": backend.address().to_string() });
+    assert_eq!(program.order("/register", &order).await.status, 200);
+    program.until("/endpoints", |answer| answer.json()["a"]["endpoints"][0]["id"] == id).await;
+    assert_eq!(program.get("/status/500").await.status, 500);
+    program.until("/endpoints", |answer| answer.json()["a"]["endpoints"][0]["breaker"]["state"] == "open").await;
+    // Lines are written beside the requests.
+    for layer in ["portcullis_forward", "portcullis_circuit_break"] {
+        let of_it = |line: &str| line.contains(layer) && line.contains(r#""one\nFORGED all is well""#);
+        program.until("/live", |_| log(&program.folder).lines().any(of_it)).await;
+    }
+    let log = log(&program.folder);
+    assert!(!log.lines().any(|line| line.starts_with("FORGED")), "{log}");
+}
+
+#[tokio::test]
 async fn a_registry_that_was_absent_is_believed_when_it_comes() {
     let (mut consul, backend) = (Consul::start().await, Backend::start("one").await);
     consul.kill();
