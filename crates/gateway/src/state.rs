@@ -161,9 +161,9 @@ impl State {
         self.files.send_replace(());
         self.listen_to_breakers(Some(&before));
         let running = self.running();
-        let is_one = |name: &str| running.services.iter().any(|(own, service)| own == name || service.name == name);
         let labels: Vec<String> = running.config.routes.iter().map(|route| route.label()).collect();
-        self.telemetry.keep(is_one, |route| labels.iter().any(|label| label == route));
+        self.telemetry
+            .keep(|name| running.services.contains_key(name), |route| labels.iter().any(|label| label == route));
         let mut said = String::from("the file is in force");
         if !later.is_empty() {
             said.push_str(&format!("; what it says of {} counts from the next start", later.join(", ")));

@@ -67,18 +67,18 @@ impl Registries {
             };
             named.insert(name.clone(), ((**registry).clone(), built));
         }
-        let sources = before.map(|before| before.sources.clone()).unwrap_or_default();
+        let mut sources = before.map(|before| before.sources.clone()).unwrap_or_default();
+        sources.retain(|name, _| config.services.contains_key(name));
         Ok(Self { named, sources, succeeding: Vec::new() })
     }
 
-    /// The layer that finds a service's endpoints, the old one if that finds them in the same place; and what the service
-    /// is called there.
+    /// The layer that finds a service's endpoints, the old one if that finds them in the same place.
     pub(super) fn discovery(
         &mut self,
         name: &str,
         service: &config::Service,
         old: Option<&DiscoveryLayer>,
-    ) -> (DiscoveryLayer, String) {
+    ) -> DiscoveryLayer {
         let names = service.registry.iter().chain(&service.fallback);
         let known: Vec<_> = names.filter_map(|name| self.named.get(&**name)).collect();
         let Some((first, _)) = known.first() else {
@@ -87,11 +87,11 @@ impl Registries {
             if let (Some(old), Some(Source::Listed(listed, _))) = (old, self.sources.get(name)) {
                 let listed = listed.clone();
                 self.sources.insert(name.to_owned(), Source::Listed(listed, instances));
-                return (old.clone(), name.to_owned());
+                return old.clone();
             }
             let listed = Listed(Arc::new(watch::Sender::new(instances.clone())));
             self.sources.insert(name.to_owned(), Source::Listed(listed.clone(), instances));
-            return (follower(listed), name.to_owned());
+            return follower(listed);
         };
         let registered = service.registered_as.clone().unwrap_or_else(|| name.to_owned());
         let registries = known.iter().map(|(_, registry)| registry.clone()).collect();
@@ -103,14 +103,14 @@ impl Registries {
         if let Some((old, before)) = before
             && before.is(&place)
         {
-            return (old.clone(), name.to_owned());
+            return old.clone();
         }
         let layer = place.layer(&registered);
         if let Some((old, _)) = before {
             self.succeeding.push((layer.clone(), old.clone()));
         }
         self.sources.insert(name.to_owned(), Source::Named(place, registered));
-        (layer, name.to_owned())
+        layer
     }
 
     /// The registry of that name.
@@ -337,5 +337,30 @@ impl Registry for Renamed {
 
     fn register(&self, definition: ServiceDefinition) -> Pending<Registration> {
         self.registry.register(definition)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn a_service_that_is_gone_keeps_no_registry() {
+        let config = |services: &[&str]| {
+            let mut text = String::from("registries.r.kind = \"embedded\"\n");
+            for name in services {
+                text.push_str(&format!("services.{name}.registry = \"r\"\n"));
+            }
+            text.push_str("[[routes]]\npath = \"/\"\nto = \"a\"\n");
+            Config::parse("gateway.toml", &text, Path::new("/"), &|_| None).unwrap()
+        };
+        let (both, one) = (config(&["a", "b"]), config(&["a"]));
+        let mut before = Registries::build(&both, None).unwrap();
+        for (name, service) in &both.services {
+            before.discovery(name, service, None);
+        }
+        let after = Registries::build(&one, Some(&before)).unwrap();
+        assert_eq!(after.sources.keys().collect::<Vec<_>>(), ["a"]);
     }
 }

@@ -23,7 +23,7 @@ const BUDGET_WINDOW: Duration = Duration::from_secs(10);
 pub(crate) struct Service {
     pub(super) config: config::Service,
     trusted: config::TrustedProxies,
-    /// What the registry calls it.
+    /// What the file calls it.
     pub(crate) name: String,
     pub(crate) discovery: DiscoveryLayer,
     balance: BalanceLayer<Arc<dyn Pick>>,
@@ -45,7 +45,7 @@ impl Service {
         proxies: &TrustedProxies,
         old: Option<&Self>,
     ) -> Result<Self, Error> {
-        let (discovery, registered) = registries.discovery(name, service, old.map(|old| &old.discovery));
+        let discovery = registries.discovery(name, service, old.map(|old| &old.discovery));
         let same = |part: fn(&config::Service, &config::Service) -> bool| old.filter(|old| part(&old.config, service));
         let believes_the_same = |old: &&Self| old.trusted == config.trusted_proxies;
         let balanced_alike = same(|a, b| a.balance == b.balance && a.retry == b.retry);
@@ -72,17 +72,15 @@ impl Service {
             None => forward_to(service, proxies)?,
         };
         let asks_the_same = |old: &&Self| {
-            old.config.health == service.health
-                && old.name == registered
-                && Arc::ptr_eq(old.discovery.registry(), discovery.registry())
+            old.config.health == service.health && Arc::ptr_eq(old.discovery.registry(), discovery.registry())
         };
         let health = match (&service.health, connects_as.filter(asks_the_same)) {
             (None, _) => None,
             (Some(_), Some(old)) => old.health.clone(),
-            (Some(health), None) => Some(checker(health).start(discovery.clone(), &registered, forward.clone())),
+            (Some(health), None) => Some(checker(health).start(discovery.clone(), name, forward.clone())),
         };
         let (config, trusted) = (service.clone(), config.trusted_proxies.clone());
-        Ok(Self { config, trusted, name: registered, discovery, balance, budget, circuit_break, forward, health })
+        Ok(Self { config, trusted, name: name.to_owned(), discovery, balance, budget, circuit_break, forward, health })
     }
 
     pub(super) fn upstream(&self) -> Upstream {
