@@ -4,8 +4,8 @@ use std::fmt;
 use std::future::Future;
 use std::net::IpAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Once};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use crate::cache::{CacheStats, Tag, TokenCache};
 use crate::claims::{Believed, MAX_LEEWAY, OTHER_ISSUER, Rules};
 use crate::error::{Error, Kind};
 use crate::key_set::{KeySet, Lookup};
-use crate::limit::FailureLimit;
+use crate::limit::{FailureLimit, Failures};
 use crate::token::{self, Token};
 
 /// The longest token that is looked at, unless said otherwise.
@@ -27,12 +27,6 @@ pub const DEFAULT_MAX_TOKEN_BYTES: usize = 8 * 1024;
 
 /// How much memory tokens that verified may take up, unless said otherwise.
 pub const DEFAULT_CACHE_BYTES: usize = 8 << 20;
-
-/// How many tokens of one client address may fail at once, unless said otherwise.
-pub const DEFAULT_FAILURE_BURST: u32 = 100;
-
-/// After how long one more may fail, unless said otherwise.
-pub const DEFAULT_FAILURE_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Accepts callers with a signed JSON Web Token ([RFC 7519](https://www.rfc-editor.org/rfc/rfc7519)) in `Authorization:
 /// Bearer`.
@@ -56,10 +50,8 @@ struct Inner {
     others: Vec<Provider>,
     max_token_bytes: usize,
     wall: WallClock,
-    clock: Clock,
     cache: Option<Arc<TokenCache>>,
-    failures: Option<Arc<FailureLimit>>,
-    proxies: TrustedProxies,
+    failures: Failures,
     /// Told apart from every other set of rules in the process, so that no cache mixes them up.
     version: u64,
 }
@@ -88,10 +80,8 @@ impl Jwt {
             others: Vec::new(),
             max_token_bytes: DEFAULT_MAX_TOKEN_BYTES,
             wall: WallClock::system(),
-            clock: Clock::system(),
             cache: TokenCache::new(DEFAULT_CACHE_BYTES).map(Arc::new),
-            failures: Some(Arc::new(FailureLimit::new(DEFAULT_FAILURE_BURST, DEFAULT_FAILURE_INTERVAL))),
-            proxies: TrustedProxies::none(),
+            failures: Failures::default(),
             version: next_version(),
         }))
     }
@@ -215,13 +205,13 @@ impl Jwt {
     /// verify cost nothing. Requests without a [`PeerAddress`](portcullis_core::PeerAddress) are not limited.
     #[must_use]
     pub fn failures_per_address(self, burst: u32, interval: Duration) -> Self {
-        self.change(|inner| inner.failures = Some(Arc::new(FailureLimit::new(burst, interval))))
+        self.change(|inner| inner.failures.limit = Arc::new(FailureLimit::new(burst, interval)))
     }
 
     /// Whom to believe about a client's address. Behind a proxy that is not named here all its clients share one limit.
     #[must_use]
     pub fn trusted_proxies(self, proxies: TrustedProxies) -> Self {
-        self.change(|inner| inner.proxies = proxies)
+        self.change(|inner| inner.failures.proxies = proxies)
     }
 
     /// Tells the time of day by this clock.
@@ -233,7 +223,7 @@ impl Jwt {
     /// Tells the time between failures by this clock.
     #[must_use]
     pub fn clock(self, clock: Clock) -> Self {
-        self.change(|inner| inner.clock = clock)
+        self.change(|inner| inner.failures.clock = clock)
     }
 
     fn rule(self, change: impl FnOnce(&mut Rules)) -> Self {
@@ -274,7 +264,7 @@ impl Authenticate for Jwt {
             return Attempt::Now(bound.map(|()| identity));
         }
         let client = Client {
-            address: self.0.failures.as_ref().and_then(|_| address(&self.0.proxies, head)),
+            address: self.0.failures.address(head),
             certificate: PeerTls::of(head.extensions()).and_then(|tls| tls.certificates().first()).cloned(),
         };
         match self.0.verify(token, tag, &client, now) {
@@ -324,16 +314,6 @@ impl From<Denied> for Failure {
     }
 }
 
-/// The client's address; a stack without one is warned of once.
-fn address(proxies: &TrustedProxies, head: &Head<'_>) -> Option<IpAddr> {
-    let address = proxies.client_of(head.extensions(), head.headers());
-    if address.is_none() {
-        static ONCE: Once = Once::new();
-        ONCE.call_once(|| tracing::warn!("requests carry no peer address: failed tokens are not limited"));
-    }
-    address
-}
-
 impl Inner {
     fn providers(&self) -> impl Iterator<Item = &Provider> {
         std::iter::once(&self.first).chain(&self.others)
@@ -358,8 +338,9 @@ impl Inner {
             Lookup::Unknown => {
                 // Another issuer's token is no reason to ask this one's provider, nor to wait for it.
                 if read.is_none()
+                    && provider.keys.is_kept_fresh()
                     && let Some(issuer) = &provider.rules.issuer
-                    && token.decode()?.claims()?.get("iss").and_then(|issuer| issuer.as_str()) != Some(issuer)
+                    && !token.names(issuer)?
                 {
                     return Err(Denied::invalid(OTHER_ISSUER).into());
                 }
@@ -368,10 +349,7 @@ impl Inner {
                 return Err(Failure::Unknown { asking, blind: provider.keys.is_blind() });
             }
         };
-        let charge = match (&self.failures, client.address) {
-            (Some(failures), Some(address)) => Some(failures.take(address, self.clock.now()).map_err(Denied::limited)?),
-            _ => None,
-        };
+        let charge = self.failures.take(client.address)?;
         let (signed, claims) = match read {
             Some((signed, claims)) => (signed, Some(claims)),
             None => (token.decode()?, None),

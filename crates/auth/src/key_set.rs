@@ -109,7 +109,7 @@ impl KeySet {
     /// [`Error::is_key_set`] when both have a key with the same `kid` and algorithm; [`Error::is_setting`] when either is kept
     /// fresh.
     pub fn with(self, other: &Self) -> Result<Self, Error> {
-        if self.freshness().or(other.freshness()).is_some() {
+        if self.is_kept_fresh() || other.is_kept_fresh() {
             return Err(Error::new(Kind::Setting, "keys that are kept fresh cannot be put together with others"));
         }
         let (ours, theirs) = (self.0.shared.keys.load(), other.0.shared.keys.load());
@@ -179,6 +179,11 @@ impl KeySet {
 
     pub(crate) fn find(&self, kid: Option<&str>, algorithm: Algorithm) -> Lookup {
         self.0.shared.find(kid, algorithm)
+    }
+
+    /// Whether there is somebody to ask for keys that are not known.
+    pub(crate) fn is_kept_fresh(&self) -> bool {
+        self.0.shared.refresh.is_some()
     }
 
     /// What to wait for before an unknown key is given up, if anything.

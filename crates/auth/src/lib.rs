@@ -82,7 +82,7 @@
 //! | [token size](Jwt::max_token_bytes) | [8 KiB](DEFAULT_MAX_TOKEN_BYTES) | what servers take as a header line |
 //! | keys | RSA ≥ 2048 bits, HMAC ≥ its hash, no ROCA, no private halves | [RFC 7518](https://www.rfc-editor.org/rfc/rfc7518#section-3), CVE-2017-15361 |
 //! | [verified tokens](Jwt::cache_bytes) | remembered, [8 MiB](DEFAULT_CACHE_BYTES) | never past expiry, their key or the rules |
-//! | [failures](Jwt::failures_per_address) | [100](DEFAULT_FAILURE_BURST) at once, one more each [50 ms](DEFAULT_FAILURE_INTERVAL) | garbage buys less than a thousandth of a core |
+//! | failures of an address, with [tokens](Jwt::failures_per_address), [API keys](ApiKey::failures_per_address) or [passwords](Basic::failures_per_address) | [100](DEFAULT_FAILURE_BURST) at once, one more each [50 ms](DEFAULT_FAILURE_INTERVAL) | garbage buys less than a thousandth of a core, and nobody guesses fast |
 //! | [fetched keys](KeySource) | for `Cache-Control`'s time within [30 s](MIN_LIFETIME) to [1 h](MAX_LIFETIME), else [5 min](DEFAULT_LIFETIME) | rotations are seen, providers spared |
 //! | [unknown `kid`](KeySource::cooldown) | one fetch each [30 s](DEFAULT_COOLDOWN) | a rotation is seen at once, and a flood of names is not one of fetches |
 //! | [stale keys](KeySource::max_stale) | used for [a day](DEFAULT_MAX_STALE) | a provider that is down takes nobody with it |
@@ -172,14 +172,13 @@ pub use cache::CacheStats;
 pub use certificate::ClientCertificate;
 pub use claims::{DEFAULT_LEEWAY, MAX_LEEWAY};
 pub use error::Error;
-pub use jwt::{
-    DEFAULT_CACHE_BYTES, DEFAULT_FAILURE_BURST, DEFAULT_FAILURE_INTERVAL, DEFAULT_MAX_TOKEN_BYTES, Jwt, Verifying,
-};
+pub use jwt::{DEFAULT_CACHE_BYTES, DEFAULT_MAX_TOKEN_BYTES, Jwt, Verifying};
 pub use key_set::{KeySet, MAX_KEYS};
 pub use key_source::{
     DEFAULT_COOLDOWN, DEFAULT_LIFETIME, DEFAULT_MAX_STALE, FILE_INTERVAL, KeySource, MAX_DOCUMENT_BYTES, MAX_LIFETIME,
     MIN_LIFETIME,
 };
+pub use limit::{DEFAULT_FAILURE_BURST, DEFAULT_FAILURE_INTERVAL};
 pub use policy::Policy;
 pub use refresh::Freshness;
 pub use refusal::Refusals;

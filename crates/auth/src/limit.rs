@@ -1,4 +1,4 @@
-//! How often one address may fail, so that garbage cannot buy signatures.
+//! How often one address may fail, so that garbage cannot buy signatures and secrets cannot be guessed.
 //!
 //! Two rows of cells, each a GCRA clock ([ITU-T I.371](https://www.itu.int/rec/T-REC-I.371)); an address has one cell in
 //! each row and is refused only when both are spent. So memory is fixed whatever the number of addresses, and an address
@@ -7,12 +7,29 @@
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 use std::time::Duration;
 
-use portcullis_core::{Moment, ipv6_prefix};
+use portcullis_core::{Clock, Moment, TrustedProxies, ipv6_prefix};
+
+use crate::authenticate::{Denied, Head};
+
+/// How many attempts of one client address may fail at once, unless said otherwise.
+pub const DEFAULT_FAILURE_BURST: u32 = 100;
+
+/// After how long one more may fail, unless said otherwise.
+pub const DEFAULT_FAILURE_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Cells in a row: 64 KiB for both rows.
 const CELLS: usize = 4096;
+
+/// The limit of one proof, and what it takes to know whom it is about. Clones share the limit.
+#[derive(Clone)]
+pub(crate) struct Failures {
+    pub(crate) limit: Arc<FailureLimit>,
+    pub(crate) proxies: TrustedProxies,
+    pub(crate) clock: Clock,
+}
 
 #[derive(Debug)]
 pub(crate) struct FailureLimit {
@@ -23,10 +40,51 @@ pub(crate) struct FailureLimit {
     burst: u64,
 }
 
-/// One attempt that was paid for.
+/// One attempt, to be paid for or paid back.
 pub(crate) struct Charge<'a> {
     limit: &'a FailureLimit,
     cells: [usize; 2],
+}
+
+// === impl Failures ===
+
+impl Default for Failures {
+    fn default() -> Self {
+        Self {
+            limit: Arc::new(FailureLimit::new(DEFAULT_FAILURE_BURST, DEFAULT_FAILURE_INTERVAL)),
+            proxies: TrustedProxies::none(),
+            clock: Clock::system(),
+        }
+    }
+}
+
+impl Failures {
+    /// The client's address; a stack without one is warned of once.
+    pub(crate) fn address(&self, head: &Head<'_>) -> Option<IpAddr> {
+        let address = self.proxies.client_of(head.extensions(), head.headers());
+        if address.is_none() {
+            static ONCE: Once = Once::new();
+            ONCE.call_once(|| tracing::warn!("requests carry no peer address: failed attempts are not limited"));
+        }
+        address
+    }
+
+    /// Pays for an attempt of whoever has an address.
+    pub(crate) fn take(&self, address: Option<IpAddr>) -> Result<Option<Charge<'_>>, Denied> {
+        let take = |address| self.limit.take(address, self.clock.now()).map_err(Denied::limited);
+        address.map(take).transpose()
+    }
+
+    /// Looks at an attempt that costs nothing unless it fails, which is `None`.
+    pub(crate) fn judge<T>(&self, head: &Head<'_>, attempt: impl FnOnce() -> Option<T>) -> Result<Option<T>, Denied> {
+        let Some(address) = self.address(head) else { return Ok(attempt()) };
+        let charge = self.limit.look(address, || self.clock.now()).map_err(Denied::limited)?;
+        let result = attempt();
+        if result.is_none() {
+            charge.pay(self.clock.now());
+        }
+        Ok(result)
+    }
 }
 
 // === impl FailureLimit ===
@@ -44,19 +102,24 @@ impl FailureLimit {
     /// Attempts that look at the same time may each find the last place; it is processor time that is limited, not a
     /// count.
     pub(crate) fn take(&self, address: IpAddr, now: Moment) -> Result<Charge<'_>, Duration> {
+        let charge = self.look(address, || now)?;
+        charge.pay(now);
+        Ok(charge)
+    }
+
+    /// Whether an attempt is looked at, or how long to wait. Nothing is paid yet, and the clock is read only for who failed
+    /// before.
+    fn look(&self, address: IpAddr, now: impl FnOnce() -> Moment) -> Result<Charge<'_>, Duration> {
         // An IPv6 subscriber has at least a /64.
         let hash = self.hash.hash_one(ipv6_prefix(address, 64));
         let cells = [hash as usize % CELLS, (hash >> 32) as usize % CELLS];
-        let now = now.as_nanos();
-        let latest = now.saturating_add(self.interval.saturating_mul(self.burst.saturating_sub(1)));
-        let spent = |(row, cell): (&[AtomicU64], usize)| row[cell].load(Ordering::Relaxed).saturating_sub(latest);
-        let over = self.rows.iter().map(|row| &**row).zip(cells).map(spent).min().unwrap_or(0);
-        if over > 0 || self.burst == 0 {
-            return Err(Duration::from_nanos(over.max(1)));
-        }
-        for (row, cell) in self.rows.iter().zip(cells) {
-            let pay = |at: u64| Some(at.max(now).saturating_add(self.interval));
-            let _ = row[cell].fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay);
+        let paid = self.rows.iter().zip(cells).map(|(row, cell)| row[cell].load(Ordering::Relaxed)).min().unwrap_or(0);
+        if paid > 0 || self.burst == 0 {
+            let latest = now().as_nanos().saturating_add(self.interval.saturating_mul(self.burst.saturating_sub(1)));
+            let over = paid.saturating_sub(latest);
+            if over > 0 || self.burst == 0 {
+                return Err(Duration::from_nanos(over.max(1)));
+            }
         }
         Ok(Charge { limit: self, cells })
     }
@@ -65,6 +128,13 @@ impl FailureLimit {
 // === impl Charge ===
 
 impl Charge<'_> {
+    fn pay(&self, now: Moment) {
+        let pay = |at: u64| Some(at.max(now.as_nanos()).saturating_add(self.limit.interval));
+        for (row, cell) in self.limit.rows.iter().zip(self.cells) {
+            let _ = row[cell].fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay);
+        }
+    }
+
     pub(crate) fn give_back(self) {
         for (row, cell) in self.limit.rows.iter().zip(self.cells) {
             let refund = |at: u64| Some(at.saturating_sub(self.limit.interval));
@@ -98,6 +168,15 @@ mod tests {
         assert!(limit.take(address(2), at(100)).is_ok(), "another address");
         let admitted = (0..10_000).filter(|n| limit.take(address(3), at(*n)).is_ok()).count();
         assert_eq!(admitted, 5 + 99);
+    }
+
+    #[test]
+    fn the_clock_is_not_read_for_who_never_failed() {
+        let limit = FailureLimit::new(1, Duration::from_secs(1));
+        assert!(limit.look(address(1), || unreachable!("the clock was read")).is_ok());
+        assert!(limit.take(address(1), at(0)).is_ok() && limit.look(address(1), || at(0)).is_err());
+        assert!(limit.look(address(1), || at(1000)).is_ok());
+        assert!(FailureLimit::new(0, Duration::ZERO).look(address(1), || at(0)).is_err(), "nobody may fail at all");
     }
 
     #[test]

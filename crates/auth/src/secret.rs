@@ -4,16 +4,19 @@ use std::collections::HashMap;
 use std::fmt;
 use std::future::Ready;
 use std::hash::RandomState;
+use std::sync::Arc;
+use std::time::Duration;
 
 use aws_lc_rs::hmac;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use http::HeaderName;
-use portcullis_core::{Identity, Proof};
+use portcullis_core::{Clock, Identity, Proof, TrustedProxies};
 use subtle::ConstantTimeEq;
 
 use crate::authenticate::{Attempt, Authenticate, Denied, Head, Scheme};
 use crate::error::{Error, Kind};
+use crate::limit::{FailureLimit, Failures};
 use crate::token::authorization;
 
 /// The longest secret that is looked at.
@@ -38,6 +41,7 @@ pub const MIN_API_KEY_BYTES: usize = 16;
 pub struct ApiKey {
     header: HeaderName,
     secrets: Secrets,
+    failures: Failures,
 }
 
 /// Accepts callers who show a name and a password ([RFC 7617](https://www.rfc-editor.org/rfc/rfc7617)).
@@ -48,6 +52,7 @@ pub struct ApiKey {
 pub struct Basic {
     realm: String,
     secrets: Secrets,
+    failures: Failures,
 }
 
 /// Secrets by their keyed hash. The hash cannot be chosen by a caller, so that looking it up tells nothing.
@@ -95,7 +100,11 @@ impl ApiKey {
     ///
     /// [`Error::is_setting`] when the system gives no randomness.
     pub fn new() -> Result<Self, Error> {
-        Ok(Self { header: HeaderName::from_static("x-api-key"), secrets: Secrets::new()? })
+        Ok(Self {
+            header: HeaderName::from_static("x-api-key"),
+            secrets: Secrets::new()?,
+            failures: Failures::default(),
+        })
     }
 
     /// Looks for the secret in another header.
@@ -121,6 +130,29 @@ impl ApiKey {
         Ok(self)
     }
 
+    /// How many secrets of one client address may be wrong: so many at once, and one more after each `interval`; 100 and
+    /// 50 ms by default. What comes after that gets 429 without being looked at, right or wrong. Requests without a
+    /// [`PeerAddress`](portcullis_core::PeerAddress) are not limited.
+    #[must_use]
+    pub fn failures_per_address(mut self, burst: u32, interval: Duration) -> Self {
+        self.failures.limit = Arc::new(FailureLimit::new(burst, interval));
+        self
+    }
+
+    /// Whom to believe about a client's address. Behind a proxy that is not named here all its clients share one limit.
+    #[must_use]
+    pub fn trusted_proxies(mut self, proxies: TrustedProxies) -> Self {
+        self.failures.proxies = proxies;
+        self
+    }
+
+    /// Tells the time between failures by this clock.
+    #[must_use]
+    pub fn clock(mut self, clock: Clock) -> Self {
+        self.failures.clock = clock;
+        self
+    }
+
     fn check(&self, head: &Head<'_>) -> Result<Identity, Denied> {
         let mut fields = head.headers().get_all(&self.header).iter();
         let secret = fields.next().ok_or_else(Denied::missing)?;
@@ -128,8 +160,8 @@ impl ApiKey {
             return Err(Denied::malformed("more than one API key"));
         }
         let secret = Some(secret.as_bytes()).filter(|secret| secret.len() <= MAX_SECRET_BYTES);
-        let identity = secret.and_then(|secret| self.secrets.find(secret));
-        identity.cloned().ok_or_else(|| Denied::invalid("the API key is not known"))
+        let identity = self.failures.judge(head, || self.secrets.find(secret?).cloned())?;
+        identity.ok_or_else(|| Denied::invalid("the API key is not known"))
     }
 }
 
@@ -161,7 +193,7 @@ impl Basic {
     ///
     /// [`Error::is_setting`] when the system gives no randomness.
     pub fn new(realm: impl Into<String>) -> Result<Self, Error> {
-        Ok(Self { realm: realm.into(), secrets: Secrets::new()? })
+        Ok(Self { realm: realm.into(), secrets: Secrets::new()?, failures: Failures::default() })
     }
 
     /// Takes who shows this name and password for the subject of that name.
@@ -190,6 +222,29 @@ impl Basic {
         Ok(self)
     }
 
+    /// How many passwords of one client address may be wrong: so many at once, and one more after each `interval`; 100 and
+    /// 50 ms by default. What comes after that gets 429 without being looked at, right or wrong. Requests without a
+    /// [`PeerAddress`](portcullis_core::PeerAddress) are not limited.
+    #[must_use]
+    pub fn failures_per_address(mut self, burst: u32, interval: Duration) -> Self {
+        self.failures.limit = Arc::new(FailureLimit::new(burst, interval));
+        self
+    }
+
+    /// Whom to believe about a client's address. Behind a proxy that is not named here all its clients share one limit.
+    #[must_use]
+    pub fn trusted_proxies(mut self, proxies: TrustedProxies) -> Self {
+        self.failures.proxies = proxies;
+        self
+    }
+
+    /// Tells the time between failures by this clock.
+    #[must_use]
+    pub fn clock(mut self, clock: Clock) -> Self {
+        self.failures.clock = clock;
+        self
+    }
+
     fn check(&self, head: &Head<'_>) -> Result<Identity, Denied> {
         let encoded = authorization(head, b"basic")?;
         let unknown = || Denied::invalid("the name or password is wrong");
@@ -197,7 +252,7 @@ impl Basic {
             return Err(unknown());
         }
         let pair = STANDARD.decode(encoded).map_err(|_| Denied::malformed("the credentials are not base64"))?;
-        self.secrets.find(&pair).cloned().ok_or_else(unknown)
+        self.failures.judge(head, || self.secrets.find(&pair).cloned())?.ok_or_else(unknown)
     }
 }
 

@@ -1,6 +1,9 @@
 //! The compact serialization of a signed token ([RFC 7515](https://www.rfc-editor.org/rfc/rfc7515) §7.1), read strictly.
 
+use std::borrow::Cow;
+
 use http::header;
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::algorithm::Algorithm;
@@ -26,6 +29,13 @@ struct Parts<'a> {
     signed: &'a [u8],
     payload: &'a str,
     signature: &'a str,
+}
+
+/// The one claim that tells whom to ask.
+#[derive(Deserialize)]
+struct IssuedBy<'a> {
+    #[serde(borrow)]
+    iss: Option<Cow<'a, str>>,
 }
 
 /// A token as its signature wants it.
@@ -70,6 +80,10 @@ pub(crate) fn may_be_one(token: &[u8]) -> bool {
 
 fn malformed() -> Denied {
     Denied::invalid("the token is malformed")
+}
+
+fn malformed_claims() -> Denied {
+    Denied::invalid("the token's claims are malformed")
 }
 
 // === impl Token ===
@@ -126,6 +140,13 @@ impl<'a> Token<'a> {
         Ok(Self { algorithm, kid, typ, parts })
     }
 
+    /// Whether it says that it is from this issuer. Nothing else in it is read closely: this only tells whom to ask.
+    pub(crate) fn names(&self, issuer: &str) -> Result<bool, Denied> {
+        let payload = base64url(self.parts.payload).ok_or_else(malformed)?;
+        let claims: IssuedBy<'_> = serde_json::from_slice(&payload).map_err(|_| malformed_claims())?;
+        Ok(claims.iss.is_some_and(|named| named == issuer))
+    }
+
     /// Decodes the rest.
     pub(crate) fn decode(&self) -> Result<Signed<'a>, Denied> {
         let Parts { signed, payload, signature } = self.parts;
@@ -140,6 +161,6 @@ impl<'a> Token<'a> {
 impl Signed<'_> {
     /// What the payload says; believe it only once the signature was verified.
     pub(crate) fn claims(&self) -> Result<Map<String, Value>, Denied> {
-        json::object(&self.payload).ok_or_else(|| Denied::invalid("the token's claims are malformed"))
+        json::object(&self.payload).ok_or_else(malformed_claims)
     }
 }

@@ -419,6 +419,38 @@ async fn basic_is_a_known_pair() {
     }
 }
 
+/// The right one is not looked at either, or guessing would go on.
+#[tokio::test(start_paused = true)]
+async fn secrets_are_guessed_a_few_times_and_then_no_faster_than_the_limit() {
+    let every = Duration::from_secs(1);
+    let keys = ApiKey::new().unwrap().accept("0123456789abcdef", Identity::new("cron", Proof::ApiKey)).unwrap();
+    let basic = Basic::new("shop").unwrap().accept("ada", "s3cret").unwrap();
+    let (keys, basic) = (keys.failures_per_address(3, every).shared(), basic.failures_per_address(3, every).shared());
+    for (proof, header, wrong, right) in [
+        (keys, "x-api-key", "0123456789abcdeg", "0123456789abcdef"),
+        (basic, "authorization", "Basic YWRhOnMzY3JlVA==", "Basic YWRhOnMzY3JldA=="),
+    ] {
+        let layer = AuthLayer::new(proof);
+        let ask = async |shown: &str, address: &str| {
+            let mut request = Request::builder().header(header, shown).body(()).unwrap();
+            PeerAddress(address.parse().unwrap()).attach(request.extensions_mut());
+            send(&layer, request).await.status().as_u16()
+        };
+        let (attacker, other) = ("192.0.2.1:5000", "192.0.2.2:5000");
+        for _ in 0..10 {
+            assert_eq!(ask(right, attacker).await, 200, "what is right costs nothing");
+        }
+        for expected in [401, 401, 401, 429] {
+            assert_eq!(ask(wrong, attacker).await, expected);
+        }
+        assert_eq!((ask(right, attacker).await, ask(right, other).await), (429, 200));
+        tokio::time::advance(every).await;
+        assert_eq!((ask(wrong, attacker).await, ask(right, attacker).await), (401, 429));
+        tokio::time::advance(every).await;
+        assert_eq!(ask(right, attacker).await, 200);
+    }
+}
+
 #[tokio::test]
 async fn a_certificate_stands_for_whom_it_was_given_to() {
     let known = Bytes::from_static(b"known");

@@ -111,8 +111,8 @@ impl Proving {
     fn build(provider: &Provider, config: &Config, proxies: &TrustedProxies) -> Result<Self, String> {
         let realm = config.auth.realm.as_deref().unwrap_or("portcullis");
         let (proof, jwt) = match Known::by(provider, realm)? {
-            Known::ApiKeys(keys) => (keys.shared(), None),
-            Known::Passwords(basic) => (basic.shared(), None),
+            Known::ApiKeys(keys) => (keys.trusted_proxies(proxies.clone()).shared(), None),
+            Known::Passwords(basic) => (basic.trusted_proxies(proxies.clone()).shared(), None),
             Known::Certificates(certificates) => (certificates.shared(), None),
             Known::Tokens(keys) => {
                 let keys = keys.map_or_else(|| fetched(provider), Ok)?;
