@@ -118,6 +118,7 @@ mod error;
 #[cfg(feature = "file")]
 mod file;
 mod fixed;
+mod known;
 mod registry;
 mod remembered;
 mod watches;
