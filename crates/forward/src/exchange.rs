@@ -146,8 +146,10 @@ impl Exchange {
         let deadline = earlier(limit, self.times.head);
         let lease = self.shard.lease(&self.endpoint, self.want, fresh, deadline).await;
         self.times.leased = Instant::now();
+        let over = self.times.head.is_some_and(|head| head <= self.times.leased);
         lease.map_err(|failure| match failure.kind {
-            Kind::ConnectTimeout if deadline != limit => Failure { kind: Kind::Deadline, ..failure },
+            Kind::ConnectTimeout if over => Failure { kind: Kind::Deadline, ..failure },
+            Kind::Exhausted if over => Failure { kind: Kind::DeadlineInLine, ..failure },
             _ => failure,
         })
     }

@@ -20,6 +20,7 @@ pub(crate) enum Kind {
     Connect,
     Tls,
     ConnectTimeout,
+    /// Too many wait for a connection, or it waited for too long while all were in use.
     Exhausted,
     /// The connection broke before the head of the response had arrived.
     Reset,
@@ -29,6 +30,8 @@ pub(crate) enum Kind {
     Switched,
     ResponseTimeout,
     Deadline,
+    /// The same, while it waited for a connection and all were in use.
+    DeadlineInLine,
     RequestTooLarge,
     RequestIdle,
     RequestBroken,
@@ -71,7 +74,7 @@ impl Failure {
                     .with_grpc_code(GrpcCode::UNAVAILABLE)
                     .with_detail("no connection to the endpoint in time"),
                 Kind::Exhausted => new(StatusCode::SERVICE_UNAVAILABLE, "connections-exhausted")
-                    .with_detail("all connections to the endpoint are in use, and too many requests wait for one"),
+                    .with_detail("all connections to the endpoint are in use"),
                 Kind::Reset => new(StatusCode::BAD_GATEWAY, "upstream-reset")
                     .with_detail("the endpoint closed the connection without an answer"),
                 Kind::Malformed => {
@@ -81,7 +84,7 @@ impl Failure {
                     .with_detail("the endpoint changed to a protocol nobody asked for"),
                 Kind::ResponseTimeout => new(StatusCode::GATEWAY_TIMEOUT, "response-timeout")
                     .with_detail("the endpoint did not answer in time"),
-                Kind::Deadline => new(StatusCode::GATEWAY_TIMEOUT, "deadline-exceeded")
+                Kind::Deadline | Kind::DeadlineInLine => new(StatusCode::GATEWAY_TIMEOUT, "deadline-exceeded")
                     .with_detail("the time for the request is over"),
                 Kind::RequestTooLarge => new(StatusCode::PAYLOAD_TOO_LARGE, "request-too-large")
                     .with_detail("the request's body is larger than the route takes"),
@@ -96,6 +99,10 @@ impl Failure {
                     .with_detail("the request cannot be said in the endpoint's protocol"),
             };
         let rejection = rejection.with_sent(self.sent);
-        if self.kind == Kind::Exhausted { rejection.with_side(Side::Gateway) } else { rejection }
+        match self.kind {
+            // The endpoint was not asked.
+            Kind::Exhausted | Kind::DeadlineInLine => rejection.with_side(Side::Gateway),
+            _ => rejection,
+        }
     }
 }

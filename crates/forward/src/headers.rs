@@ -1,7 +1,7 @@
 //! What an intermediary must do to the fields of a message, in both directions.
 
 use http::header::{
-    CONNECTION, CONTENT_LENGTH, EXPECT, FORWARDED, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    CONNECTION, CONTENT_LENGTH, COOKIE, EXPECT, FORWARDED, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
     PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE, VIA,
 };
 
@@ -20,6 +20,7 @@ pub(crate) struct Found {
     pub(crate) te: bool,
     pub(crate) via: bool,
     pub(crate) expect: bool,
+    pub(crate) cookie: bool,
     /// `x-forwarded-*`, `x-real-ip` or `forwarded`.
     pub(crate) forwarded: bool,
 }
@@ -31,6 +32,7 @@ pub(crate) fn look(headers: &HeaderMap) -> Found {
         let text = name.as_str();
         match text.as_bytes() {
             [b'c', b'o', b'n', b'n', ..] => found.hop_by_hop |= name == CONNECTION,
+            [b'c', b'o', b'o', ..] => found.cookie |= name == COOKIE,
             [b't', b'e'] => found.te = true,
             [b't', b'r', b'a', ..] => found.hop_by_hop |= name == TRANSFER_ENCODING,
             [b'u', b'p', ..] if name == UPGRADE => (found.hop_by_hop, found.upgrade) = (true, true),
@@ -127,6 +129,18 @@ pub(crate) fn takes_trailers(headers: &HeaderMap) -> bool {
             parts.next().is_some_and(|name| name.trim_ascii().eq_ignore_ascii_case(b"trailers"))
         })
     })
+}
+
+/// In HTTP/2 cookies may come in several fields, which are one for everybody else
+/// ([RFC 9113 §8.2.3](https://www.rfc-editor.org/rfc/rfc9113#section-8.2.3)).
+pub(crate) fn join_cookies(headers: &mut HeaderMap) {
+    let crumbs: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if crumbs.len() > 1
+        && let Ok(mut whole) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..]))
+    {
+        whole.set_sensitive(true);
+        headers.insert(COOKIE, whole);
+    }
 }
 
 /// Leaves of `TE` what we can do.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use hyper::client::conn::http2;
 use portcullis_core::{Endpoint, Instance, Protocol, Scheme};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::debug;
 
 use crate::alarm::after;
@@ -83,16 +83,7 @@ impl Shard {
         fresh: bool,
         deadline: Option<Instant>,
     ) -> Result<Lease, Failure> {
-        let lease = self.wait(endpoint, want, fresh);
-        match deadline {
-            Some(deadline) => {
-                timeout_at(deadline, lease).await.unwrap_or_else(|_| Err(Failure::unsent(Kind::ConnectTimeout)))
-            }
-            None => lease.await,
-        }
-    }
-
-    async fn wait(self: &Arc<Self>, endpoint: &Endpoint, want: Want, mut fresh: bool) -> Result<Lease, Failure> {
+        let mut fresh = fresh;
         let mut waiting = None;
         let mut failures = None;
         let mut place = None;
@@ -121,6 +112,7 @@ impl Shard {
                             () = returned, if want != Want::H2 => {}
                             () = room => {}
                             () = resigned => {}
+                            () = reached(deadline) => return Err(Failure::unsent(Kind::ConnectTimeout)),
                         }
                     }
                     continue;
@@ -138,11 +130,12 @@ impl Shard {
                         () = room, if want != Want::H1 => {}
                         // Places go to those who wait in turn, so it is kept for what comes next.
                         freed = self.open.clone().acquire_owned() => place = freed.ok(),
+                        () = reached(deadline) => return Err(Failure::unsent(Kind::Exhausted)),
                     }
                 }
                 continue;
             };
-            let made = self.connect(endpoint, want, place).await;
+            let made = by(deadline, self.connect(endpoint, want, place)).await?;
             if dialing.is_some() {
                 let mut kept = self.kept();
                 match &made {
@@ -199,33 +192,27 @@ impl Shard {
         endpoint: &Endpoint,
         deadline: Option<Instant>,
     ) -> Result<(Stream, OwnedSemaphorePermit), Failure> {
-        let opened = async {
-            let mut waiting = None;
-            let place = loop {
-                // One that is idle again is closed for it.
-                let mut returned = pin!(self.returned.notified());
-                returned.as_mut().enable();
-                if let Some(place) = self.place() {
-                    break place;
-                }
-                if self.queue(&mut waiting)? == Queued::Already {
-                    tokio::select! {
-                        biased;
-                        () = returned => {}
-                        freed = self.open.clone().acquire_owned() => {
-                            break freed.map_err(|_| Failure::unsent(Kind::Exhausted))?;
-                        }
-                    }
-                }
-            };
-            Ok((self.dial(endpoint, Some(false)).await?.stream, place))
-        };
-        match deadline {
-            Some(deadline) => {
-                timeout_at(deadline, opened).await.unwrap_or_else(|_| Err(Failure::unsent(Kind::ConnectTimeout)))
+        let mut waiting = None;
+        let place = loop {
+            // One that is idle again is closed for it.
+            let mut returned = pin!(self.returned.notified());
+            returned.as_mut().enable();
+            if let Some(place) = self.place() {
+                break place;
             }
-            None => opened.await,
-        }
+            if self.queue(&mut waiting)? == Queued::Already {
+                tokio::select! {
+                    biased;
+                    () = returned => {}
+                    freed = self.open.clone().acquire_owned() => {
+                        break freed.map_err(|_| Failure::unsent(Kind::Exhausted))?;
+                    }
+                    () = reached(deadline) => return Err(Failure::unsent(Kind::Exhausted)),
+                }
+            }
+        };
+        let dialed = by(deadline, self.dial(endpoint, Some(false))).await??;
+        Ok((dialed.stream, place))
     }
 
     async fn dial(&self, endpoint: &Endpoint, h2: Option<bool>) -> Result<Dialed, Failure> {
@@ -287,6 +274,21 @@ impl Drop for Dialing<'_> {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+async fn reached(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What comes of it before the deadline.
+async fn by<T>(deadline: Option<Instant>, connected: impl Future<Output = T>) -> Result<T, Failure> {
+    match deadline {
+        Some(deadline) => timeout_at(deadline, connected).await.map_err(|_| Failure::unsent(Kind::ConnectTimeout)),
+        None => Ok(connected.await),
     }
 }
 

@@ -58,7 +58,8 @@
 //! # Connections
 //!
 //! They belong to the endpoint's handle and end with it, and are kept per runtime; the limit on open ones is shared, and an
-//! idle one of another runtime is closed where it would keep a request waiting.
+//! idle one of another runtime is closed where it would keep a request waiting. Requests wait for a place in turn. With
+//! HTTP/2 each runtime needs a connection of its own, so no fewer should be allowed than there are runtimes.
 //!
 //! HTTP/1.1 to endpoints is written and read here, on httparse, not by hyper: a connection has no task, and no channels to
 //! one. The future and the body of whoever uses it drive it, so that what arrives from the upstream wakes the task that
@@ -108,7 +109,7 @@
 //! | no endpoint and no origin | 500 `no-endpoint` | no |
 //! | refused, no address, no TLS | 502 `connect-failed`, `tls-failed` | no |
 //! | no connection in time | 504 `connect-timeout` | no |
-//! | too many wait for a connection | 503 `connections-exhausted` | no |
+//! | too many wait for one of the connections that are allowed, or one waited too long | 503 `connections-exhausted`, of the gateway's own [side](portcullis_core::Side) | no |
 //! | closed without an answer, or with half a head | 502 `upstream-reset` | as counted |
 //! | an answer that is not HTTP | 502 `malformed-response` | yes |
 //! | 101 nobody asked for, or to something else | 502 `unexpected-upgrade` | yes |
@@ -121,7 +122,7 @@
 //!
 //! It does not repeat requests with a body, nor choose another endpoint: balance does. It does not buffer, compress, cache
 //! or mirror. There is no HTTP/3, no extended `CONNECT`, no PROXY protocol. A reader who does not read is the server's
-//! affair, since a body that is not polled cannot notice.
+//! affair, since a body that is not polled cannot notice: the façade's server lets go of him.
 //!
 //! # What hyper's server settles before it is seen here
 //!

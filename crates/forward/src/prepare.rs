@@ -21,7 +21,9 @@ use crate::download::ResponseBody;
 use crate::exchange::{Exchange, Switched, Target, Times};
 use crate::failure::{Failure, Kind};
 use crate::forwarded::{self, Via};
-use crate::headers::{self, has_other_codings, look, rewrite_te, seen_by, strip_hop_by_hop, upgrade_wanted};
+use crate::headers::{
+    self, has_other_codings, join_cookies, look, rewrite_te, seen_by, strip_hop_by_hop, upgrade_wanted,
+};
 use crate::lease::Want;
 use crate::pool::Pool;
 use crate::tunnel::Opening;
@@ -110,6 +112,9 @@ impl Shared {
         };
 
         let headers = &mut parts.headers;
+        if found.cookie && parts.version == Version::HTTP_2 {
+            join_cookies(headers);
+        }
         if found.te {
             rewrite_te(headers);
         }

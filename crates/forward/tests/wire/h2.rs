@@ -141,7 +141,8 @@ async fn http_1_to_http_2() {
 async fn http_2_to_http_1() {
     let upstream = Upstream::bind().await;
     let mut sender = h2_client::<Full<Bytes>>(&upstream.forward()).await;
-    let request = Request::post("http://a.test/x?y").header("cookie", "a=1").header("te", "trailers");
+    let request = Request::post("http://a.test/x?y").header("cookie", "a=1").header("cookie", "b=2");
+    let request = request.header("te", "trailers");
     let (response, (head, body)) =
         tokio::join!(within(sender.send_request(request.body(Full::from("hello")).unwrap())), async {
             let mut server = upstream.accept().await;
@@ -152,6 +153,7 @@ async fn http_2_to_http_1() {
             seen
         });
     assert!(head.starts_with("POST /x?y HTTP/1.1\r\n"), "{head}");
+    assert!(head.contains("cookie: a=1; b=2\r\n"), "{head}");
     assert!(head.contains("host: a.test\r\n") && head.contains("via: 2.0 portcullis\r\n"), "{head}");
     assert!(head.contains("content-length: 5\r\n") && head.contains("te: trailers\r\n"), "{head}");
     assert_eq!(body, "hello");

@@ -133,7 +133,7 @@ async fn connect_opens_a_tunnel_to_the_endpoint_if_asked_for() {
     assert_eq!(server.exactly(4).await, "ping", "no request came first");
     let waits = forward.clone().connect_timeout(Duration::from_millis(20));
     let second = Request::get("/").header("host", "a").body(Empty::<Bytes>::new()).unwrap();
-    assert_eq!(waits.oneshot(second).await.unwrap().status(), 504, "the tunnel counts as a connection");
+    assert_eq!(waits.oneshot(second).await.unwrap().status(), 503, "the tunnel counts as a connection");
     client.io.shutdown().await.unwrap();
     assert_eq!(server.end().await, "");
     server.send("still talking").await;
