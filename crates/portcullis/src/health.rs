@@ -44,7 +44,9 @@ use bytes::{Buf, Bytes};
 use futures::StreamExt;
 use http::{HeaderValue, Method, Request, header};
 use http_body_util::{BodyExt, Full, Limited};
-use portcullis_core::{Address, Carried, Clock, Deadline, Endpoint, GRPC_STATUS, Mover, Permit, Rejection, SlotKey};
+use portcullis_core::{
+    Address, Carried, Clock, Deadline, Endpoint, GRPC_STATUS, Mover, Permit, Rejection, Side, SlotKey,
+};
 use portcullis_discovery::DiscoveryLayer;
 use portcullis_forward::Forward;
 use tokio::task::AbortHandle;
@@ -65,6 +67,22 @@ enum Kind {
     Http(String),
     Tcp,
     Grpc(String),
+}
+
+/// Why an endpoint is not known to be well.
+#[derive(Debug)]
+enum Unwell {
+    Says(String),
+    /// The gateway's own limits kept it from being asked.
+    Unasked,
+}
+
+/// Endpoints whose gate is closed for a checker.
+#[derive(Default)]
+struct Closed {
+    endpoints: Vec<Endpoint>,
+    /// The checker is gone: what it closed is open again, and stays so.
+    over: bool,
 }
 
 /// Endpoints of one service being asked. The checks end with the last clone.
@@ -89,8 +107,7 @@ struct Shared {
     slot: SlotKey<State>,
     mover: Mover,
     task: Option<AbortHandle>,
-    /// Endpoints whose gate is closed for this checker.
-    closed: Arc<Mutex<Vec<Endpoint>>>,
+    closed: Arc<Mutex<Closed>>,
 }
 
 #[derive(Default)]
@@ -108,7 +125,7 @@ struct Task {
     check: HealthCheck,
     slot: SlotKey<State>,
     mover: Mover,
-    closed: Arc<Mutex<Vec<Endpoint>>>,
+    closed: Arc<Mutex<Closed>>,
     discovery: DiscoveryLayer,
     service: Arc<str>,
     forward: Forward,
@@ -196,19 +213,19 @@ impl HealthCheck {
     }
 
     /// Asks once.
-    async fn ask(&self, endpoint: &Endpoint, forward: &Forward, clock: &Clock) -> Result<(), String> {
-        let asked = async {
-            match &self.kind {
-                Kind::Tcp => connect(endpoint.address()).await,
-                Kind::Http(path) => {
-                    let request = Request::builder().method(Method::GET).body(Full::default());
-                    let (status, ..) = self.send(request, path, endpoint, forward, clock).await?;
-                    if status.is_success() { Ok(()) } else { Err(format!("it answered {}", status.as_u16())) }
-                }
-                Kind::Grpc(service) => self.ask_grpc(service, endpoint, forward, clock).await,
+    async fn ask(&self, endpoint: &Endpoint, forward: &Forward, clock: &Clock) -> Result<(), Unwell> {
+        match &self.kind {
+            Kind::Tcp => match tokio::time::timeout(self.timeout, connect(endpoint.address())).await {
+                Ok(connected) => connected.map_err(Unwell::Says),
+                Err(_) => Err("no answer in time".into()),
+            },
+            Kind::Http(path) => {
+                let request = Request::builder().method(Method::GET).body(Full::default());
+                let (status, ..) = self.send(request, path, endpoint, forward, clock).await?;
+                if status.is_success() { Ok(()) } else { Err(format!("it answered {}", status.as_u16()).into()) }
             }
-        };
-        tokio::time::timeout(self.timeout, asked).await.unwrap_or_else(|_| Err(String::from("no answer in time")))
+            Kind::Grpc(service) => self.ask_grpc(service, endpoint, forward, clock).await,
+        }
     }
 
     async fn ask_grpc(
@@ -217,7 +234,7 @@ impl HealthCheck {
         endpoint: &Endpoint,
         forward: &Forward,
         clock: &Clock,
-    ) -> Result<(), String> {
+    ) -> Result<(), Unwell> {
         let request = Request::builder()
             .method(Method::POST)
             .header(header::CONTENT_TYPE, "application/grpc")
@@ -228,9 +245,9 @@ impl HealthCheck {
         let code = trailers.get(GRPC_STATUS).or(headers.get(GRPC_STATUS)).map(HeaderValue::as_bytes);
         if !status.is_success() || code != Some(b"0") {
             let code = code.map_or(status.as_str().into(), String::from_utf8_lossy);
-            return Err(format!("it answered with status {code}"));
+            return Err(format!("it answered with status {code}").into());
         }
-        if is_serving(body) { Ok(()) } else { Err(String::from("it says that it is not serving")) }
+        if is_serving(body) { Ok(()) } else { Err("it says that it is not serving".into()) }
     }
 
     async fn send(
@@ -240,7 +257,7 @@ impl HealthCheck {
         endpoint: &Endpoint,
         forward: &Forward,
         clock: &Clock,
-    ) -> Result<(http::StatusCode, http::HeaderMap, Bytes, http::HeaderMap), String> {
+    ) -> Result<(http::StatusCode, http::HeaderMap, Bytes, http::HeaderMap), Unwell> {
         let mut request = request.map_err(|error| error.to_string())?;
         let authority = match endpoint.address() {
             Address::Unix(_) => String::from("localhost"),
@@ -253,7 +270,9 @@ impl HealthCheck {
         Deadline(clock.now() + self.timeout).attach(request.extensions_mut());
         let Ok(response) = forward.clone().call(request).await;
         if let Some(rejection) = response.extensions().get::<Rejection>() {
-            return Err(rejection.to_string());
+            // With all connections in use, it is not the endpoint that does not answer.
+            let is_ours = rejection.side() == Side::Gateway;
+            return Err(if is_ours { Unwell::Unasked } else { rejection.to_string().into() });
         }
         let (head, body) = response.into_parts();
         let body = Limited::new(body, LARGEST).collect().await.map_err(|error| error.to_string())?;
@@ -294,6 +313,14 @@ fn is_serving(mut frame: Bytes) -> bool {
     frame.len() >= length && frame[..length] == [0x08, 0x01]
 }
 
+// === impl Unwell ===
+
+impl<T: Into<String>> From<T> for Unwell {
+    fn from(what: T) -> Self {
+        Self::Says(what.into())
+    }
+}
+
 // === impl Task ===
 
 impl Task {
@@ -303,13 +330,14 @@ impl Task {
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             };
-            let one = async |endpoint: Endpoint| {
-                let answer = self.check.ask(&endpoint, &self.forward, &self.clock).await;
-                self.settle(&endpoint, answer);
+            let one = async |endpoint: Endpoint| match self.check.ask(&endpoint, &self.forward, &self.clock).await {
+                Ok(()) => self.settle(&endpoint, Ok(())),
+                Err(Unwell::Says(problem)) => self.settle(&endpoint, Err(problem)),
+                Err(Unwell::Unasked) => {}
             };
             let all: Vec<Endpoint> = endpoints.iter().cloned().collect();
             futures::stream::iter(all).for_each_concurrent(AT_ONCE, one).await;
-            lock(&self.closed).retain(|endpoint| !endpoint.is_removed());
+            lock(&self.closed).endpoints.retain(|endpoint| !endpoint.is_removed());
             // Gateways that were started together do not ask together.
             tokio::time::sleep(self.check.interval.mul_f64(0.9 + 0.2 * fastrand::f64())).await;
         }
@@ -330,17 +358,21 @@ impl Task {
         if against < if sick { self.check.healthy } else { self.check.unhealthy }.get() {
             return;
         }
+        let mut closed = lock(&self.closed);
+        if closed.over {
+            return;
+        }
         state.against.store(0, Ordering::Relaxed);
         state.sick.store(!sick, Ordering::Relaxed);
         let (service, id) = (&**endpoint.service(), &**endpoint.id());
         if sick {
             tracing::info!(service, endpoint = id, "the endpoint is well again");
-            lock(&self.closed).retain(|other| other != endpoint);
+            closed.endpoints.retain(|other| other != endpoint);
             endpoint.gate().open_for(self.mover);
         } else {
             let problem = lock(&state.problem).clone().unwrap_or_default();
             tracing::info!(service, endpoint = id, problem, "the endpoint is sick");
-            lock(&self.closed).push(endpoint.clone());
+            closed.endpoints.push(endpoint.clone());
             endpoint.gate().close_for(self.mover);
         }
     }
@@ -373,7 +405,9 @@ impl Drop for Shared {
         if let Some(task) = &self.task {
             task.abort();
         }
-        for endpoint in lock(&self.closed).drain(..) {
+        let mut closed = lock(&self.closed);
+        closed.over = true;
+        for endpoint in closed.endpoints.drain(..) {
             endpoint.gate().open_for(self.mover);
         }
     }
@@ -398,5 +432,22 @@ mod tests {
         assert!(!is_serving(Bytes::from_static(&[0, 0xff, 0xff, 0xff, 0xff, 8, 1])));
         assert_eq!(&health_request("a.B")[..], [0, 0, 0, 0, 5, 0x0a, 3, b'a', b'.', b'B']);
         assert_eq!(&health_request("")[..], [0, 0, 0, 0, 0]);
+    }
+
+    #[tokio::test]
+    async fn an_endpoint_that_is_busy_with_all_its_connections_is_not_sick() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = Address::Socket(listener.local_addr().unwrap());
+        let endpoint = Endpoint::new("s", portcullis_core::Instance::new("1", address));
+        let forward = Forward::new().max_connections(1).connect_timeout(Duration::from_secs(60));
+        let mut request = Request::get("http://a/").body(Full::<Bytes>::default()).unwrap();
+        Permit::without_right(endpoint.clone()).attach(request.extensions_mut());
+        let busy = tokio::spawn(forward.clone().call(request));
+        let _connection = listener.accept().await.unwrap();
+        for check in [HealthCheck::http("/"), HealthCheck::grpc("")] {
+            let answer = check.timeout(Duration::from_millis(30)).ask(&endpoint, &forward, &Clock::system()).await;
+            assert!(matches!(answer, Err(Unwell::Unasked)), "{answer:?}");
+        }
+        busy.abort();
     }
 }

@@ -30,7 +30,7 @@
 //!
 //! # The end
 //!
-//! When the signal comes, what waits to be accepted is still accepted, then the listeners close. Connections finish the
+//! When the signal comes, what waits to be accepted is still accepted as far as there are places, then the listeners close. Connections finish the
 //! requests they are at and close: HTTP/1.1 after the answer, HTTP/2 by `GOAWAY`. What is still open at the deadline is
 //! cut off, upgraded connections included.
 //!
@@ -54,6 +54,7 @@
 //! The request body's type is hyper's `Incoming`: a decision to show it, rather than to wrap every frame once more.
 
 mod connection;
+mod pace;
 mod phase;
 mod tls;
 mod transport;

@@ -5,6 +5,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty};
 use portcullis::core::Route as Matched;
 use portcullis::discovery::FixedRegistry;
+use portcullis::forward::{Edit, Forward, Policy};
 use portcullis::gateway::{Cors, Gateway, GatewayBody, Is, Redirect, Route, Upstream};
 use portcullis_testing::Backend;
 use tower::ServiceExt;
@@ -68,8 +69,14 @@ async fn redirects_and_fixed_answers_need_no_service() {
 async fn preflights_are_answered_without_a_token_and_answers_say_who_may_read_them() {
     let a = Backend::start("a").await;
     let cors = Cors::new(["https://app.example"]).unwrap().methods([Method::PUT]).credentials(true);
+    let any = |name| Edit::Set(name, HeaderValue::from_static("*"));
+    let careless = Policy::new()
+        .edit_response(any(header::ACCESS_CONTROL_ALLOW_ORIGIN))
+        .edit_response(any(header::ACCESS_CONTROL_ALLOW_CREDENTIALS));
     let gateway = Gateway::builder(FixedRegistry::new().service("a", [a.address().into()]))
         .route("/a", Route::to("a").method(Method::PUT).cors(cors))
+        // A service that allows everybody everything.
+        .with_forward(Forward::new().policy(careless))
         .build()
         .unwrap();
     let preflight = Request::options("http://h/a")
@@ -86,6 +93,7 @@ async fn preflights_are_answered_without_a_token_and_answers_say_who_may_read_th
     );
     let response = call(&gateway, put("https://other.example")).await;
     assert!(!response.headers().contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN));
+    assert!(!response.headers().contains_key(header::ACCESS_CONTROL_ALLOW_CREDENTIALS));
     assert_eq!(response.headers()[header::VARY], "origin");
     let plain = Request::options("http://h/a").header("origin", "https://app.example");
     assert_eq!(

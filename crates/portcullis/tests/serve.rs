@@ -416,6 +416,59 @@ async fn a_reader_who_does_not_read_is_let_go() {
 /// The connection preface and empty settings.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
+/// The connection is well then; the stream alone ends, and gives back what it held.
+#[tokio::test]
+async fn a_stream_whose_reader_takes_nothing_is_reset() {
+    let server = local().write_timeout(Duration::from_millis(100));
+    let address = server.local_addr().unwrap();
+    let dropped = Arc::new(Notify::new());
+    let shared = dropped.clone();
+    let service = tower::service_fn(move |_: Request<Incoming>| {
+        let body = Endless(shared.clone());
+        async move { Ok::<_, Infallible>(Response::new(body)) }
+    });
+    let _served = tokio::spawn(server.serve(service));
+    let mut io = TcpStream::connect(address).await.unwrap();
+    // A window of nothing for each stream, and GET http://a/.
+    io.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x06\x04\0\0\0\0\0\0\x04\0\0\0\0").await.unwrap();
+    io.write_all(b"\0\0\x06\x01\x05\0\0\0\x01\x82\x86\x84\x41\x01a").await.unwrap();
+    within(dropped.notified()).await;
+    let reset = async {
+        loop {
+            let mut head = [0; 9];
+            io.read_exact(&mut head).await.unwrap();
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+            let mut payload = vec![0; usize::try_from(length).unwrap()];
+            io.read_exact(&mut payload).await.unwrap();
+            if head[3] == 3 {
+                return head[8];
+            }
+        }
+    };
+    assert_eq!(within(reset).await, 1);
+}
+
+#[tokio::test]
+async fn a_client_that_is_still_sending_hears_why_it_is_refused() {
+    let server = local();
+    let address = server.local_addr().unwrap();
+    let service = tower::service_fn(|_: Request<Incoming>| async {
+        let mut response = Response::new(Full::<Bytes>::from("no"));
+        *response.status_mut() = http::StatusCode::PAYLOAD_TOO_LARGE;
+        Ok::<_, Infallible>(response)
+    });
+    let _served = tokio::spawn(server.serve(service));
+    let (mut answers, mut asks) = TcpStream::connect(address).await.unwrap().into_split();
+    let sending = tokio::spawn(async move {
+        asks.write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 8000000\r\n\r\n").await.unwrap();
+        _ = asks.write_all(&vec![0; 8_000_000]).await;
+    });
+    let mut answer = Vec::new();
+    within(answers.read_to_end(&mut answer)).await.unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 413 "));
+    sending.abort();
+}
+
 /// What the server said until it closed: whether it asked for calm (`GOAWAY`, `ENHANCE_YOUR_CALM`), unless the reset of
 /// the connection overtook that.
 async fn let_go(mut io: TcpStream) {

@@ -244,6 +244,10 @@ impl Cors {
 
     /// Writes what pages of `origin` may do with an answer.
     pub(super) fn leave(&self, origin: Option<&HeaderValue>, headers: &mut HeaderMap) {
+        // Whatever the service would allow by itself.
+        for name in [ACCESS_CONTROL_ALLOW_ORIGIN, ACCESS_CONTROL_ALLOW_CREDENTIALS, ACCESS_CONTROL_EXPOSE_HEADERS] {
+            headers.remove(name);
+        }
         let Some(allowed) = &self.origins else {
             if origin.is_some() {
                 headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));

@@ -13,7 +13,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use pin_project_lite::pin_project;
 use portcullis_core::{Carried, PeerAddress, PeerTls};
 use tokio::io::AsyncReadExt;
@@ -22,6 +22,7 @@ use tokio::time::{sleep, timeout};
 use tower_service::Service;
 use tracing::debug;
 
+use super::pace::{self, Paced, Streams};
 use super::phase::{Phase, Watch};
 use super::transport::{HeadTimer, Io, Line, Transport};
 use super::{BoxError, Limits, tls};
@@ -78,10 +79,10 @@ where
     };
     let line = Arc::new(Line::default());
     let is_h2 = early.starts_with(PREFACE);
-    let transport = TokioIo::new(Transport::new(io, early.freeze(), line.clone(), limits.write));
+    let transport = TokioIo::new(Transport::new(io, early.freeze(), line.clone(), limits.write, !is_h2));
     let service = WithPeer { service, peer: PeerAddress(peer), tls, line: line.clone() };
     let ended = if is_h2 {
-        let mut builder = http2::Builder::new(TokioExecutor::new());
+        let mut builder = http2::Builder::new(Streams { patience: limits.write });
         builder
             .timer(TokioTimer::new())
             .keep_alive_interval(bounded(limits.keep_alive.0))
@@ -197,7 +198,7 @@ where
     }
 }
 
-impl<S, B> Serve for http2::Connection<TokioIo<Transport>, Boxed<WithPeer<S>>, TokioExecutor>
+impl<S, B> Serve for http2::Connection<TokioIo<Transport>, Boxed<WithPeer<S>>, Streams>
 where
     S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
     S::Error: Into<BoxError>,
@@ -239,16 +240,16 @@ where
     }
 }
 
-impl<S> hyper::service::Service<Request<Incoming>> for Boxed<S>
+impl<S, B> hyper::service::Service<Request<Incoming>> for Boxed<S>
 where
-    S: hyper::service::Service<Request<Incoming>>,
+    S: hyper::service::Service<Request<Incoming>, Response = Response<B>>,
 {
-    type Response = S::Response;
+    type Response = Response<Paced<B>>;
     type Error = S::Error;
-    type Future = Pin<Box<S::Future>>;
+    type Future = Pin<Box<pace::Answer<S::Future>>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        Box::pin(self.0.call(request))
+        Box::pin(pace::Answer::new(self.0.call(request)))
     }
 }
 

@@ -3,10 +3,11 @@
 
 use std::future::Future;
 use std::io;
+use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,7 +15,7 @@ use futures::task::AtomicWaker;
 use hyper::rt::Timer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tokio_rustls::server::TlsStream;
 
 pub(super) struct Transport {
@@ -23,6 +24,10 @@ pub(super) struct Transport {
     early: Bytes,
     line: Arc<Line>,
     stalled: Stall,
+    /// Whether what still comes in at the end is read for a while: where it is a request, not an attack on the framing.
+    may_linger: bool,
+    /// Until when it is.
+    lingers: Option<Pin<Box<Sleep>>>,
 }
 
 pub(super) enum Io {
@@ -57,7 +62,7 @@ struct HeadSleep {
 }
 
 /// How long the other end has not taken what we have for it.
-struct Stall {
+pub(super) struct Stall {
     patience: Duration,
     since: Option<Pin<Box<Sleep>>>,
     running: bool,
@@ -65,6 +70,8 @@ struct Stall {
 
 /// What a client gets whose head began and did not end in time. hyper would close without a word.
 const LATE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+/// How long a client may go on sending what nobody wants, so that it hears the answer.
+const LINGER: Duration = Duration::from_secs(2);
 /// What is copied together, since one piece is cheaper to send than several.
 const SMALL: usize = 1024;
 
@@ -133,8 +140,12 @@ impl Future for HeadSleep {
 // === impl Stall ===
 
 impl Stall {
+    pub(super) const fn new(patience: Duration) -> Self {
+        Self { patience, since: None, running: false }
+    }
+
     /// A write came through, or not; an error when not for too long.
-    fn watch<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+    pub(super) fn watch<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {
             self.running = false;
             return written;
@@ -158,8 +169,8 @@ impl Stall {
 // === impl Transport ===
 
 impl Transport {
-    pub(super) fn new(io: Io, early: Bytes, line: Arc<Line>, patience: Duration) -> Self {
-        Self { io, early, line, stalled: Stall { patience, since: None, running: false } }
+    pub(super) fn new(io: Io, early: Bytes, line: Arc<Line>, patience: Duration, may_linger: bool) -> Self {
+        Self { io, early, line, stalled: Stall::new(patience), may_linger, lingers: None }
     }
 
     /// What became of a write, unless the connection was cut or the other end has not taken anything for too long.
@@ -172,6 +183,14 @@ impl Transport {
     }
 
     /// Whether the client waits for an answer to a head that did not come, and has all that was said before.
+    /// Reads what nobody wants any more; whether there was something.
+    fn discard(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        let mut waste = [MaybeUninit::uninit(); 4096];
+        let mut waste = ReadBuf::uninit(&mut waste);
+        let read = ready!(Pin::new(&mut self.io).poll_read(cx, &mut waste));
+        Poll::Ready(read.is_ok() && !waste.filled().is_empty())
+    }
+
     fn owes_an_answer(&self) -> bool {
         let line = &self.line;
         let begun = line.late.load(Ordering::Relaxed) && line.begun.load(Ordering::Relaxed);
@@ -296,11 +315,23 @@ impl AsyncWrite for Transport {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        // hyper lets go of it right after this, which says the same by one system call less.
-        if matches!(this.io, Io::Plain(_)) && !this.line.given_away.load(Ordering::Relaxed) {
-            return Poll::Ready(Ok(()));
+        let given_away = this.line.given_away.load(Ordering::Relaxed);
+        // Closed with something unread, the connection would be reset, and the client might never see its answer
+        // (RFC 9112 §9.6): it goes on reading for a while.
+        if this.may_linger && this.lingers.is_none() && !given_away && this.discard(cx) == Poll::Ready(true) {
+            this.lingers = Some(Box::pin(sleep(LINGER)));
         }
-        Pin::new(&mut this.io).poll_shutdown(cx)
+        let Some(over) = &mut this.lingers else {
+            // hyper lets go of it right after this, which says the same by one system call less.
+            if matches!(this.io, Io::Plain(_)) && !given_away {
+                return Poll::Ready(Ok(()));
+            }
+            return Pin::new(&mut this.io).poll_shutdown(cx);
+        };
+        let over = over.as_mut().poll(cx);
+        ready!(Pin::new(&mut this.io).poll_shutdown(cx))?;
+        while over.is_pending() && ready!(this.discard(cx)) {}
+        Poll::Ready(Ok(()))
     }
 }
 
