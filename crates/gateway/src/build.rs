@@ -137,7 +137,7 @@ pub(crate) fn fit(config: &Config, routes: &[&config::At<config::Route>]) -> Res
             policies::route(route, config, &TrustedProxies::none(), None).map_err(|Error(why)| why)?;
         builder = builder.route(&pattern, route);
     }
-    builder.build().map(drop).map_err(|error| error.to_string())
+    builder.check().map_err(|error| error.to_string())
 }
 
 pub(crate) fn trusted_proxies(trusted: &config::TrustedProxies) -> Result<TrustedProxies, Error> {

@@ -20,12 +20,15 @@ const MAX_HISTORY: usize = 120;
 /// So many events are kept.
 const MAX_EVENTS: usize = 200;
 
+/// Seeded, and quick: what is looked up comes from bounded sets.
+type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
+
 /// What happened since the start.
 #[derive(Default)]
 pub(crate) struct Telemetry {
-    series: ArcSwap<HashMap<Labels, Arc<Series>>>,
+    series: ArcSwap<Map<Labels, Arc<Series>>>,
     /// By what registries call the services.
-    moved: ArcSwap<HashMap<Arc<str>, Arc<Moved>>>,
+    moved: ArcSwap<Map<Arc<str>, Arc<Moved>>>,
     writing: Mutex<()>,
     breakers: Mutex<BTreeMap<BreakerChange, u64>>,
     pub(crate) active: AtomicI64,
@@ -123,7 +126,7 @@ impl Telemetry {
             return series.clone();
         }
         let _writing = lock(&self.writing);
-        let mut series = HashMap::clone(&self.series.load());
+        let mut series = Map::clone(&self.series.load());
         let labels = if series.len() < MAX_SERIES { labels } else { overflow().clone() };
         let found = series.entry(labels).or_default().clone();
         self.series.store(Arc::new(series));
@@ -136,7 +139,7 @@ impl Telemetry {
             return moved.clone();
         }
         let _writing = lock(&self.writing);
-        let mut all = HashMap::clone(&self.moved.load());
+        let mut all = Map::clone(&self.moved.load());
         let found = all.entry(service.clone()).or_default().clone();
         self.moved.store(Arc::new(all));
         found

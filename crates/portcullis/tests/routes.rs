@@ -4,7 +4,7 @@ use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty};
 use portcullis::core::Route as Matched;
-use portcullis::discovery::FixedRegistry;
+use portcullis::discovery::{DiscoveryLayer, FixedRegistry};
 use portcullis::forward::{Edit, Forward, Policy};
 use portcullis::gateway::{Cors, Gateway, GatewayBody, Is, Redirect, Route, Upstream};
 use portcullis_testing::Backend;
@@ -44,6 +44,20 @@ async fn each_service_has_a_way_of_its_own() {
         seen.insert(backend(&call(&gateway, Request::get("http://a.example/split")).await).to_owned());
     }
     assert_eq!(seen.len(), 2, "half of the requests go to each");
+}
+
+#[tokio::test]
+async fn a_check_finds_what_building_would_and_follows_nothing() {
+    let discovery = DiscoveryLayer::new(FixedRegistry::new());
+    let builder = || Gateway::builder(FixedRegistry::new()).with_discovery(discovery.clone());
+    for routes in [&[][..], &["no slash"], &["/{a}", "/{b}"]] {
+        let with = || routes.iter().fold(builder(), |builder, pattern| builder.route(pattern, Route::to("a")));
+        assert_eq!(with().check().unwrap_err().to_string(), with().build().unwrap_err().to_string(), "{routes:?}");
+    }
+    builder().route("/a", Route::to("a")).check().unwrap();
+    assert!(discovery.status().is_empty());
+    builder().route("/a", Route::to("a")).build().unwrap();
+    assert_eq!(discovery.status().len(), 1);
 }
 
 #[tokio::test]

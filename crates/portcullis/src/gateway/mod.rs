@@ -40,7 +40,9 @@ use portcullis_auth::{Attempt, Auth, AuthLayer, Authenticate, Denied, Head, Shar
 use portcullis_balance::{BalanceLayer, Pick};
 use portcullis_circuit_break::CircuitBreakLayer;
 use portcullis_core::is_normal_path;
-use portcullis_core::{Body, Carried, Clock, Deadline, Dialect, Identity, Layer as Where, Rejection, Route as Matched};
+use portcullis_core::{
+    Body, Carried, Clock, Deadline, Destination, Dialect, Identity, Layer as Where, Rejection, Route as Matched,
+};
 use portcullis_discovery::{DiscoveryLayer, Registry};
 use portcullis_forward::{BoxError, Forward};
 use portcullis_rate_limit::{Rate, RateLimit, RateLimitLayer};
@@ -368,6 +370,24 @@ impl Builder {
     /// [`Error`] when there is no route, patterns are malformed or contradict each other, or a route asks who is calling
     /// and there is no way to tell.
     pub fn build(self) -> Result<Gateway, Error> {
+        let (gateway, services) = self.put_together()?;
+        for (discovery, service) in gateway.discoveries.iter().zip(services) {
+            discovery.follow(service.as_str());
+        }
+        Ok(gateway)
+    }
+
+    /// Whether a gateway can be built, which nothing comes of.
+    ///
+    /// # Errors
+    ///
+    /// As of [`build`](Self::build).
+    pub fn check(self) -> Result<(), Error> {
+        self.put_together().map(drop)
+    }
+
+    /// A gateway that follows nothing yet, and the service that each of its discoveries is for.
+    fn put_together(self) -> Result<(Gateway, Vec<Destination>), Error> {
         if self.routes.is_empty() {
             return Err(Error::new("no routes"));
         }
@@ -392,23 +412,21 @@ impl Builder {
             let ways = Passed::new(Where::RateLimit, Ways::new(&self.upstream, &self.upstreams));
             auth.layer(Passed::new(Where::Auth, rate_limit.layer(ways)))
         };
-        let mut discoveries = Vec::new();
-        for service in self.routes.iter().flat_map(|(_, route)| route.services()) {
-            let discovery = &self.upstreams.get(service.name()).unwrap_or(&self.upstream).discovery;
-            discovery.follow(service.as_str());
-            discoveries.push(discovery.clone());
-        }
+        let services: Vec<Destination> = self.routes.iter().flat_map(|(_, route)| route.services()).cloned().collect();
+        let of = |service: &Destination| &self.upstreams.get(service.name()).unwrap_or(&self.upstream).discovery;
+        let discoveries = services.iter().map(of).cloned().collect();
         let routes = self.routes.into_iter().map(|(pattern, route)| {
             let target = route.target(&pattern);
             (pattern, route.matches, target)
         });
-        Ok(Gateway {
+        let gateway = Gateway {
             routes: Arc::new(Router::new(routes.collect())?),
             clock: self.clock,
             leaves_route: self.leaves_route,
-            discoveries: discoveries.into(),
+            discoveries,
             stack,
-        })
+        };
+        Ok((gateway, services))
     }
 }
 
