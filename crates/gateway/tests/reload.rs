@@ -268,14 +268,18 @@ async fn nothing_is_lost_when_files_change_under_load() {
         });
     }
     for round in 0..30 {
+        let before = sent.load(Ordering::Relaxed);
         program.write(&files[round % 3]);
         assert_eq!(program.order("/reload", &json!(null)).await.status, 200);
+        // Each file has its share of them.
+        while sent.load(Ordering::Relaxed) < before + 4 {
+            tokio::task::yield_now().await;
+        }
     }
     over.store(true, Ordering::Relaxed);
     let lost: Vec<String> = clients.join_all().await.concat();
     let sent = sent.load(Ordering::Relaxed);
     assert!(lost.is_empty(), "{} of {sent} lost: {}", lost.len(), lost[0]);
-    assert!(sent > 50, "only {sent} were sent");
     println!("{sent} requests during 30 reloads, none of them lost");
 }
 
