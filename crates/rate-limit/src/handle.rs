@@ -85,7 +85,7 @@ impl Handle {
     /// Replaces all limits of the layer. Those that keep their name keep their counters.
     pub fn set_limits(&self, limits: impl IntoIterator<Item = Limit>) {
         let limits: Vec<Limit> = limits.into_iter().collect();
-        tracing::info!(?limits, "the limits were changed");
+        tracing::debug!(limits = ?limits.iter().map(Limit::name).collect::<Vec<_>>(), "the limits were changed");
         self.limiter.limits.change(|before| {
             let counting = |limit: &Limit| match before.iter().find(|other| other.name() == limit.name()) {
                 Some(other) => limit.clone().counting_as(other),
