@@ -364,8 +364,8 @@ fn failed(mut error: TrySendError<Request<Outgoing>>, flow: Option<&Flow>, stale
 }
 
 fn h2_error(error: &hyper::Error) -> Option<&h2::Error> {
-    let sources = std::iter::successors(std::error::Error::source(error), |inner| inner.source());
-    sources.into_iter().find_map(|inner| inner.downcast_ref())
+    let mut sources = std::iter::successors(std::error::Error::source(error), |inner| inner.source());
+    sources.find_map(|inner| inner.downcast_ref())
 }
 
 /// Whether the other end says that it did not process the stream

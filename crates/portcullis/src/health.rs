@@ -31,7 +31,8 @@
 //! | sick after | 3 bad answers in a row |
 //! | well again after | 2 good answers in a row |
 //!
-//! An endpoint that is new counts as well until it has shown otherwise. When so many are sick that a balancer panics, it
+//! An endpoint that is new counts as well until it has shown otherwise. A check that the gateway's own limit on connections
+//! keeps from being made says nothing of the endpoint. When so many are sick that a balancer panics, it
 //! passes over what is said here, as over what breakers say.
 
 use std::fmt;

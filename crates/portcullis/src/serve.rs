@@ -46,6 +46,11 @@
 //! | [`max_head`](Server::max_head) | 64 KiB |
 //! | [`max_streams`](Server::max_streams) | 256 |
 //!
+//! # A refusal is heard
+//!
+//! An HTTP/1.1 client that is still sending when its connection is to be closed is read for two more seconds, to no end but
+//! that it sees the answer (RFC 9112 §9.6).
+//!
 //! # What it does not do
 //!
 //! A `CONNECT` reaches the service like any other request. An HTTP/2 connection without requests stays open as long as
@@ -206,7 +211,8 @@ impl Server {
         self
     }
 
-    /// How long a client may take none of what we have for it, before its connection is closed. Default 60 s.
+    /// How long a client may take none of what we have for it, before its connection is closed; of one stream of HTTP/2,
+    /// before that is reset. Default 60 s.
     pub fn write_timeout(mut self, timeout: Duration) -> Self {
         self.limits.write = timeout;
         self

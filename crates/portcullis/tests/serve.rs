@@ -397,8 +397,8 @@ impl Drop for Endless {
     }
 }
 
-#[tokio::test]
-async fn a_reader_who_does_not_read_is_let_go() {
+/// A connection to a server whose answers have no end and whose readers have little time, and when an answer is dropped.
+async fn endless() -> (TcpStream, Arc<Notify>) {
     let server = local().write_timeout(Duration::from_millis(100));
     let address = server.local_addr().unwrap();
     let dropped = Arc::new(Notify::new());
@@ -407,8 +407,13 @@ async fn a_reader_who_does_not_read_is_let_go() {
         let body = Endless(shared.clone());
         async move { Ok::<_, Infallible>(Response::new(body)) }
     });
-    let _served = tokio::spawn(server.serve(service));
-    let mut io = TcpStream::connect(address).await.unwrap();
+    tokio::spawn(server.serve(service));
+    (TcpStream::connect(address).await.unwrap(), dropped)
+}
+
+#[tokio::test]
+async fn a_reader_who_does_not_read_is_let_go() {
+    let (mut io, dropped) = endless().await;
     send(&mut io, "/").await;
     within(dropped.notified()).await;
 }
@@ -419,16 +424,7 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 /// The connection is well then; the stream alone ends, and gives back what it held.
 #[tokio::test]
 async fn a_stream_whose_reader_takes_nothing_is_reset() {
-    let server = local().write_timeout(Duration::from_millis(100));
-    let address = server.local_addr().unwrap();
-    let dropped = Arc::new(Notify::new());
-    let shared = dropped.clone();
-    let service = tower::service_fn(move |_: Request<Incoming>| {
-        let body = Endless(shared.clone());
-        async move { Ok::<_, Infallible>(Response::new(body)) }
-    });
-    let _served = tokio::spawn(server.serve(service));
-    let mut io = TcpStream::connect(address).await.unwrap();
+    let (mut io, dropped) = endless().await;
     // A window of nothing for each stream, and GET http://a/.
     io.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x06\x04\0\0\0\0\0\0\x04\0\0\0\0").await.unwrap();
     io.write_all(b"\0\0\x06\x01\x05\0\0\0\x01\x82\x86\x84\x41\x01a").await.unwrap();
