@@ -108,15 +108,14 @@ impl TrustedProxies {
             Field::Forwarded => header::FORWARDED,
         };
         for line in headers.get_all(name).iter().rev() {
-            let Ok(line) = line.to_str() else { return client };
-            let mut rest = Some(line);
+            let mut rest = Some(line.as_bytes());
             while let Some(line) = rest {
+                // As bytes, and text of one address only: what a client wrote on the left may be anything.
                 let address;
                 (rest, address) = match self.field {
                     Field::XForwardedFor => {
-                        let (rest, entry) =
-                            line.rsplit_once(',').map_or((None, line), |(rest, entry)| (Some(rest), entry));
-                        (rest, node(entry.trim()))
+                        let (rest, entry) = split_at(line, line.iter().rposition(|&byte| byte == b','));
+                        (rest, node(entry.trim_ascii()))
                     }
                     Field::Forwarded => {
                         let (rest, entry) = rsplit_unquoted(line, b',');
@@ -180,8 +179,10 @@ fn canonical_network(network: IpNet) -> IpNet {
     }
 }
 
-/// `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]` or `[2001:db8::1]:80`.
-fn node(text: &str) -> Option<IpAddr> {
+/// `192.0.2.1`, `192.0.2.1:80`, `2001:db8::1`, `[2001:db8::1]` or `[2001:db8::1]:80`; a port may also be hidden: `:_name`.
+fn node(text: &[u8]) -> Option<IpAddr> {
+    let text = std::str::from_utf8(text).ok()?;
+    let text = text.split_once(":_").map_or(text, |(address, _)| address);
     if let Ok(address) = text.parse() {
         return Some(address);
     }
@@ -192,19 +193,23 @@ fn node(text: &str) -> Option<IpAddr> {
 }
 
 /// The `for` parameter of one `Forwarded` element, without its quotes.
-fn forwarded_for(element: &str) -> Option<&str> {
+fn forwarded_for(element: &[u8]) -> Option<&[u8]> {
     let (mut rest, mut found) = (Some(element), None);
     while let Some(pairs) = rest {
         let pair;
         (rest, pair) = rsplit_unquoted(pairs, b';');
-        let (name, value) = pair.trim().split_once('=')?;
-        if name.eq_ignore_ascii_case("for") && found.replace(value).is_some() {
+        let pair = pair.trim_ascii();
+        if pair.is_empty() {
+            continue;
+        }
+        let (name, value) = pair.split_at(pair.iter().position(|&byte| byte == b'=')?);
+        if name.eq_ignore_ascii_case(b"for") && found.replace(&value[1..]).is_some() {
             return None;
         }
     }
     let value = found?;
-    match value.strip_prefix('"') {
-        Some(open) => open.strip_suffix('"'),
+    match value.strip_prefix(b"\"") {
+        Some(open) => open.strip_suffix(b"\""),
         None => Some(value),
     }
 }
@@ -213,17 +218,21 @@ fn forwarded_for(element: &str) -> Option<&str> {
 ///
 /// It counts quotes from the right, where the trusted proxy wrote: what a client left open on the left hides nothing, and
 /// what a proxy quoted, such as the client's `Host`, ends no element.
-fn rsplit_unquoted(text: &str, separator: u8) -> (Option<&str>, &str) {
-    let (bytes, mut quoted) = (text.as_bytes(), false);
-    for (at, &byte) in bytes.iter().enumerate().rev() {
+fn rsplit_unquoted(text: &[u8], separator: u8) -> (Option<&[u8]>, &[u8]) {
+    let mut quoted = false;
+    let at = text.iter().enumerate().rposition(|(at, &byte)| {
         if byte == b'"' {
-            let escapes = bytes[..at].iter().rev().take_while(|&&byte| byte == b'\\').count();
+            let escapes = text[..at].iter().rev().take_while(|&&byte| byte == b'\\').count();
             quoted ^= escapes % 2 == 0;
-        } else if byte == separator && !quoted {
-            return (Some(&text[..at]), &text[at + 1..]);
         }
-    }
-    (None, text)
+        byte == separator && !quoted
+    });
+    split_at(text, at)
+}
+
+/// What is before that byte, if there is one, and what is behind.
+fn split_at(text: &[u8], at: Option<usize>) -> (Option<&[u8]>, &[u8]) {
+    at.map_or((None, text), |at| (Some(&text[..at]), &text[at + 1..]))
 }
 
 impl fmt::Display for InvalidNetwork {
@@ -275,6 +284,7 @@ mod tests {
         client(&proxies, &["203.0.113.9,"], "10.0.0.1");
         client(&proxies, &["203.0.113.9, 10.1.1.1,"], "10.0.0.1");
         client(&proxies, &["é"], "10.0.0.1");
+        client(&proxies, &["é, 203.0.113.9"], "203.0.113.9");
     }
 
     #[test]
@@ -305,6 +315,12 @@ mod tests {
             (r#"for=6.6.6.6;host=", for=192.0.2.60"#, "192.0.2.60"),
             (r#"for="192.0.2.60"#, "10.0.0.1"),
             (",", "10.0.0.1"),
+            // Bytes that are no text, an end that ends nothing, and a port that is hidden.
+            ("é, for=192.0.2.60", "192.0.2.60"),
+            ("host=\"é\";for=192.0.2.60", "192.0.2.60"),
+            ("for=192.0.2.60;", "192.0.2.60"),
+            (r#"for="192.0.2.60:_port""#, "192.0.2.60"),
+            (r#"for="[2001:db8::1]:_port""#, "2001:db8::1"),
         ] {
             let headers = lines(&header::FORWARDED, &[line]);
             assert_eq!(proxies.client(ip("10.0.0.1"), &headers), ip(expected), "{line}");
@@ -326,21 +342,35 @@ mod tests {
         assert!(!mapped.trusts(ip("11.1.2.3")));
     }
 
+    /// A line with whatever a client may send on the left.
+    fn left_of(left: &[u8], right: &str) -> HeaderValue {
+        HeaderValue::from_bytes(&[left, right.as_bytes()].concat()).unwrap()
+    }
+
     proptest::proptest! {
         /// Whatever a client writes on the left changes nothing once a stranger stands to its right.
         #[test]
-        fn what_stands_left_of_the_client_changes_nothing(left in "[ -~]{0,60}") {
+        fn what_stands_left_of_the_client_changes_nothing(left in left()) {
             let proxies = TrustedProxies::networks(["10.0.0.0/8"]).unwrap();
-            let headers = lines(&X_FORWARDED_FOR, &[&format!("{left},203.0.113.9, 10.1.1.1")]);
+            let line = left_of(&left, ",203.0.113.9, 10.1.1.1");
+            let headers = HeaderMap::from_iter([(X_FORWARDED_FOR, line)]);
             proptest::prop_assert_eq!(proxies.client(ip("10.0.0.1"), &headers), ip("203.0.113.9"));
         }
 
         #[test]
-        fn nor_does_it_in_forwarded(left in "[ -~]{0,60}") {
+        fn nor_does_it_in_forwarded(left in left()) {
             let proxies = TrustedProxies::networks(["10.0.0.0/8"]).unwrap().reading_forwarded();
-            let line = format!("{left},for=203.0.113.9;host=\"a,b\", for=\"10.1.1.1:80\"");
-            let headers = lines(&header::FORWARDED, &[&line]);
+            let line = left_of(&left, ",for=203.0.113.9;host=\"a,b\", for=\"10.1.1.1:80\"");
+            let headers = HeaderMap::from_iter([(header::FORWARDED, line)]);
             proptest::prop_assert_eq!(proxies.client(ip("10.0.0.1"), &headers), ip("203.0.113.9"));
         }
+    }
+
+    /// All bytes a header may hold.
+    fn left() -> impl proptest::strategy::Strategy<Value = Vec<u8>> {
+        let byte = proptest::strategy::Strategy::prop_filter(proptest::num::u8::ANY, "no header has it", |&byte| {
+            byte == b'\t' || byte >= b' ' && byte != 127
+        });
+        proptest::collection::vec(byte, 0..60)
     }
 }
