@@ -23,7 +23,7 @@ pub struct Rate {
 }
 
 /// A [`Rate`] as the algorithm has it, in nanoseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Cell {
     /// What one unit costs.
     pub(crate) interval: u64,

@@ -169,6 +169,40 @@ async fn a_lease_is_withheld_from_others_until_it_is_reported() {
 }
 
 #[tokio::test]
+async fn what_was_refused_or_leased_says_nothing_of_another_rate() {
+    let redis = Redis::start().await;
+    let layer = RateLimitLayer::new(Rate::per_day(n(1))).store(store(&redis));
+    let service = layer.layer(Ok200);
+    assert_eq!((status(&service, "192.0.2.1").await, status(&service, "192.0.2.1").await), (200, 429));
+    assert!(layer.handle().set_rate("default", Rate::per_day(n(1)).burst(n(1000))));
+    assert_eq!(status(&service, "192.0.2.1").await, 200);
+    assert!(layer.handle().set_rate("default", Rate::per_day(n(1))));
+    assert_eq!(status(&service, "192.0.2.1").await, 429);
+}
+
+#[tokio::test]
+async fn less_important_requests_take_nothing_of_what_others_leased() {
+    let redis = Redis::start().await;
+    let store = store(&redis);
+    let layer = RateLimitLayer::new(Rate::per_second(n(1))).store(store.clone());
+    let low = |request: &RequestHead<'_>| {
+        if request.headers().contains_key("x-low") { Priority::LOW } else { Priority::CRITICAL }
+    };
+    layer.handle().set_limits([Limit::new("calls", Rate::per_second(n(8)).burst(n(1600))).priority(low)]);
+    let service = layer.layer(Ok200);
+    for _ in 0..1200 {
+        assert_eq!(status(&service, "192.0.2.1").await, 200);
+    }
+    for _ in 0..10 {
+        assert_eq!(status(&service, "192.0.2.1").await, 200);
+        let mut request = from("192.0.2.1");
+        request.headers_mut().insert("x-low", "1".parse().unwrap());
+        assert_eq!(service.clone().oneshot(request).await.unwrap().status(), 429, "half is left to others");
+    }
+    assert!(store.stats().leased > 100, "{:?}", store.stats());
+}
+
+#[tokio::test]
 async fn without_an_answer_a_request_gets_what_was_decided() {
     let mut redis = Redis::start().await;
     let with = |on_failure| {
@@ -238,6 +272,26 @@ async fn what_a_response_cost_more_is_charged_with_the_next_question() {
         response.into_body().collect().await.unwrap();
     }
     assert_eq!(left, ["r=99", "r=59", "r=19", "r=0"]);
+}
+
+#[tokio::test]
+async fn what_a_response_cost_more_is_charged_to_the_lease_first() {
+    let redis = Redis::start().await;
+    let store = store(&redis);
+    let layer = RateLimitLayer::new(Rate::per_second(n(1)));
+    let rate = Rate::per_second(n(1000)).burst(n(10_000));
+    layer.handle().set_limits([Limit::new("cost", rate).settle(|_| 100)]);
+    let service = layer.store(store.clone()).layer(Ok200);
+    let (start, mut admitted) = (Instant::now(), 0);
+    for _ in 0..300 {
+        let response = service.clone().oneshot(from("192.0.2.1")).await.unwrap();
+        admitted += usize::from(response.status() == 200);
+        response.into_body().collect().await.unwrap();
+    }
+    // One more may be admitted before the store is told of the last debt.
+    let most = 101 + (start.elapsed().as_secs() as usize + 1) * 10;
+    assert!(admitted >= 100 && admitted <= most, "{admitted} of {most}");
+    assert!(store.stats().leased > 0, "{:?}", store.stats());
 }
 
 #[tokio::test]

@@ -13,6 +13,8 @@ use portcullis_core::Moment;
 use tokio::sync::Notify;
 use tokio::sync::futures::OwnedNotified;
 
+use super::ticks;
+use crate::rate::Cell;
 use crate::table::Mark;
 
 /// Leases and refusals by key, bounded.
@@ -38,13 +40,17 @@ struct Known {
     /// Units left of the lease.
     left: u32,
     leased: u32,
-    /// What one unit cost when they were leased, in ticks.
-    interval: u64,
+    /// What they were leased for: a request of another rate has no use for them.
+    cell: Cell,
     /// The lease's number; zero for none.
     id: u64,
     since: Moment,
     until: Moment,
     refused_until: Moment,
+    /// What was refused until then: a request of another rate may be admitted.
+    refused: Cell,
+    /// The store has to be told of a debt before anything more is decided here.
+    owes: bool,
     seen: Moment,
     want: u32,
     /// Somebody asks for a lease: others wait for it. A number of its own for each, zero for nobody.
@@ -86,7 +92,7 @@ pub(crate) struct Question {
 pub(crate) struct Given {
     pub(crate) id: u64,
     pub(crate) units: u32,
-    pub(crate) interval: u64,
+    pub(crate) cell: Cell,
     /// When the question was sent: the lease is younger.
     pub(crate) since: Moment,
     pub(crate) until: Moment,
@@ -104,27 +110,31 @@ impl Leases {
         Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect(), each, next_asking: AtomicU64::new(1) }
     }
 
-    /// Decides, if it can. `most` is the largest lease worth having, zero for none; `patience` how long somebody may take to
-    /// ask for one.
-    pub(crate) fn take(&self, mark: Mark, units: u32, most: u32, patience: Duration, now: Moment) -> Local {
+    /// Decides, if it can. `most` is the largest lease worth having; a request with zero neither takes from a lease nor says
+    /// anything of how large the next should be. `patience` is how long somebody may take to ask for one.
+    pub(crate) fn take(&self, mark: Mark, units: u32, cell: Cell, most: u32, patience: Duration, now: Moment) -> Local {
         let mut shard = self.shard(mark);
         let Some(known) = shard.known.get_mut(&mark.bits()) else { return Local::Ask(Question::default()) };
         let soon = now.since(known.seen) < SOON;
-        known.seen = now;
-        if known.id != 0 && now < known.until && known.left >= units {
-            known.left -= units;
-            return Local::Charged { lease: known.id, left: known.left };
+        if most > 0 {
+            known.seen = now;
+            if known.id != 0 && !known.owes && known.cell == cell && now < known.until && known.left >= units {
+                known.left -= units;
+                return Local::Charged { lease: known.id, left: known.left };
+            }
         }
-        if now < known.refused_until {
+        if now < known.refused_until && known.refused == cell {
             return Local::Refused { until: known.refused_until };
         }
-        if known.asking != 0 && now < known.asking_until {
+        if most > 0 && known.asking != 0 && now < known.asking_until {
             return Local::Wait;
         }
-        let report = known.close();
+        known.owes = false;
         if most == 0 {
-            known.want = 0;
-        } else if soon {
+            return Local::Ask(Question::default());
+        }
+        let report = known.close();
+        if soon {
             let quick = known.leased == 0 || now.since(known.since) * 2 < known.until.since(known.since);
             let next = if quick { known.want.saturating_mul(2) } else { known.want / 2 };
             known.want = next.clamp(1, most);
@@ -164,12 +174,24 @@ impl Leases {
         }
     }
 
+    /// Charges more to a key's lease, as far as that goes: how many units the store has to be told of. Until it was, nothing
+    /// is decided here. An interval in ticks.
+    pub(crate) fn spend(&self, mark: Mark, interval: u64, units: u32) -> u32 {
+        let mut shard = self.shard(mark);
+        let Some(known) = shard.known.get_mut(&mark.bits()) else { return units };
+        let fits = known.id != 0 && ticks(known.cell.interval) == interval;
+        let here = if fits { known.left.min(units) } else { 0 };
+        known.left -= here;
+        known.owes |= here < units;
+        units - here
+    }
+
     /// Remembers what the store said. Returns a lease that nobody will use, to be reported.
     pub(crate) fn learn(
         &self,
         mark: Mark,
         given: Option<Given>,
-        refused_until: Option<Moment>,
+        refused: Option<(Moment, Cell)>,
         now: Moment,
     ) -> Option<(u64, u64)> {
         let mut shard = self.shard(mark);
@@ -180,8 +202,8 @@ impl Leases {
             }
         }
         let known = shard.known.entry(mark.bits()).or_insert(Known::new(now));
-        if let Some(until) = refused_until {
-            known.refused_until = until;
+        if let Some(refused) = refused {
+            (known.refused_until, known.refused) = refused;
         }
         let given = given?;
         if known.id != 0 {
@@ -228,11 +250,13 @@ impl Known {
         Self {
             left: 0,
             leased: 0,
-            interval: 0,
+            cell: Cell::default(),
             id: 0,
             since: Moment::MIN,
             until: Moment::MIN,
             refused_until: Moment::MIN,
+            refused: Cell::default(),
+            owes: false,
             seen: now,
             want: 0,
             asking: 0,
@@ -245,12 +269,12 @@ impl Known {
     fn close(&mut self) -> Option<(u64, u64)> {
         let id = std::mem::take(&mut self.id);
         let used = u64::from(self.leased - std::mem::take(&mut self.left));
-        (id != 0).then_some((id, used * self.interval))
+        (id != 0).then(|| (id, used.saturating_mul(ticks(self.cell.interval))))
     }
 
     fn open(&mut self, given: Given) {
         (self.id, self.left, self.leased) = (given.id, given.units, given.units);
-        (self.interval, self.since, self.until) = (given.interval, given.since, given.until);
+        (self.cell, self.since, self.until) = (given.cell, given.since, given.until);
     }
 }
 
@@ -280,12 +304,15 @@ fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
 mod tests {
     use super::*;
 
+    /// 16 ticks a unit.
+    const CELL: Cell = Cell { interval: 1000, window: 100_000 };
+
     fn at(millis: u64) -> Moment {
         Moment::from_nanos(1 << 52) + Duration::from_millis(millis)
     }
 
     fn given(id: u64, units: u32, since: u64) -> Option<Given> {
-        Some(Given { id, units, interval: 10, since: at(since), until: at(since + 1000) })
+        Some(Given { id, units, cell: CELL, since: at(since), until: at(since + 1000) })
     }
 
     fn want(local: Local) -> u32 {
@@ -298,42 +325,45 @@ mod tests {
     #[test]
     fn a_key_is_given_more_the_quicker_it_uses_them_up() {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
-        assert_eq!(want(leases.take(mark, 1, 100, SOON, at(0))), 0, "a stranger");
+        assert_eq!(want(leases.take(mark, 1, CELL, 100, SOON, at(0))), 0, "a stranger");
         leases.learn(mark, None, None, at(0));
-        assert_eq!(want(leases.take(mark, 1, 100, SOON, at(10))), 1, "again so soon");
+        assert_eq!(want(leases.take(mark, 1, CELL, 100, SOON, at(10))), 1, "again so soon");
         leases.learn(mark, given(1, 1, 10), None, at(10));
         leases.asked(mark, 1);
-        assert_eq!(leases.take(mark, 1, 100, SOON, at(11)), Local::Charged { lease: 1, left: 0 });
-        let Local::Ask(question) = leases.take(mark, 1, 100, SOON, at(12)) else { panic!() };
-        assert_eq!(question, Question { want: 2, report: Some((1, 10)), asking: 2 });
+        assert_eq!(leases.take(mark, 1, CELL, 100, SOON, at(11)), Local::Charged { lease: 1, left: 0 });
+        let Local::Ask(question) = leases.take(mark, 1, CELL, 100, SOON, at(12)) else { panic!() };
+        assert_eq!(question, Question { want: 2, report: Some((1, 16)), asking: 2 });
         leases.learn(mark, given(2, 2, 12), None, at(12));
         leases.asked(mark, 2);
-        assert_eq!(want(leases.take(mark, 1, 100, SOON, at(5000))), 0, "it was not used, and has expired");
+        assert_eq!(want(leases.take(mark, 1, CELL, 100, SOON, at(5000))), 0, "it was not used, and has expired");
     }
 
     #[test]
     fn a_lease_is_not_used_after_it_expired_and_its_rest_is_reported() {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
         leases.learn(mark, given(7, 5, 0), None, at(0));
-        assert!(matches!(leases.take(mark, 3, 100, SOON, at(999)), Local::Charged { left: 2, .. }));
-        let Local::Ask(question) = leases.take(mark, 1, 100, SOON, at(1000)) else { panic!() };
-        assert_eq!(question.report, Some((7, 30)));
+        assert!(matches!(leases.take(mark, 3, CELL, 100, SOON, at(999)), Local::Charged { left: 2, .. }));
+        let Local::Ask(question) = leases.take(mark, 1, CELL, 100, SOON, at(1000)) else { panic!() };
+        assert_eq!(question.report, Some((7, 48)));
         leases.asked(mark, question.asking);
-        assert!(matches!(leases.take(mark, 1, 100, SOON, at(1001)), Local::Ask(Question { report: None, .. })), "once");
+        assert!(
+            matches!(leases.take(mark, 1, CELL, 100, SOON, at(1001)), Local::Ask(Question { report: None, .. })),
+            "once"
+        );
     }
 
     #[test]
     fn what_is_given_back_is_there_again_but_not_in_another_lease() {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
         leases.learn(mark, given(7, 2, 0), None, at(0));
-        assert!(matches!(leases.take(mark, 2, 100, SOON, at(1)), Local::Charged { left: 0, .. }));
+        assert!(matches!(leases.take(mark, 2, CELL, 100, SOON, at(1)), Local::Charged { left: 0, .. }));
         leases.give_back(mark, 6, 2);
-        let Local::Ask(question) = leases.take(mark, 1, 100, SOON, at(1)) else { panic!() };
+        let Local::Ask(question) = leases.take(mark, 1, CELL, 100, SOON, at(1)) else { panic!() };
         leases.asked(mark, question.asking);
         leases.learn(mark, given(8, 2, 0), None, at(1));
-        assert!(matches!(leases.take(mark, 2, 100, SOON, at(1)), Local::Charged { lease: 8, left: 0 }));
+        assert!(matches!(leases.take(mark, 2, CELL, 100, SOON, at(1)), Local::Charged { lease: 8, left: 0 }));
         leases.give_back(mark, 8, 1);
-        assert!(matches!(leases.take(mark, 1, 100, SOON, at(1)), Local::Charged { lease: 8, left: 0 }));
+        assert!(matches!(leases.take(mark, 1, CELL, 100, SOON, at(1)), Local::Charged { lease: 8, left: 0 }));
     }
 
     #[test]
@@ -341,33 +371,77 @@ mod tests {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
         assert_eq!(leases.learn(mark, given(1, 5, 0), None, at(1)), None);
         assert_eq!(leases.learn(mark, given(2, 5, 0), None, at(2)), Some((2, 0)));
-        assert!(matches!(leases.take(mark, 5, 100, SOON, at(3)), Local::Charged { lease: 1, .. }));
-        assert_eq!(leases.learn(mark, given(3, 5, 0), None, at(4)), Some((1, 50)));
+        assert!(matches!(leases.take(mark, 5, CELL, 100, SOON, at(3)), Local::Charged { lease: 1, .. }));
+        assert_eq!(leases.learn(mark, given(3, 5, 0), None, at(4)), Some((1, 80)));
     }
 
     #[test]
     fn one_asks_for_a_lease_while_others_wait() {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
         leases.learn(mark, None, None, at(0));
-        let Local::Ask(question) = leases.take(mark, 1, 100, SOON, at(1)) else { panic!() };
-        assert_eq!(leases.take(mark, 1, 100, SOON, at(2)), Local::Wait);
+        let Local::Ask(question) = leases.take(mark, 1, CELL, 100, SOON, at(1)) else { panic!() };
+        assert_eq!(leases.take(mark, 1, CELL, 100, SOON, at(2)), Local::Wait);
         let mut waiting = Box::pin(leases.asking(mark).unwrap());
         assert!(futures::FutureExt::now_or_never(&mut waiting).is_none());
         leases.learn(mark, given(1, 1, 3), None, at(3));
         leases.asked(mark, question.asking);
         assert!(futures::FutureExt::now_or_never(&mut waiting).is_some());
-        assert!(matches!(leases.take(mark, 1, 100, SOON, at(3)), Local::Charged { .. }));
-        let Local::Ask(_lost) = leases.take(mark, 1, 100, SOON, at(100)) else { panic!() };
-        assert_eq!(leases.take(mark, 1, 100, SOON, at(150)), Local::Wait);
-        assert!(matches!(leases.take(mark, 1, 100, SOON, at(100) + SOON), Local::Ask(_)), "it never came back");
+        assert!(matches!(leases.take(mark, 1, CELL, 100, SOON, at(3)), Local::Charged { .. }));
+        let Local::Ask(_lost) = leases.take(mark, 1, CELL, 100, SOON, at(100)) else { panic!() };
+        assert_eq!(leases.take(mark, 1, CELL, 100, SOON, at(150)), Local::Wait);
+        assert!(matches!(leases.take(mark, 1, CELL, 100, SOON, at(100) + SOON), Local::Ask(_)), "it never came back");
     }
 
     #[test]
     fn a_refusal_stands_until_its_moment() {
         let (leases, mark) = (Leases::new(100), Mark::of(1));
-        leases.learn(mark, None, Some(at(50)), at(0));
-        assert_eq!(leases.take(mark, 1, 100, SOON, at(49)), Local::Refused { until: at(50) });
-        assert!(matches!(leases.take(mark, 1, 100, SOON, at(50)), Local::Ask(_)));
+        leases.learn(mark, None, Some((at(50), CELL)), at(0));
+        assert_eq!(leases.take(mark, 1, CELL, 100, SOON, at(49)), Local::Refused { until: at(50) });
+        assert!(matches!(leases.take(mark, 1, CELL, 100, SOON, at(50)), Local::Ask(_)));
+    }
+
+    #[test]
+    fn neither_a_lease_nor_a_refusal_counts_for_another_rate() {
+        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        for other in [Cell { window: 200_000, ..CELL }, Cell { interval: 10, ..CELL }] {
+            leases.learn(mark, given(7, 5, 0), Some((at(50), CELL)), at(0));
+            leases.asked(mark, 0);
+            let Local::Ask(question) = leases.take(mark, 1, other, 100, SOON, at(1)) else { panic!("{other:?}") };
+            assert_eq!(question.report, Some((7, 0)), "it is of no use to those of the new rate");
+            leases.asked(mark, question.asking);
+            assert_eq!(leases.take(mark, 1, CELL, 100, SOON, at(2)), Local::Refused { until: at(50) });
+        }
+    }
+
+    #[test]
+    fn who_leaves_some_to_others_takes_nothing_of_what_they_leased() {
+        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        leases.learn(mark, given(1, 4, 0), None, at(0));
+        let least = |now| leases.take(mark, 1, CELL, 0, SOON, at(now));
+        assert_eq!(least(1), Local::Ask(Question::default()));
+        for left in (0..4).rev() {
+            assert_eq!(leases.take(mark, 1, CELL, 100, SOON, at(2)), Local::Charged { lease: 1, left });
+        }
+        assert_eq!(want(leases.take(mark, 1, CELL, 100, SOON, at(3))), 1);
+        assert_eq!(least(4), Local::Ask(Question::default()), "nor does it wait for the next");
+        leases.asked(mark, 1);
+        assert_eq!(least(5), Local::Ask(Question::default()));
+        assert_eq!(want(leases.take(mark, 1, CELL, 100, SOON, at(6))), 2, "as if only those that use it came");
+    }
+
+    #[test]
+    fn more_is_charged_to_the_lease_first_and_ends_it_when_it_is_not_enough() {
+        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        assert_eq!(leases.spend(mark, 16, 3), 3, "nothing is known of it");
+        leases.learn(mark, given(1, 9, 0), None, at(0));
+        assert_eq!((leases.spend(mark, 17, 2), leases.spend(mark, 16, 3)), (2, 0), "of another rate; of this one");
+        let Local::Ask(question) = leases.take(mark, 1, CELL, 100, SOON, at(1)) else { panic!("it owes two") };
+        assert_eq!(question.report, Some((1, 48)));
+        leases.asked(mark, question.asking);
+        leases.learn(mark, given(2, 5, 1), None, at(1));
+        assert_eq!(leases.take(mark, 1, CELL, 100, SOON, at(2)), Local::Charged { lease: 2, left: 4 });
+        assert_eq!(leases.spend(mark, 16, 6), 2);
+        assert!(matches!(leases.take(mark, 1, CELL, 100, SOON, at(3)), Local::Ask(_)));
     }
 
     #[test]

@@ -97,8 +97,8 @@ pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
 ///
 /// Concurrency limits count in each process. A request that is [delayed](crate::RateLimitLayer::delay) has been charged, and
 /// stays so if it goes away while it waits; what a key has leased goes to those who need not wait. What a request
-/// [turned out](crate::Limit::settle) to cost more is charged with the next question to the store, whoever asks; less is given
-/// back if it was leased.
+/// [turned out](crate::Limit::settle) to cost more is charged to what is leased, and what is not enough with the next question
+/// to the store, whoever asks; that key asks before anything more is decided here. Less is given back if it was leased.
 ///
 /// Keys are `{prefix}:` and a SHA-256 digest cut to 128 bits, so that nothing of a caller can be read in the store, and all
 /// live in one slot of a cluster.
@@ -274,17 +274,20 @@ impl RedisStore {
     /// Charges more to a key than was charged before, or gives back to its lease.
     pub(crate) fn settle(&self, mark: Mark, key: &str, interval: u64, lease: Option<u64>, units: u32, cost: u32) {
         if cost > units {
-            self.shared.owe(mark, key, interval.saturating_mul(u64::from(cost - units)), None);
+            let owed = self.shared.leases.spend(mark, interval, cost - units);
+            if owed > 0 {
+                self.shared.owe(mark, key, interval.saturating_mul(u64::from(owed)), None);
+            }
         } else if let Some(lease) = lease {
             self.shared.leases.give_back(mark, lease, units - cost);
         }
     }
 
     fn take(&self, ask: &Ask, now: Moment) -> Local {
-        self.shared.leases.take(ask.mark, ask.units, self.most(ask), self.settings.deadline, now)
+        self.shared.leases.take(ask.mark, ask.units, ask.cell, self.most(ask), self.settings.deadline, now)
     }
 
-    /// The largest lease worth having.
+    /// The largest lease worth having; none for a request that leaves some of the window to more important ones.
     fn most(&self, ask: &Ask) -> u32 {
         if self.settings.lease.is_zero() || ask.window != ask.cell.window {
             return 0;

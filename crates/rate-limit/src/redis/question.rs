@@ -113,14 +113,14 @@ impl Taken {
             let given = (reply.leased > 0).then(|| Given {
                 id: reply.lease,
                 units: reply.leased,
-                interval: ticks(ask.cell.interval),
+                cell: ask.cell,
                 since: sent,
                 // A tenth for clocks that run at different speeds.
                 until: sent + settings.lease * 9 / 10,
             });
             // Others may perhaps wait longer than this one.
             let sooner = Duration::from_nanos(self.limiter.longest_delay() - self.delay);
-            let until = again.filter(|_| for_all).map(|again| (now + again).back(sooner));
+            let until = again.filter(|_| for_all).map(|again| ((now + again).back(sooner), ask.cell));
             if let Some(report) = shared.leases.learn(ask.mark, given, until, now) {
                 shared.owe(ask.mark, &shared.key(&ask.key), 0, Some(report));
             }
