@@ -32,8 +32,8 @@ struct View {
     parts: Box<[Part]>,
     /// Every endpoint there is, the lowest priority first.
     all: Box<[u32]>,
-    /// Whose gates do not let everybody in.
-    rationed: Box<[u32]>,
+    /// Whose gates do not let everybody in, and whom no policy gets to see.
+    unseen: Box<[u32]>,
     /// Nobody admitted until then, when it was last looked.
     closed: AtomicU64,
 }
@@ -73,8 +73,8 @@ pub(crate) type Chosen = (Permit, Option<Moment>);
 
 /// How often a policy is asked again when what it picked does not admit.
 const ASKED: usize = 4;
-/// One request in so many looks first whether an endpoint with a rationed gate can be tried, so that probes do not wait
-/// for a policy to pick an endpoint that it avoids.
+/// One request in so many looks first whether an endpoint with a rationed gate can be tried that no policy is offered: it
+/// was left out by itself, or its whole priority was.
 const PROBES: usize = 4;
 /// How long a view is kept for each of its endpoints, though gates moved meanwhile.
 const KEPT: Duration = Duration::from_micros(1);
@@ -228,6 +228,9 @@ impl View {
             })
             .collect();
         let splits = choice.shape.split(&members, wants_all);
+        let mut seen = vec![false; endpoints.len()];
+        splits.iter().flat_map(|split| &split.members).for_each(|index| seen[*index as usize] = true);
+        let rationed = || members.iter().filter(|member| !member.admits).map(|member| member.index);
         let expires = start.filter(|_| starting).map_or(Moment::MAX, |start| now + start.step());
         let view = Self {
             moves,
@@ -235,12 +238,12 @@ impl View {
             expires,
             parts: Self::parts(endpoints, &members, splits, old),
             all: members.iter().map(|member| member.index).collect(),
-            rationed: members.iter().filter(|member| !member.admits).map(|member| member.index).collect(),
+            unseen: rationed().filter(|index| !seen[*index as usize]).collect(),
             closed: AtomicU64::new(0),
         };
         let panics = |view: &Self| view.parts.iter().any(|part| part.panic);
         if old.map_or(panics(&view), |old| panics(old) != panics(&view)) {
-            let (service, refusing, of) = (&**endpoints.service(), view.rationed.len(), view.all.len());
+            let (service, refusing, of) = (&**endpoints.service(), rationed().count(), view.all.len());
             tracing::info!(service, refusing, of, panic = panics(&view), "the panic threshold was crossed");
         }
         view
@@ -281,11 +284,9 @@ impl View {
         let among = Candidates::new(endpoints, &part.group, part.panic, choice);
         let now = || among.now();
         let observed = || pick.observes().then(now);
-        if !self.rationed.is_empty()
-            && !pick.wants_all()
-            && !part.panic
+        if !self.unseen.is_empty()
             && among.random_below(PROBES) == 0
-            && let Some(i) = self.rationed.get(among.random_below(self.rationed.len()))
+            && let Some(i) = self.unseen.get(among.random_below(self.unseen.len()))
             && let endpoint = &endpoints[*i as usize]
             && !choice.has_tried(endpoint)
             && let Ok(permit) = endpoint.permit(now)

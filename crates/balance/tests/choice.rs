@@ -1,0 +1,75 @@
+//! Which endpoint is chosen, through the public interface, without requests.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test that cannot go on panics")]
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use http::Request;
+use portcullis_balance::{Asked, BalanceLayer, HashKey, Maglev, Pick, Random, Rendezvous, RingHash};
+use portcullis_core::{Endpoint, Endpoints, Generation, Instance, Moment, Mover, Ration};
+
+fn described(n: u16, describe: impl Fn(u16, &mut Instance)) -> Endpoints {
+    let instance = |i| {
+        let mut instance = Instance::new(format!("{i}"), SocketAddr::from(([10, 0, 0, 1], 1000 + i)));
+        describe(i, &mut instance);
+        instance
+    };
+    Endpoints::none("s").reconcile((0..n).map(instance), Moment::MIN)
+}
+
+fn asking(key: usize) -> Request<()> {
+    Request::get(format!("/{key}")).body(()).unwrap()
+}
+
+/// Lets one at a time in.
+fn half_open(endpoint: &Endpoint) {
+    let ration = Ration { until: Moment::MIN, places: 1, every: Duration::from_secs(60) };
+    endpoint.gate().ration(Mover::new(), Generation::FIRST, ration).unwrap();
+}
+
+/// How often each endpoint is picked, for as many keys.
+fn shares<P: Pick>(layer: &BalanceLayer<P>, set: &Endpoints, keys: usize) -> Vec<usize> {
+    let mut seen = vec![0; set.len()];
+    for key in 0..keys {
+        let permit = layer.choose(set, Asked::of(&asking(key))).unwrap();
+        seen[set.iter().position(|endpoint| endpoint == permit.endpoint()).unwrap()] += 1;
+    }
+    seen
+}
+
+fn policies() -> [(&'static str, Arc<dyn Pick>); 4] {
+    [
+        ("random", Arc::new(Random)),
+        ("Maglev", Arc::new(Maglev::by(HashKey::path()))),
+        ("ring hash", Arc::new(RingHash::by(HashKey::path()))),
+        ("rendezvous", Arc::new(Rendezvous::by(HashKey::path()))),
+    ]
+}
+
+#[test]
+fn a_priority_that_was_left_out_as_a_whole_is_probed() {
+    let set = described(4, |i, instance| instance.priority = u32::from(i >= 2));
+    set[..2].iter().for_each(half_open);
+    for (name, policy) in policies() {
+        let layer = BalanceLayer::new(policy);
+        layer.prepare(&set);
+        let seen = shares(&layer, &set, 2000);
+        assert!(seen[..2].iter().all(|probes| (100..500).contains(probes)), "{name}: {seen:?}");
+    }
+}
+
+#[test]
+fn a_priority_is_probed_while_another_panics() {
+    let set = described(12, |i, instance| instance.priority = u32::from(i >= 2));
+    set[..2].iter().for_each(half_open);
+    set[2..8].iter().for_each(|endpoint| endpoint.gate().close_for(Mover::new()));
+    for (name, policy) in policies() {
+        let layer = BalanceLayer::new(policy);
+        layer.prepare(&set);
+        let seen = shares(&layer, &set, 2000);
+        assert!(seen[2..8].iter().all(|forced| *forced > 50), "{name} does not panic: {seen:?}");
+        assert!(seen[..2].iter().all(|probes| (100..500).contains(probes)), "{name}: {seen:?}");
+    }
+}
