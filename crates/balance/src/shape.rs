@@ -20,10 +20,11 @@ pub(crate) struct Shape {
 
 /// Prefers endpoints in the balancer's own zone, and spills over as far as they are too few.
 ///
-/// Balancers are taken to be spread evenly over the zones, so each zone has one share of the requests. While the own zone
-/// holds at least that share of the weight that admits, all requests stay in it; else what it cannot take is spread over
-/// the zones that hold more than their share, as in Envoy's zone aware routing. Every endpoint then gets the same rate
-/// whatever zone it is in. Endpoints without a zone count as one zone.
+/// Balancers are taken to be spread evenly over the zones, so each zone has one share of the requests; when the own zone has
+/// [another](Self::share), the others share the rest evenly. While the own zone holds at least its share of the weight that
+/// admits, all requests stay in it; else what it cannot take is spread over the zones that hold more than theirs, as in
+/// Envoy's zone aware routing. When no other zone lacks, every endpoint then gets the same rate whatever zone it is in.
+/// Endpoints without a zone count as one zone.
 #[derive(Clone, Debug)]
 pub struct Zone {
     own: Arc<str>,
@@ -195,7 +196,9 @@ impl Zone {
         let own = Some(&*self.own);
         let even = self.share.unwrap_or(1.0 / zones.len() as f64);
         let stays = (part(own) / even).min(1.0);
-        let spare: Vec<f64> = zones.iter().map(|zone| (part(*zone) - even).max(0.0)).collect();
+        // What comes from each other zone.
+        let others = (1.0 - even) / (zones.len() - 1).max(1) as f64;
+        let spare: Vec<f64> = zones.iter().map(|zone| (part(*zone) - others).max(0.0)).collect();
         let spares: f64 = spare.iter().zip(&zones).filter(|(_, zone)| **zone != own).map(|(spare, _)| spare).sum();
         if members.len() < self.least || !zones.contains(&own) || (stays < 1.0 && spares <= 0.0) {
             let members = members.iter().map(|member| member.index).collect();
@@ -382,6 +385,15 @@ mod tests {
         // a holds 2 of 10 and has a third of the requests: 60 % stay.
         assert_eq!(split(&[("a", 2), ("b", 4), ("c", 4)], Zone::prefer("a")), [(2, 600), (4, 200), (4, 200)]);
         assert_eq!(split(&[("a", 2), ("b", 7), ("c", 1)], Zone::prefer("a")), [(2, 600), (7, 400)]);
+    }
+
+    #[test]
+    fn a_zone_with_a_larger_share_of_the_requests_sends_away_what_it_cannot_take() {
+        let from = |own, share| split(&[("a", 10), ("b", 5), ("c", 5)], Zone::prefer(own).share(share));
+        // a has six tenths of the requests and half of the endpoints; b and c have a tenth of them each to spare.
+        assert_eq!(from("a", 0.6), [(10, 833), (5, 83), (5, 83)]);
+        assert_eq!(from("b", 0.2), [(5, 1000)]);
+        assert_eq!(split(&[("a", 6)], Zone::prefer("a").share(0.6)), [(6, 1000)]);
     }
 
     #[test]
