@@ -315,15 +315,16 @@ impl<'a> Candidates<'a> {
         self.endpoints.kept(key, make)
     }
 
-    /// Requests in flight, this one counted, for each unit of weight. Of more than 32 endpoints, estimated from 32.
+    /// Requests in flight at those that are [usable](Self::usable), this one counted, for each unit of their weight;
+    /// infinite when none is. Of more than 32 endpoints, estimated from 32.
     #[must_use]
     pub fn load_by_weight(&self) -> f64 {
         const LOOKED_AT: usize = 32;
         let (len, start) = (self.len(), self.random_below(self.len()));
         let stride = (len / LOOKED_AT).max(1);
         let (mut load, mut weight) = (0.0, 0.0);
-        for k in 0..len.min(LOOKED_AT) {
-            let i = (start + k * stride) % len;
+        let looked_at = (0..len.min(LOOKED_AT)).map(|k| (start + k * stride) % len);
+        for i in looked_at.filter(|i| self.usable(*i)) {
             load += f64::from(self[i].in_flight());
             weight += f64::from(self.weight(i));
         }

@@ -51,7 +51,7 @@ impl RingHash {
     /// Thorup, Zadimoghaddam: Consistent hashing with bounded loads, 2016). At least 1; 1.25 to 2 are usual. By default
     /// there is no bound.
     ///
-    /// Of more than 32 endpoints the average is estimated from 32.
+    /// Shares are those among the endpoints that admit. Of more than 32 endpoints the average is estimated from 32.
     #[must_use]
     pub fn bounded_load(mut self, factor: f64) -> Self {
         self.bound = factor.is_finite().then_some(factor.max(1.0));
@@ -164,5 +164,17 @@ mod tests {
             (0..40).map(|_| set.pick_for(&ring(), &asking(1))).collect::<std::collections::HashSet<_>>().len(),
             1
         );
+    }
+
+    #[test]
+    fn who_does_not_admit_takes_no_share_of_the_bound() {
+        for closed in 0..6 {
+            let (set, policy) = (Set::of(&[1; 10]), ring().bounded_load(1.25));
+            (0..closed).for_each(|i| set.close(i));
+            let busy: Vec<_> = (0..60).map(|_| set[set.pick_for(&policy, &asking(1))].begin()).collect();
+            let most = (0..10).map(|i| set[i].in_flight()).max().unwrap();
+            let bound = (1.25 * busy.len() as f64 / (10 - closed) as f64).ceil();
+            assert!(f64::from(most) <= bound, "{closed} of 10 closed: {most}, bound {bound}");
+        }
     }
 }
