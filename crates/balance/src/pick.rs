@@ -374,6 +374,13 @@ pub(crate) const fn mix(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// A score of which the greatest of several is each one's as often as its weight says, given `random` numbers: -w / ln(u)
+/// is greatest for i with probability w / Σw.
+pub(crate) fn score(random: u64, weight: u32) -> f64 {
+    let u = ((random >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
+    -f64::from(weight) / u.ln()
+}
+
 // === impl Asked ===
 
 impl<'a> Asked<'a> {

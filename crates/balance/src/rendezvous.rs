@@ -1,7 +1,7 @@
 //! Consistent hashing by the highest score.
 
 use crate::hash_key::HashKey;
-use crate::pick::{Asked, Candidates, Pick, mix};
+use crate::pick::{Asked, Candidates, Pick, mix, score};
 use crate::table::{hash_by, hash_of};
 use portcullis_core::SlotKey;
 
@@ -30,13 +30,7 @@ impl Pick for Rendezvous {
         let hashes = among.derived(&self.hashes, || (0..among.len()).map(|i| hash_of(&among[i])).collect());
         let score = |i: usize| {
             let own = mix(hash ^ hashes[i]);
-            if among.is_weighted() {
-                // -w / ln(u) is greatest for i with probability w / Σw.
-                let u = ((own >> 11) as f64 + 0.5) / (1_u64 << 53) as f64;
-                -f64::from(among.weight(i)) / u.ln()
-            } else {
-                own as f64
-            }
+            if among.is_weighted() { score(own, among.weight(i)) } else { own as f64 }
         };
         (0..among.len())
             .map(|i| (i, score(i)))

@@ -11,7 +11,7 @@ use portcullis_core::{Carried, Endpoint, Route, SlotKey};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::hash_key::HashKey;
-use crate::pick::{Asked, Candidates, mix};
+use crate::pick::{Asked, Candidates, mix, score};
 use crate::policy::Policy;
 
 /// Where the endpoints of a set stand for each hash.
@@ -65,7 +65,7 @@ struct Laid<T> {
 
 const THREAD: &str = "portcullis-table";
 const GONE: u32 = u32::MAX;
-/// How many steps of a walk are looked at before any endpoint will do.
+/// How many steps of a walk are looked at before it is asked who takes at all.
 const STEPS: usize = 128;
 
 // === impl Tables ===
@@ -85,18 +85,18 @@ impl<T: Table> Tables<T> {
     pub(crate) fn find(&self, among: &Candidates<'_>, hash: u64, takes: impl Fn(usize) -> bool) -> Option<usize> {
         let current = self.current(among);
         let takes = |position: &usize| takes(*position);
-        let steps = STEPS.min(among.len() * 8);
-        match (current.laid.table.get(), &current.before) {
-            (Some(table), _) => table.walk(hash).take(steps).map(|position| position as usize).find(takes),
+        let found = match (current.laid.table.get(), &current.before) {
+            (Some(table), _) => table.walk(hash).take(STEPS).map(|position| position as usize).find(takes),
             (None, Some(Before { laid, now })) => {
-                let walk = laid.table.get()?.walk(hash).take(steps).map(|position| now[position as usize]);
+                let walk = laid.table.get()?.walk(hash).take(STEPS).map(|position| now[position as usize]);
                 walk.filter(|position| *position != GONE).map(|position| position as usize).find(takes)
             }
             (None, None) => {
-                let walk = successors(Some(hash), |hash| Some(mix(*hash))).take(steps);
+                let walk = successors(Some(hash), |hash| Some(mix(*hash))).take(STEPS);
                 walk.map(|hash| among.sample_at(hash)).find(takes)
             }
-        }
+        };
+        found.or_else(|| current.laid.find(hash, takes))
     }
 
     /// Waits for the table.
@@ -147,6 +147,14 @@ impl<T: Table> Tables<T> {
 }
 
 impl<T: Table> Laid<T> {
+    /// Without the table, and looking at everybody: the one of all that `takes` which scores best.
+    #[cold]
+    fn find(&self, hash: u64, takes: impl Fn(&usize) -> bool) -> Option<usize> {
+        let taking = self.placed.iter().filter(|one| takes(&(one.position as usize)));
+        let scored = taking.map(|one| (score(mix(hash ^ one.hash), one.weight), one.position));
+        scored.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, position)| position as usize)
+    }
+
     /// Builds the table, if nobody has, and hands it to later ones.
     fn finish(self: &Arc<Self>, settings: &T::Settings, last: &ArcSwapOption<Self>) {
         self.table.get_or_init(|| T::build(&self.placed, settings));

@@ -73,3 +73,18 @@ fn a_priority_is_probed_while_another_panics() {
         assert!(seen[..2].iter().all(|probes| (100..500).contains(probes)), "{name}: {seen:?}");
     }
 }
+
+/// The walk through a table that names it nearly always does not lead past it.
+#[test]
+fn keys_of_a_heavy_endpoint_that_does_not_admit_stay_together() {
+    let set = described(4, |i, instance| instance.weight = if i == 0 { 3000 } else { 1 });
+    set[0].gate().close_for(Mover::new());
+    for (name, policy) in &policies()[1..] {
+        let layer = BalanceLayer::new(policy.clone()).panic_threshold(0);
+        layer.prepare(&set);
+        let chosen = |key: usize| layer.choose(&set, Asked::of(&asking(key))).unwrap().endpoint().handle();
+        assert_eq!((0..1000).filter(|key| chosen(*key) != chosen(*key)).count(), 0, "{name}");
+        let seen = shares(&layer, &set, 3000);
+        assert!(seen[1..].iter().all(|seen| (900..1100).contains(seen)), "{name}: {seen:?}");
+    }
+}
