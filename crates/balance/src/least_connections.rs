@@ -61,7 +61,7 @@ impl Default for LeastConnections {
 impl Pick for LeastConnections {
     fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
         if among.len() <= self.scan {
-            return Some(least_of_all(among));
+            return least_of_all(among);
         }
         let mut best = among.sample();
         for _ in 1..self.choices {
@@ -105,9 +105,11 @@ fn is_less_busy(among: &Candidates<'_>, a: usize, b: usize) -> bool {
 }
 
 /// One of the least busy, by weight.
-fn least_of_all(among: &Candidates<'_>) -> usize {
-    let (mut best, mut rivals) = (0, among.weight(0) as usize);
-    for i in 1..among.len() {
+fn least_of_all(among: &Candidates<'_>) -> Option<usize> {
+    let mut all = (0..among.len()).filter(|i| among.all_usable() || among.usable(*i));
+    let mut best = all.next()?;
+    let mut rivals = among.weight(best) as usize;
+    for i in all {
         if is_less_busy(among, i, best) {
             (best, rivals) = (i, among.weight(i) as usize);
         } else if !is_less_busy(among, best, i) {
@@ -117,7 +119,7 @@ fn least_of_all(among: &Candidates<'_>) -> usize {
             }
         }
     }
-    best
+    Some(best)
 }
 
 fn busy(endpoint: &Endpoint) -> u64 {
@@ -170,6 +172,26 @@ mod tests {
                 assert!((seen / fair - 1.0).abs() < 0.03, "{name} of {n}: {}", seen / fair);
             }
         }
+    }
+
+    #[test]
+    fn another_attempt_goes_to_the_least_busy_of_the_others() {
+        let set = Set::of(&[1; 3]);
+        let _busy: Vec<_> = [1; 5].into_iter().chain([2; 50]).map(|i: usize| set[i].begin()).collect();
+        let policies: [&dyn Pick; 3] = [&PowerOfTwo, &LeastConnections::new(), &LeastConnections::new().scan_up_to(0)];
+        for policy in policies {
+            assert!((0..100).all(|_| set.pick_after(policy, &[0]) == 1));
+            assert!((0..100).all(|_| set.pick_after(policy, &[0, 1]) == 2));
+        }
+    }
+
+    #[test]
+    fn other_attempts_go_by_weight_among_the_others() {
+        fastrand::seed(8);
+        let (set, mut seen) = (Set::of(&[1000, 10, 1, 4]), [0_u32; 4]);
+        set.close(3);
+        (0..11_000).for_each(|_| seen[set.pick_after(&crate::random::Random, &[0])] += 1);
+        assert!(seen[0] == 0 && seen[3] == 0 && (850..1150).contains(&seen[2]), "{seen:?}");
     }
 
     #[test]

@@ -78,6 +78,8 @@ pub struct Candidates<'a> {
     now: OnceCell<Moment>,
     seed: Cell<u64>,
     skipped: Cell<[u32; SKIPPED]>,
+    /// Some of them are not to be picked, as this request or this pick has found.
+    fewer: Cell<bool>,
 }
 
 /// How many that turned out not to admit are remembered within one pick.
@@ -189,6 +191,7 @@ impl<'a> Candidates<'a> {
             now: OnceCell::new(),
             seed: Cell::new(0),
             skipped: Cell::new([NOBODY; SKIPPED]),
+            fewer: Cell::new(!choice.tried.is_empty()),
         }
     }
 
@@ -219,7 +222,11 @@ impl<'a> Candidates<'a> {
     }
 
     /// Whether it may be picked: it has not failed this request already, and its gate would admit now or is not
-    /// obeyed in a panic. For policies that [want all](Pick::wants_all); to others only such are offered, as far as is known without asking the gates.
+    /// obeyed in a panic.
+    ///
+    /// Policies that do not [want all](Pick::wants_all) are offered only endpoints whose gates admitted when it was last
+    /// looked, but also what has failed this request. They need ask this only of what they did not [sample](Self::sample),
+    /// and only for a better choice: what is not usable is refused when it is picked.
     #[must_use]
     pub fn usable(&self, index: usize) -> bool {
         let endpoint = &self[index];
@@ -227,11 +234,32 @@ impl<'a> Candidates<'a> {
         !self.tried.iter().any(|failed| failed.endpoint == *endpoint) && !self.is_skipped(index) && admits()
     }
 
-    /// One at random, each as often as its weight says.
+    /// Whether all are [usable](Self::usable), as far as is known without asking the gates.
+    #[inline]
+    pub(crate) fn all_usable(&self) -> bool {
+        !self.fewer.get()
+    }
+
+    /// One at random, each as often as its weight says. When some have failed this request, one of the others, if one is
+    /// [usable](Self::usable).
     #[must_use]
     #[inline]
     pub fn sample(&self) -> usize {
+        if self.fewer.get()
+            && let Some(i) = self.sample_usable(None)
+        {
+            return i;
+        }
         self.group.sample(self.endpoints, self.random())
+    }
+
+    #[cold]
+    fn sample_usable(&self, than: Option<usize>) -> Option<usize> {
+        const DRAWN: usize = 8;
+        let fits = |i: &usize| Some(*i) != than && self.usable(*i);
+        let drawn = (0..DRAWN).map(|_| self.group.sample(self.endpoints, self.random())).find(fits);
+        let scored = || (0..self.len()).filter(fits).map(|i| (score(self.random(), self.weight(i)), i));
+        drawn.or_else(|| scored().max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, i)| i))
     }
 
     /// The one that `point`, out of 2⁶⁴, falls on when weights share the line out.
@@ -239,10 +267,14 @@ impl<'a> Candidates<'a> {
         self.group.sample(self.endpoints, point)
     }
 
-    /// One of the others at random, by weight. `None` when there are no others.
+    /// One of the others at random, by weight. `None` when there are no others, or some have failed this request and no
+    /// other is [usable](Self::usable).
     #[must_use]
     #[inline]
     pub fn sample_other(&self, than: usize) -> Option<usize> {
+        if self.fewer.get() {
+            return self.sample_usable(Some(than));
+        }
         let others = self.len().checked_sub(1).filter(|others| *others > 0)?;
         if self.is_weighted() {
             for _ in 0..8 {
@@ -337,6 +369,7 @@ impl<'a> Candidates<'a> {
         skipped.rotate_right(1);
         skipped[0] = u32::try_from(index).unwrap_or(NOBODY);
         self.skipped.set(skipped);
+        self.fewer.set(true);
     }
 
     fn is_skipped(&self, index: usize) -> bool {

@@ -9,6 +9,8 @@ use portcullis_core::{Clock, Endpoint, Endpoints, Instance, ManualClock, Moment,
 
 use crate::group::Group;
 use crate::pick::{Asked, Candidates, Pick};
+use crate::policy::Reason;
+use crate::served::Failed;
 use crate::shape::Shape;
 use crate::view::Choice;
 
@@ -56,14 +58,31 @@ impl Set {
         })
     }
 
+    /// For a request that those at `failed` have failed already.
+    pub(crate) fn pick_after(&self, pick: &dyn Pick, failed: &[usize]) -> usize {
+        let failure = |i: &usize| Failed { endpoint: self[*i].clone(), reason: Reason::Unsent };
+        let tried: Vec<_> = failed.iter().map(failure).collect();
+        self.among_after(pick, &Request::default(), &tried, |among| pick.pick(among).unwrap())
+    }
+
     pub(crate) fn among<R>(
         &self,
         pick: &dyn Pick,
         request: &Request<()>,
         look: impl FnOnce(&Candidates<'_>) -> R,
     ) -> R {
+        self.among_after(pick, request, &[], look)
+    }
+
+    fn among_after<R>(
+        &self,
+        pick: &dyn Pick,
+        request: &Request<()>,
+        tried: &[Failed],
+        look: impl FnOnce(&Candidates<'_>) -> R,
+    ) -> R {
         let (shape, asked) = (Shape::default(), Asked::of(request));
-        let choice = Choice { pick, shape: &shape, subset: None, asked, tried: &[], clock: &self.clock };
+        let choice = Choice { pick, shape: &shape, subset: None, asked, tried, clock: &self.clock };
         look(&Candidates::new(&self.endpoints, &self.group, false, &choice))
     }
 }
