@@ -194,6 +194,7 @@
 #![doc = include_str!("../simulation.md")]
 
 mod budget;
+mod few;
 mod future;
 mod group;
 mod hash_key;
@@ -489,16 +490,17 @@ impl<P: Pick> Shared<P> {
                 None => {}
             }
         }
+        let choice = Choice { subset: policy.subset.as_ref(), ..whole };
+        let viewed = self.viewed(endpoints, &whole);
         if let Some(sticky) = &policy.sticky
             && let Some(token) = sticky.read(asked.headers)
-            && let Some(endpoint) = sticky.find(endpoints, token)
+            && let Some(endpoint) = viewed.cookies(endpoints, sticky).get(&token).map(|i| &endpoints[*i as usize])
             && policy.subset.as_ref().is_none_or(|subset| subset.holds(&endpoint.instance()))
             && let Some(chosen) = whole.enter(endpoint)
         {
             return Ok(chosen);
         }
-        let choice = Choice { subset: policy.subset.as_ref(), ..whole };
-        self.viewed(endpoints, &whole).subset(endpoints, &choice).choose(endpoints, &choice)
+        viewed.subset(endpoints, &choice).choose(endpoints, &choice)
     }
 
     fn viewed<'a>(&self, endpoints: &'a Endpoints, whole: &Choice<'_, P>) -> &'a Viewed {

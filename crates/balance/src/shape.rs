@@ -3,9 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use portcullis_core::{Instance, Moment, SlotKey};
-
-use crate::view::Viewed;
+use portcullis_core::{Instance, Moment};
 
 /// What a layer wants of every set of endpoints.
 #[derive(Clone, Debug)]
@@ -43,16 +41,15 @@ pub struct SlowStart {
     aggression: f64,
 }
 
-/// Some of a service's endpoints, by tag or metadata. Make one and share it: clones are the same subset, which is worked
-/// out once for each set of endpoints.
-#[derive(Clone, Debug)]
+/// Some of a service's endpoints, by tag or metadata. Those that say the same are the same subset, which is worked out once
+/// for each set of endpoints.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Subset {
     terms: Arc<[Term]>,
     or_any: bool,
-    key: SlotKey<Viewed>,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Term {
     Tag(String),
     Metadata(String, String),
@@ -261,34 +258,29 @@ impl Subset {
     /// Those that have this tag.
     #[must_use]
     pub fn tag(tag: impl Into<String>) -> Self {
-        Self::of(vec![Term::Tag(tag.into())], false)
+        Self::of(Term::Tag(tag.into()))
     }
 
     /// Those whose metadata have this value at this key.
     #[must_use]
     pub fn metadata(key: impl Into<String>, value: impl Into<String>) -> Self {
-        Self::of(vec![Term::Metadata(key.into(), value.into())], false)
+        Self::of(Term::Metadata(key.into(), value.into()))
     }
 
     /// Those that are in both.
     #[must_use]
     pub fn and(&self, other: &Self) -> Self {
-        let terms = self.terms.iter().chain(&*other.terms).map(Term::copy).collect();
-        Self::of(terms, self.or_any || other.or_any)
+        Self { terms: self.terms.iter().chain(&*other.terms).cloned().collect(), or_any: self.or_any || other.or_any }
     }
 
     /// All endpoints, when there is none in the subset. By default that is refused.
     #[must_use]
     pub fn or_any(&self) -> Self {
-        Self::of(self.terms.iter().map(Term::copy).collect(), true)
+        Self { or_any: true, ..self.clone() }
     }
 
-    fn of(terms: Vec<Term>, or_any: bool) -> Self {
-        Self { terms: terms.into(), or_any, key: SlotKey::new() }
-    }
-
-    pub(crate) fn key(&self) -> &SlotKey<Viewed> {
-        &self.key
+    fn of(term: Term) -> Self {
+        Self { terms: [term].into(), or_any: false }
     }
 
     pub(crate) fn is_optional(&self) -> bool {
@@ -300,15 +292,6 @@ impl Subset {
             Term::Tag(tag) => instance.tags.contains(tag),
             Term::Metadata(key, value) => instance.metadata.get(key) == Some(value),
         })
-    }
-}
-
-impl Term {
-    fn copy(&self) -> Self {
-        match self {
-            Self::Tag(tag) => Self::Tag(tag.clone()),
-            Self::Metadata(key, value) => Self::Metadata(key.clone(), value.clone()),
-        }
     }
 }
 

@@ -1,17 +1,20 @@
 //! What one pick can choose from, worked out once for many requests.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use portcullis_core::{Clock, Endpoint, Endpoints, Moment, Permit, Refused, Slots};
+use portcullis_core::{Clock, Endpoint, Endpoints, Moment, Permit, Refused};
 
+use crate::few::Few;
 use crate::group::Group;
 use crate::pick::{Asked, Candidates, Pick};
 use crate::served::Failed;
 use crate::shape::{Member, Shape, Split, Subset, WHOLE};
+use crate::sticky::{Sticky, Token};
 
 /// What a snapshot, or a subset of it, offers just now.
 pub(crate) struct Viewed {
@@ -19,7 +22,9 @@ pub(crate) struct Viewed {
     /// After gates moved, or time went on.
     later: ArcSwapOption<View>,
     deriving: AtomicBool,
-    subsets: Slots,
+    subsets: Few<Subset, Self>,
+    /// Where the endpoints stand that cookies lead to, by secret.
+    cookies: Few<(u64, u64), HashMap<Token, u32>>,
 }
 
 /// Which of a snapshot's endpoints can be picked. It may be a little old: what is picked is asked again at its gate.
@@ -117,7 +122,8 @@ impl Viewed {
             first: View::derive(endpoints, choice, choice.clock.now(), None),
             later: ArcSwapOption::empty(),
             deriving: AtomicBool::new(false),
-            subsets: Slots::default(),
+            subsets: Few::default(),
+            cookies: Few::default(),
         }
     }
 
@@ -125,8 +131,15 @@ impl Viewed {
     pub(crate) fn subset<P: Pick + ?Sized>(&self, endpoints: &Endpoints, choice: &Choice<'_, P>) -> &Self {
         match choice.subset {
             None => self,
-            Some(subset) => self.subsets.get_or_init(subset.key(), || Self::new(endpoints, choice)),
+            Some(subset) => self.subsets.get_or_init(subset, || Self::new(endpoints, choice)),
         }
+    }
+
+    /// Where the endpoint of each cookie stands in the snapshot.
+    pub(crate) fn cookies(&self, endpoints: &Endpoints, sticky: &Sticky) -> &HashMap<Token, u32> {
+        self.cookies.get_or_init(&sticky.keys, || {
+            (0..).zip(endpoints.iter()).map(|(i, endpoint)| (sticky.token(endpoint), i)).collect()
+        })
     }
 
     /// Asks the policy for an endpoint that admits and was not tried, and enters its gate.
@@ -352,5 +365,28 @@ impl View {
     fn earliest(&self, endpoints: &Endpoints, now: Moment) -> Moment {
         let until = |i: &u32| endpoints[*i as usize].gate().peek(|| now).map_or_else(|refused| refused.until, |()| now);
         self.all.iter().take(16).map(until).min().unwrap_or(Moment::MAX)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Random;
+    use crate::testing::Set;
+    use http::Request;
+
+    /// As those are that routes get at each reload of a configuration.
+    #[test]
+    fn subsets_and_cookies_that_say_the_same_are_worked_out_once_for_a_snapshot() {
+        let (set, request, clock) = (Set::of(&[1; 3]), Request::new(()), Clock::system());
+        let (shape, asked) = (Shape::default(), Asked::of(&request));
+        let whole = Choice { pick: &Random, shape: &shape, subset: None, asked, tried: &[], clock: &clock };
+        let viewed = Viewed::new(&set.endpoints, &whole);
+        let of = |subset| viewed.subset(&set.endpoints, &Choice { subset: Some(&subset), ..whole });
+        assert!(std::ptr::eq(of(Subset::tag("a")), of(Subset::tag("a"))));
+        assert!(!std::ptr::eq(of(Subset::tag("a")), of(Subset::tag("a").or_any())));
+        assert!(!std::ptr::eq(of(Subset::tag("a")), of(Subset::tag("b"))));
+        let cookies = |secret| viewed.cookies(&set.endpoints, &Sticky::cookie("at", [secret; 16]).unwrap());
+        assert!(std::ptr::eq(cookies(1), cookies(1)) && !std::ptr::eq(cookies(1), cookies(2)));
     }
 }
