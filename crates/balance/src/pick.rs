@@ -11,6 +11,7 @@ use portcullis_core::{Clock, Endpoint, Endpoints, Moment, Outcome, SlotKey};
 
 use crate::group::Group;
 use crate::served::Failed;
+use crate::shape::Subset;
 use crate::view::Choice;
 
 /// Picks one endpoint for a request. One value serves all services of a layer, on all threads, without locks.
@@ -71,6 +72,7 @@ pub trait Pick: Send + Sync + 'static {
 pub struct Candidates<'a> {
     endpoints: &'a Endpoints,
     group: &'a Group,
+    subset: Option<&'a Subset>,
     asked: Asked<'a>,
     tried: &'a [Failed],
     panic: bool,
@@ -184,6 +186,7 @@ impl<'a> Candidates<'a> {
         Self {
             endpoints,
             group,
+            subset: choice.subset,
             asked: choice.asked,
             tried: choice.tried,
             panic,
@@ -342,9 +345,9 @@ impl<'a> Candidates<'a> {
         self.group.position(index)
     }
 
-    /// What the policy with this key keeps for the service from one set of endpoints to the next.
-    pub fn kept<T: Send + Sync + 'static>(&self, key: &SlotKey<T>, make: impl FnOnce() -> T) -> &'a T {
-        self.endpoints.kept(key, make)
+    /// Which of the service's endpoints they are taken from.
+    pub(crate) fn subset(&self) -> Option<&'a Subset> {
+        self.subset
     }
 
     /// Requests in flight at those that are [usable](Self::usable), this one counted, for each unit of their weight;

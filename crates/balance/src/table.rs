@@ -1,23 +1,24 @@
 //! Tables that hashing policies look endpoints up in, built beside the requests' way.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::iter::successors;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use arc_swap::ArcSwapOption;
-use portcullis_core::{Carried, Endpoint, Route, SlotKey};
+use portcullis_core::{Carried, Endpoint, Route, SlotKey, WeakEndpoint};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::hash_key::HashKey;
 use crate::pick::{Asked, Candidates, mix, score};
 use crate::policy::Policy;
+use crate::shape::Subset;
 
 /// Where the endpoints of a set stand for each hash.
 pub(crate) trait Table: Send + Sync + 'static {
     /// How large, and the like.
-    type Settings: Clone + Send + 'static;
+    type Settings: Clone + Send + Sync + 'static;
 
     /// Lays out endpoints, in the order of their hashes: every balancer that knows the same gets the same table.
     fn build(placed: &[Placed], settings: &Self::Settings) -> Self;
@@ -38,29 +39,55 @@ pub(crate) struct Placed {
 
 /// The tables of one policy.
 pub(crate) struct Tables<T: Table> {
+    current: SlotKey<Laid<T>>,
+    shelf: Arc<Shelf<T>>,
+}
+
+/// What all the tables of a policy share, and go with.
+struct Shelf<T: Table> {
     settings: T::Settings,
-    current: SlotKey<Current<T>>,
-    last: SlotKey<Arc<ArcSwapOption<Laid<T>>>>,
+    work: Mutex<Work<T>>,
+}
+
+struct Work<T> {
+    /// The newest table of each kind.
+    built: HashMap<Kind, Arc<Layout<T>>>,
+    /// To be built, if the endpoints are still picked from when it is their turn.
+    wanted: VecDeque<Weak<Layout<T>>>,
+    /// There is a thread that builds what is wanted.
+    building: bool,
+}
+
+/// Groups of endpoints that follow each other.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Kind {
+    service: Arc<str>,
+    subset: Option<Subset>,
+    priority: u32,
+}
+
+/// What a group of endpoints has of it.
+struct Laid<T> {
+    layout: Arc<Layout<T>>,
+    /// Somebody has asked for the table.
+    is_wanted: AtomicBool,
 }
 
 /// The table of one group of endpoints.
-struct Current<T> {
-    laid: Arc<Laid<T>>,
-    /// In use until the table is built.
-    before: Option<Before<T>>,
-}
-
-/// The service's table before, and where its endpoints are now.
-struct Before<T> {
-    laid: Arc<Laid<T>>,
-    now: Box<[u32]>,
-}
-
-struct Laid<T> {
+struct Layout<T> {
     number: u64,
-    endpoints: Vec<Endpoint>,
-    placed: Vec<Placed>,
+    kind: Kind,
+    endpoints: Box<[WeakEndpoint]>,
+    placed: Box<[Placed]>,
     table: OnceLock<T>,
+    /// In use until the table is built.
+    before: ArcSwapOption<Before<T>>,
+}
+
+/// The table that the group before had, and where its endpoints are now.
+struct Before<T> {
+    layout: Arc<Layout<T>>,
+    now: Box<[u32]>,
 }
 
 const THREAD: &str = "portcullis-table";
@@ -72,81 +99,156 @@ const STEPS: usize = 128;
 
 impl<T: Table> Tables<T> {
     pub(crate) fn new(settings: T::Settings) -> Self {
-        Self { settings, current: SlotKey::new(), last: SlotKey::new() }
+        let work = Work { built: HashMap::new(), wanted: VecDeque::new(), building: false };
+        Self { current: SlotKey::new(), shelf: Arc::new(Shelf { settings, work: Mutex::new(work) }) }
     }
 
     /// Other settings, and so other tables.
     pub(crate) fn change(&mut self, change: impl FnOnce(&mut T::Settings)) {
-        change(&mut self.settings);
-        (self.current, self.last) = (SlotKey::new(), SlotKey::new());
+        let mut settings = self.shelf.settings.clone();
+        change(&mut settings);
+        *self = Self::new(settings);
     }
 
     /// The first endpoint for `hash` that `takes`.
     pub(crate) fn find(&self, among: &Candidates<'_>, hash: u64, takes: impl Fn(usize) -> bool) -> Option<usize> {
-        let current = self.current(among);
+        let laid = self.laid(among);
         let takes = |position: &usize| takes(*position);
-        let found = match (current.laid.table.get(), &current.before) {
+        let found = match laid.layout.table.get() {
+            Some(table) => table.walk(hash).take(STEPS).map(|position| position as usize).find(takes),
+            None => self.find_meanwhile(laid, among, hash, takes),
+        };
+        found.or_else(|| laid.layout.find(hash, takes))
+    }
+
+    /// A table is built in a thread. Meanwhile that of the group before serves; before the first, a key goes to whoever
+    /// stands where its hash points to in the list.
+    #[cold]
+    fn find_meanwhile(
+        &self,
+        laid: &Laid<T>,
+        among: &Candidates<'_>,
+        hash: u64,
+        takes: impl Fn(&usize) -> bool,
+    ) -> Option<usize> {
+        if !laid.is_wanted.swap(true, Ordering::Relaxed) {
+            self.shelf.want(&laid.layout);
+        }
+        // Before it is looked whether the table is there by now, which takes its place.
+        let before = laid.layout.before.load();
+        match (laid.layout.table.get(), &*before) {
             (Some(table), _) => table.walk(hash).take(STEPS).map(|position| position as usize).find(takes),
-            (None, Some(Before { laid, now })) => {
-                let walk = laid.table.get()?.walk(hash).take(STEPS).map(|position| now[position as usize]);
-                walk.filter(|position| *position != GONE).map(|position| position as usize).find(takes)
+            (None, Some(before)) => {
+                let walk = before.layout.table.get()?.walk(hash).take(STEPS);
+                let walk = walk.map(|position| before.now[position as usize]).filter(|position| *position != GONE);
+                walk.map(|position| position as usize).find(takes)
             }
             (None, None) => {
                 let walk = successors(Some(hash), |hash| Some(mix(*hash))).take(STEPS);
                 walk.map(|hash| among.sample_at(hash)).find(takes)
             }
-        };
-        found.or_else(|| current.laid.find(hash, takes))
+        }
     }
 
     /// Waits for the table.
     pub(crate) fn prepare(&self, among: &Candidates<'_>) {
-        let laid = &self.current(among).laid;
-        laid.finish(&self.settings, self.last(among));
+        self.shelf.build(&self.laid(among).layout);
     }
 
-    fn current<'a>(&self, among: &Candidates<'a>) -> &'a Current<T> {
-        among.derived(&self.current, || self.lay(among))
+    fn laid<'a>(&self, among: &Candidates<'a>) -> &'a Laid<T> {
+        among.derived(&self.current, || Laid { layout: Arc::new(self.shelf.lay(among)), is_wanted: false.into() })
     }
+}
 
-    /// The service's newest table that is built.
-    fn last<'a>(&self, among: &Candidates<'a>) -> &'a Arc<ArcSwapOption<Laid<T>>> {
-        among.kept(&self.last, Arc::default)
-    }
+// === impl Shelf ===
 
-    /// A table is built in a thread. Meanwhile the service's table before serves; before the first, a key goes to whoever
-    /// stands where its hash points to in the list.
-    fn lay(&self, among: &Candidates<'_>) -> Current<T> {
+impl<T: Table> Shelf<T> {
+    fn lay(&self, among: &Candidates<'_>) -> Layout<T> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
-        let endpoints: Vec<Endpoint> = (0..among.len()).map(|i| among[i].clone()).collect();
+        let all = || (0..).zip((0..among.len()).map(|i| &among[i]));
         let place = |(position, endpoint)| Placed {
             hash: hash_of(endpoint),
             weight: among.weight(position as usize),
             position,
         };
-        let mut placed: Vec<Placed> = (0..).zip(&endpoints).map(place).collect();
+        let mut placed: Box<[Placed]> = all().map(place).collect();
         placed.sort_unstable();
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let laid = Arc::new(Laid { number, endpoints, placed, table: OnceLock::new() });
-        let last = self.last(among);
-        let before = last.load_full().map(|before| {
-            let now: HashMap<usize, u32> =
-                (0..).zip(&laid.endpoints).map(|(i, endpoint)| (endpoint.handle(), i)).collect();
-            let now = |endpoint: &Endpoint| now.get(&endpoint.handle()).copied().unwrap_or(GONE);
-            Before { now: before.endpoints.iter().map(now).collect(), laid: before }
+        let kind = Kind {
+            service: among[0].service().clone(),
+            subset: among.subset().cloned(),
+            // All of a group have the same.
+            priority: among[0].instance().priority,
+        };
+        let before = self.work().built.get(&kind).cloned();
+        let before = before.and_then(|layout| {
+            let now: HashMap<usize, u32> = all().map(|(i, endpoint)| (endpoint.handle(), i)).collect();
+            let now = |endpoint: &WeakEndpoint| now.get(&endpoint.upgrade()?.handle()).copied();
+            let now: Box<[u32]> = layout.endpoints.iter().map(|endpoint| now(endpoint).unwrap_or(GONE)).collect();
+            // Where nobody has stayed there is nothing to find.
+            now.iter().any(|now| *now != GONE).then(|| Arc::new(Before { layout, now }))
         });
-        let started = std::thread::Builder::new().name(THREAD.into()).spawn({
-            let (laid, settings, last) = (laid.clone(), self.settings.clone(), last.clone());
-            move || laid.finish(&settings, &last)
+        Layout {
+            number: NUMBER.fetch_add(1, Ordering::Relaxed),
+            kind,
+            endpoints: all().map(|(_, endpoint)| endpoint.downgrade()).collect(),
+            placed,
+            table: OnceLock::new(),
+            before: ArcSwapOption::new(before),
+        }
+    }
+
+    /// Has the table built, by a thread that builds one after the other.
+    fn want(self: &Arc<Self>, layout: &Arc<Layout<T>>) {
+        {
+            let work = &mut *self.work();
+            work.wanted.retain(|wanted| wanted.strong_count() > 0);
+            work.wanted.push_back(Arc::downgrade(layout));
+            if std::mem::replace(&mut work.building, true) {
+                return;
+            }
+        }
+        let shelf = Arc::downgrade(self);
+        let started = std::thread::Builder::new().name(THREAD.into()).spawn(move || {
+            while let Some(shelf) = shelf.upgrade()
+                && let Some(layout) = shelf.next()
+            {
+                shelf.build(&layout);
+            }
         });
         if started.is_err() {
-            laid.finish(&self.settings, last);
+            while let Some(layout) = self.next() {
+                self.build(&layout);
+            }
         }
-        Current { laid, before }
+    }
+
+    fn next(&self) -> Option<Arc<Layout<T>>> {
+        let work = &mut *self.work();
+        let next = std::iter::from_fn(|| work.wanted.pop_front()).find_map(|wanted| wanted.upgrade());
+        work.building = next.is_some();
+        next
+    }
+
+    /// Builds the table, if nobody has, and keeps it for the next of its kind.
+    fn build(&self, layout: &Arc<Layout<T>>) {
+        layout.table.get_or_init(|| T::build(&layout.placed, &self.settings));
+        layout.before.store(None);
+        let built = &mut self.work().built;
+        built.retain(|_, layout| layout.is_alive());
+        let newest = built.entry(layout.kind.clone()).or_insert_with(|| layout.clone());
+        if newest.number < layout.number {
+            *newest = layout.clone();
+        }
+    }
+
+    fn work(&self) -> MutexGuard<'_, Work<T>> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<T: Table> Laid<T> {
+// === impl Layout ===
+
+impl<T> Layout<T> {
     /// Without the table, and looking at everybody: the one of all that `takes` which scores best.
     #[cold]
     fn find(&self, hash: u64, takes: impl Fn(&usize) -> bool) -> Option<usize> {
@@ -155,19 +257,15 @@ impl<T: Table> Laid<T> {
         scored.max_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, position)| position as usize)
     }
 
-    /// Builds the table, if nobody has, and hands it to later ones.
-    fn finish(self: &Arc<Self>, settings: &T::Settings, last: &ArcSwapOption<Self>) {
-        self.table.get_or_init(|| T::build(&self.placed, settings));
-        last.rcu(|last| match last {
-            Some(last) if last.number > self.number => Some(last.clone()),
-            _ => Some(self.clone()),
-        });
+    /// Whether any of its endpoints is still there.
+    fn is_alive(&self) -> bool {
+        self.endpoints.iter().any(|endpoint| endpoint.upgrade().is_some_and(|endpoint| !endpoint.is_removed()))
     }
 }
 
 impl<T: Table> Clone for Tables<T> {
     fn clone(&self) -> Self {
-        Self { settings: self.settings.clone(), current: self.current.clone(), last: self.last.clone() }
+        Self { current: self.current.clone(), shelf: self.shelf.clone() }
     }
 }
 
@@ -233,8 +331,48 @@ mod tests {
         });
     }
 
+    /// Is not built before its turn in the line of those who wait for it.
+    struct InTurn(usize);
+
+    impl Table for InTurn {
+        type Settings = Arc<(Barrier, Mutex<Vec<usize>>)>;
+
+        fn build(placed: &[Placed], turns: &Self::Settings) -> Self {
+            turns.1.lock().unwrap().push(placed.len());
+            turns.0.wait();
+            Self(placed.len())
+        }
+
+        fn walk(&self, _: u64) -> impl Iterator<Item = u32> {
+            std::iter::repeat(self.0 as u32 - 1)
+        }
+    }
+
     #[test]
-    fn a_table_that_is_late_does_not_replace_a_later_one() {
+    fn each_table_is_built_once_one_after_the_other_and_none_that_nobody_wants_any_more() {
+        let turns = Arc::new((Barrier::new(2), Mutex::default()));
+        let tables = Tables::<InTurn>::new(turns.clone());
+        let sets = [3, 4, 5].map(|n| Set::of(&vec![1; n]));
+        let request = Request::default();
+        for set in &sets {
+            let find = || set.among(&Random, &request, |among| tables.find(among, 1, |_| true).unwrap());
+            std::thread::scope(|scope| (0..8).for_each(|_| drop(scope.spawn(find))));
+        }
+        let [first, second, third] = sets;
+        // The first is being built, or will be.
+        while turns.1.lock().unwrap().is_empty() {
+            std::thread::yield_now();
+        }
+        drop(second);
+        turns.0.wait();
+        turns.0.wait();
+        third.among(&Random, &request, |among| tables.prepare(among));
+        assert_eq!(*turns.1.lock().unwrap(), [3, 5]);
+        assert_eq!(first.among(&Random, &request, |among| tables.find(among, 1, |_| true)), Some(2));
+    }
+
+    #[test]
+    fn each_kind_keeps_its_newest_table_while_an_endpoint_of_it_is_there() {
         struct Empty;
         impl Table for Empty {
             type Settings = ();
@@ -247,13 +385,26 @@ mod tests {
                 std::iter::empty()
             }
         }
-        let laid = |number| {
-            Arc::new(Laid { number, endpoints: Vec::new(), placed: Vec::new(), table: OnceLock::<Empty>::new() })
+        let (set, other) = (Set::of(&[1; 2]), Set::of(&[1; 2]));
+        let tables = Tables::<Empty>::new(());
+        let layout = |set: &Set, priority| {
+            let mut layout = set.among(&Random, &Request::default(), |among| tables.shelf.lay(among));
+            layout.kind.priority = priority;
+            Arc::new(layout)
         };
-        let (last, [one, two, three]) = (ArcSwapOption::empty(), [1, 2, 3].map(laid));
-        for (laid, newest) in [(&two, 2), (&one, 2), (&three, 3)] {
-            laid.finish(&(), &last);
-            assert_eq!(last.load().as_ref().unwrap().number, newest);
+        let (one, two, three) = (layout(&set, 0), layout(&set, 0), layout(&set, 0));
+        let kept = |priority| {
+            let work = tables.shelf.work();
+            work.built.iter().find(|(kind, _)| kind.priority == priority).map(|(_, layout)| layout.number)
+        };
+        for (built, newest) in [(&two, &two), (&one, &two), (&three, &three)] {
+            tables.shelf.build(built);
+            assert_eq!(kept(0), Some(newest.number), "one that is late does not replace a later one");
         }
+        tables.shelf.build(&layout(&other, 1));
+        assert!(kept(0).is_some() && kept(1).is_some());
+        drop(set.endpoints.reconcile([], portcullis_core::Moment::MIN));
+        tables.shelf.build(&layout(&other, 1));
+        assert!(kept(0).is_none() && kept(1).is_some());
     }
 }

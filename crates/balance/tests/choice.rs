@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::Request;
-use portcullis_balance::{Asked, BalanceLayer, HashKey, Maglev, Pick, Random, Rendezvous, RingHash};
+use portcullis_balance::{Asked, BalanceLayer, HashKey, Maglev, Pick, Policy, Random, Rendezvous, RingHash, Subset};
 use portcullis_core::{Endpoint, Endpoints, Generation, Instance, Moment, Mover, Ration};
 
 fn described(n: u16, describe: impl Fn(u16, &mut Instance)) -> Endpoints {
@@ -86,5 +86,36 @@ fn keys_of_a_heavy_endpoint_that_does_not_admit_stay_together() {
         assert_eq!((0..1000).filter(|key| chosen(*key) != chosen(*key)).count(), 0, "{name}");
         let seen = shares(&layer, &set, 3000);
         assert!(seen[1..].iter().all(|seen| (900..1100).contains(seen)), "{name}: {seen:?}");
+    }
+}
+
+#[test]
+fn each_subset_and_priority_has_the_table_of_its_own_until_the_next_is_laid() {
+    let even = |i: u16| i.is_multiple_of(2);
+    let parity = |i| if even(i) { "even" } else { "odd" };
+    let tagged = described(400, |i, instance| instance.tags.push(parity(i).into()));
+    let ranked = described(400, |i, instance| instance.priority = u32::from(!even(i)));
+    let policy = Arc::new(Maglev::by(HashKey::path()).size(1_000_000));
+    let of = |tag| BalanceLayer::new(policy.clone()).policy(Policy::new().subset(Subset::tag(tag)));
+    let requests: Vec<_> = (0..300).map(asking).collect();
+    for (set, layers) in [(tagged, vec![of("even"), of("odd")]), (ranked, vec![BalanceLayer::new(policy.clone())])] {
+        // With priorities, half of the first must be out or the second has nothing to do.
+        set.iter().step_by(4).filter(|endpoint| endpoint.instance().tags.is_empty()).for_each(|endpoint| {
+            endpoint.gate().close_for(Mover::new());
+        });
+        layers.iter().rev().for_each(|layer| layer.prepare(&set));
+        let all = |set: &Endpoints| -> Vec<_> {
+            let chosen = |(layer, request)| BalanceLayer::choose(layer, set, Asked::of(request));
+            let pairs = layers.iter().flat_map(|layer| requests.iter().map(move |request| (layer, request)));
+            pairs.map(|pair| chosen(pair).unwrap().endpoint().handle()).collect()
+        };
+        let before = all(&set);
+        let stay = set[..398].iter().map(|endpoint| (*endpoint.instance()).clone()).collect::<Vec<_>>();
+        let gone = [set[398].handle(), set[399].handle()];
+        let less = set.reconcile(stay, Moment::MIN);
+        for _ in 0..2 {
+            let moved = before.iter().zip(all(&less)).filter(|(a, b)| !gone.contains(a) && *a != b).count();
+            assert!(moved * 20 < before.len(), "{moved} of {} keys moved needlessly", before.len());
+        }
     }
 }
