@@ -13,7 +13,7 @@ use http::{Request, Response, StatusCode, header};
 use pin_project_lite::pin_project;
 use portcullis_core::{
     Body, Carried, Deadline, Dialect, Endpoint, Endpoints, Head, HeadDeadline, Layer, Moment, Outcome, Rejection,
-    Route, Side,
+    Route, Side, grpc_timeout,
 };
 use tokio::time::{Sleep, sleep};
 use tower_service::Service;
@@ -129,7 +129,13 @@ where
 
     /// Picks at once, for a service that is ready.
     pub(crate) fn new(service: S, shared: Arc<Shared<P>>, request: Request<B>) -> Self {
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
+        if Dialect::of(&parts.headers) == Dialect::Grpc
+            && let Some(timeout) = grpc_timeout(&parts.headers)
+        {
+            // From here, for all attempts: whoever reads the field below would begin anew with each.
+            Deadline(shared.clock.now() + timeout).attach_if_earlier(&mut parts.extensions);
+        }
         let route = Route::of(&parts.extensions).filter(|route| route.policy::<Policy>().is_some()).cloned();
         let policy = policy_of(route.as_ref(), &shared);
         let (body, keeper) = match policy.attempts {

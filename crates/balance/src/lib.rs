@@ -2,7 +2,8 @@
 //!
 //! * **Reads** [`Endpoints`], [`Route`](portcullis_core::Route) (its [`Policy`]), [`Deadline`](portcullis_core::Deadline),
 //!   [`Prefer`]; what a [`HashKey`] names
-//! * **Writes** [`Permit`] for the inner service; [`Served`] into the response's extensions
+//! * **Writes** [`Permit`] for the inner service, and a [`Deadline`](portcullis_core::Deadline) for what says `grpc-timeout`;
+//!   [`Served`] into the response's extensions
 //! * **Refuses** with 503 when there are no endpoints or none admits (with `retry-after` when a gate says until when), with
 //!   504 when the last attempt took longer than [its limit](Policy::attempt_timeout)
 //! * **Alone** a request without `Endpoints` passes untouched; without a breaker below, gates always admit
@@ -148,7 +149,8 @@
 //! [sent](portcullis_core::Rejection::sent), or one by a breaker below, is tried elsewhere whatever the method: it costs no
 //! endpoint more work, so no [`Budget`] either. A request that was sent is repeated only if its method is idempotent (or
 //! [told so](Policy::repeat_any_method)), for the reasons the [`Policy`] lists, within the budget that all clones of the
-//! layer share, after a jittered back-off, and never after its deadline. An endpoint that failed a request is not tried
+//! layer share, after a jittered back-off, and never after its deadline: what `grpc-timeout` says is counted once, for all
+//! attempts. An endpoint that failed a request is not tried
 //! again for it while another admits. Request bodies stream; what has passed is kept up to a limit, until the response
 //! begins.
 //!

@@ -12,7 +12,8 @@ use portcullis_balance::{
     Asked, BalanceLayer, Budget, Call, Candidates, Pick, Policy, Random, Replay, RoundRobin, Served,
 };
 use portcullis_core::{
-    Carried, Clock, Endpoint, Endpoints, HeadDeadline, Instance, Layer, Moment, Mover, Outcome, Permit, Rejection,
+    Carried, Clock, Deadline, Endpoint, Endpoints, HeadDeadline, Instance, Layer, Moment, Mover, Outcome, Permit,
+    Rejection,
 };
 use portcullis_testing::contract::{ProbeBody, full, probe};
 use tower::{Layer as _, Service, ServiceExt, service_fn};
@@ -194,4 +195,32 @@ async fn an_upload_goes_on_when_the_budget_denies_another_attempt() {
     let (response, request) = futures::join!(&mut call, answer);
     assert_eq!(response.unwrap().status(), 503);
     assert_eq!(request.into_body().collect().await.unwrap().to_bytes(), "body");
+}
+
+/// An attempt that read the field itself would begin anew.
+#[tokio::test(start_paused = true)]
+async fn a_grpc_timeout_is_for_all_attempts_together() {
+    let clock = Clock::system();
+    for (attached, end) in [(None, 500), (Some(350), 350), (Some(900), 500)] {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let log = seen.clone();
+        let mut service = BalanceLayer::new(RoundRobin::new()).attempts(9).layer(service_fn(
+            move |request: Request<Replay<ProbeBody>>| {
+                log.lock().unwrap().push(Deadline::of(request.extensions()).copied());
+                async {
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                    Ok::<_, std::convert::Infallible>(rejected(StatusCode::GATEWAY_TIMEOUT, false))
+                }
+            },
+        ));
+        let mut request = request_of(Method::POST, &endpoints(9), "");
+        request.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+        request.headers_mut().insert("grpc-timeout", "500m".parse().unwrap());
+        let began = clock.now();
+        if let Some(millis) = attached {
+            Deadline(began + Duration::from_millis(millis)).attach(request.extensions_mut());
+        }
+        service.ready().await.unwrap().call(request).await.unwrap();
+        assert_eq!(*seen.lock().unwrap(), [Some(Deadline(began + Duration::from_millis(end))); 2], "{attached:?}");
+    }
 }

@@ -201,6 +201,17 @@ impl<'a> CarriedValues<'a> {
     }
 }
 
+// === impl Deadline ===
+
+impl Deadline {
+    /// Leaves it, unless an earlier one was left.
+    pub fn attach_if_earlier(self, extensions: &mut Extensions) {
+        if Self::of(extensions).is_none_or(|other| self < *other) {
+            self.attach(extensions);
+        }
+    }
+}
+
 // === impl Destination ===
 
 impl Destination {

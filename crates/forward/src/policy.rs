@@ -104,7 +104,8 @@ impl Policy {
     }
 
     /// How long it may take from the call to the end of the response. A [`Deadline`](portcullis_core::Deadline) or a
-    /// `grpc-timeout` that is earlier counts instead.
+    /// `grpc-timeout` that is earlier counts instead. Of a request that is attempted again each attempt has that long;
+    /// a `Deadline` is for all of them.
     #[must_use]
     pub fn total_timeout(mut self, timeout: Duration) -> Self {
         self.total_timeout = Some(timeout);

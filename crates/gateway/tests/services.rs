@@ -148,6 +148,25 @@ async fn what_hangs_holds_so_many_requests_and_no_more() {
 }
 
 #[tokio::test]
+async fn the_total_time_is_for_all_attempts_together() {
+    // Takes connections and never answers.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let at = silent.local_addr().expect("a bound socket");
+    let service = format!(
+        "services.a = {{ endpoints = \"{at}\", retry = {{ attempts = 5, on_statuses = [504], backoff = \"1ms\" }}, \
+         timeouts.total = \"100ms\" }}\n{ALL}"
+    );
+    let route = service.replace(", timeouts.total = \"100ms\"", "") + "timeouts.total = \"100ms\"\n";
+    for text in [service, route] {
+        let program = Program::start(&file(&[], &text));
+        assert_eq!(program.get("/").await.status, 504);
+        drop(silent.accept().await.expect("an attempt"));
+        let other = tokio::time::timeout(Duration::ZERO, silent.accept()).await;
+        assert!(other.is_err(), "another attempt, in a time of its own");
+    }
+}
+
+#[tokio::test]
 async fn who_does_worse_than_the_others_is_left_alone() {
     let well = [Backend::start("one").await, Backend::start("two").await];
     let failing = tower::service_fn(|_: http::Request<hyper::body::Incoming>| async {

@@ -1,5 +1,7 @@
 //! What a route of the file asks of each layer.
 
+use std::time::Duration;
+
 use http::HeaderName;
 use portcullis::auth::{self, Attempt, Authenticate, Head, Scheme, SharedAuthenticate, SharedFuture};
 use portcullis::forward::{self, Edit};
@@ -137,7 +139,7 @@ pub(super) fn route(
         let policy = rate_limit::Policy::limits(limits);
         built = built.rate_limit(if route.default_limits { policy.beside_default() } else { policy });
     }
-    if let Some(timeout) = route.timeout {
+    if let Some(timeout) = whole_time(route, config) {
         built = built.timeout(timeout);
     }
     if route.retry.is_some() || route.subset.is_some() || !route.hash.is_empty() {
@@ -147,6 +149,15 @@ pub(super) fn route(
         built = built.cors(cors_of(cors)?);
     }
     Ok((pattern, built.forward(forwarding(route)?)))
+}
+
+/// How long a request may take, other attempts included; in a split, as long as any of its services gives it.
+fn whole_time(route: &config::Route, config: &Config) -> Option<Duration> {
+    let total = |timeouts: &config::Timeouts| timeouts.total.map(|time| time.0);
+    let of_service = |to: &config::Backend| config.services.get(&*to.0.service).and_then(|to| total(&to.timeouts));
+    let of_services = || route.to.iter().map(of_service).collect::<Option<Vec<_>>>()?.into_iter().max();
+    let total = total(&route.timeouts).or_else(of_services).filter(|total| *total != Duration::MAX);
+    route.timeout.into_iter().chain(total).min()
 }
 
 /// Whether a claim is this, or is a list that holds it.

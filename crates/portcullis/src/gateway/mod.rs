@@ -207,9 +207,7 @@ impl Gateway {
             service.clone().attach(extensions);
         }
         if let Some(timeout) = target.timeout {
-            let deadline = Deadline(self.clock.now() + timeout);
-            let sooner = Deadline::of(extensions).map_or(deadline, |other| deadline.min(*other));
-            sooner.attach(extensions);
+            Deadline(self.clock.now() + timeout).attach_if_earlier(extensions);
         }
         Ok(after)
     }
