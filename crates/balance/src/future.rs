@@ -81,8 +81,8 @@ struct Call<S: Service<Request<Replay<B>>>, P: Pick, B> {
 
 /// What only calls need that wait, whose attempts are timed, or that are attempted again.
 struct Trouble<T, E, P: Pick, B> {
-    /// The request of the next attempt.
-    next: Option<(Parts, Replay<B>)>,
+    /// The request of the next attempt; without its body, which is still with the attempt before.
+    next: Option<(Parts, Option<Replay<B>>)>,
     dialect: Dialect,
     timeout: Option<(Moment, Pin<Box<Sleep>>)>,
     failed: Vec<Failed>,
@@ -149,7 +149,7 @@ where
         let token = policy.sticky.as_ref().and_then(|sticky| sticky.read(&parts.headers));
         let mut call =
             Call { shared, service, spare: None, keeper, route, repeats, attempt: None, token, trouble: None };
-        let state = State::of(call.pick(parts, body));
+        let state = State::of(call.pick(parts, Some(body)));
         Self { state, call: Some(call) }
     }
 }
@@ -237,7 +237,7 @@ where
     R: http_body::Body<Data = Bytes>,
 {
     /// Picks an endpoint and calls it. The service is ready.
-    fn pick(&mut self, mut parts: Parts, body: Replay<B>) -> NextOf<S, P, R, B> {
+    fn pick(&mut self, mut parts: Parts, body: Option<Replay<B>>) -> NextOf<S, P, R, B> {
         let Some(endpoints) = Endpoints::of(&parts.extensions) else { return self.nobody(Nobody::Empty, parts, body) };
         let policy = policy_of(self.route.as_ref(), &self.shared);
         let tried = self.trouble.as_ref().map_or(&[][..], |trouble| &trouble.failed);
@@ -245,6 +245,8 @@ where
             Ok(chosen) => chosen,
             Err(nobody) => return self.nobody(nobody, parts, body),
         };
+        // Only now that there is somebody to send it to.
+        let Some(body) = body.or_else(|| self.take_over()) else { return self.nobody(Nobody::Empty, parts, None) };
         if self.spare.is_none() && tried.len() + 1 < usize::from(policy.attempts) {
             self.spare = Some(Spare::of(&parts));
         }
@@ -271,13 +273,16 @@ where
     }
 
     #[cold]
-    fn nobody(&mut self, nobody: Nobody, parts: Parts, body: Replay<B>) -> NextOf<S, P, R, B> {
-        if let Some(trouble) = &mut self.trouble {
-            match trouble.last.take() {
-                Some(Last::Result(result, attempt)) => return Next::Return(self.finish(result, attempt)),
-                Some(Last::TimedOut) => return Next::Return(Ok(timed_out().into_response(trouble.dialect))),
-                None => {}
-            }
+    fn nobody(&mut self, nobody: Nobody, parts: Parts, body: Option<Replay<B>>) -> NextOf<S, P, R, B> {
+        if let Some(trouble) = &mut self.trouble
+            && let Some(last) = trouble.last.take()
+        {
+            // There is no attempt after it.
+            trouble.failed.pop();
+            return Next::Return(match last {
+                Last::Result(result, attempt) => self.finish(result, attempt),
+                Last::TimedOut => Ok(timed_out().into_response(trouble.dialect)),
+            });
         }
         if let Nobody::Refused(until) = nobody
             && let Some(pause) = self.pause(until, &parts)
@@ -361,7 +366,22 @@ where
         Some(next)
     }
 
-    /// Makes the next attempt's request, if there is to be one.
+    /// Takes the request's body over from the attempt before, and the repetition from the budget, if both are still there.
+    fn take_over(&self) -> Option<Replay<B>> {
+        let failed = self.trouble.as_ref()?.failed.last()?;
+        if !self.keeper.is_whole() {
+            return None;
+        }
+        if failed.reason != Reason::Unsent && !self.shared.budget.withdraw(self.shared.clock.now()) {
+            tracing::debug!(endpoint = &**failed.endpoint.id(), reason = ?failed.reason, "the retry budget is used up");
+            return None;
+        }
+        tracing::debug!(endpoint = &**failed.endpoint.id(), reason = ?failed.reason, "tries another endpoint");
+        // From here on the attempt before reads no more.
+        self.keeper.again()
+    }
+
+    /// Makes the head of the next attempt's request, if there is to be one.
     fn again(&mut self, reason: Reason, failed: &Endpoint) -> Option<NextOf<S, P, R, B>> {
         let spare = self.spare.as_ref()?;
         let policy = policy_of(self.route.as_ref(), &self.shared);
@@ -373,22 +393,17 @@ where
         let elsewhere = reason == Reason::Unsent && endpoints.is_some_and(|endpoints| endpoints.len() > attempts);
         let wait = if elsewhere { Duration::ZERO } else { policy.wait(attempts, mix(fastrand::u64(..))) };
         let deadline = spare.baggage.get().map(|Deadline(moment)| *moment);
-        if deadline.is_some_and(|deadline| self.shared.clock.now() + wait >= deadline) {
+        if deadline.is_some_and(|deadline| self.shared.clock.now() + wait >= deadline) || !self.keeper.is_whole() {
             return None;
         }
-        if !self.keeper.is_whole() {
-            return None;
-        }
-        if reason != Reason::Unsent && !self.shared.budget.withdraw(self.shared.clock.now()) {
+        // Nothing is taken yet: there may be nobody to repeat it to.
+        if reason != Reason::Unsent && self.shared.budget.left(self.shared.clock.now()) == 0 {
             tracing::debug!(endpoint = &**failed.id(), ?reason, "the retry budget is used up");
             return None;
         }
-        // Last: from here on the attempt before reads no more.
-        let body = self.keeper.again()?;
         let last = attempts + 1 >= usize::from(policy.attempts);
         let spare = if last { self.spare.take() } else { self.spare.clone() };
-        self.trouble().next = Some((spare?.into_parts(), body));
-        tracing::debug!(endpoint = &**failed.id(), ?reason, "tries another endpoint");
+        self.trouble().next = Some((spare?.into_parts(), None));
         Some(if wait.is_zero() { Next::Ready } else { Next::Pause(wait) })
     }
 

@@ -224,3 +224,28 @@ async fn a_grpc_timeout_is_for_all_attempts_together() {
         assert_eq!(*seen.lock().unwrap(), [Some(Deadline(began + Duration::from_millis(end))); 2], "{attached:?}");
     }
 }
+
+/// One whose gate closes by the very failure, as a breaker's does.
+#[tokio::test(start_paused = true)]
+async fn without_another_endpoint_nothing_is_taken_from_the_attempt_before() {
+    let set = endpoints(1);
+    let budget = Budget::new(0.0, 1, Duration::from_secs(10));
+    let layer = BalanceLayer::new(RoundRobin::new())
+        .policy(Policy::new().on_statuses([StatusCode::SERVICE_UNAVAILABLE]))
+        .budget(budget.clone());
+    let (inner, mut calls) = probe();
+    let mut service = layer.layer(inner);
+    let mut call = Box::pin(service.ready().await.unwrap().call(request_of(Method::PUT, &set, "body")));
+    let answer = async {
+        let call = calls.next().await;
+        set[0].gate().close_for(Mover::new());
+        call.answer(Response::builder().status(503).body(full("")).unwrap())
+    };
+    let (response, request) = futures::join!(&mut call, answer);
+    let response = response.unwrap();
+    assert_eq!((response.status(), calls.count()), (StatusCode::SERVICE_UNAVAILABLE, 1));
+    let served = response.extensions().get::<Served>().unwrap();
+    assert_eq!((served.attempts(), served.endpoint()), (1, &set[0]));
+    assert_eq!(request.into_body().collect().await.unwrap().to_bytes(), "body");
+    assert_eq!(budget.left(Clock::system().now()), 10);
+}
