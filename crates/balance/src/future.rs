@@ -93,7 +93,7 @@ struct Trouble<T, E, P: Pick, B> {
 
 enum Last<T, E, P: Pick> {
     Result(Result<T, E>, Attempt<P>),
-    TimedOut,
+    TimedOut(Endpoint),
 }
 
 /// What follows an attempt, or a pick.
@@ -281,7 +281,7 @@ where
             trouble.failed.pop();
             return Next::Return(match last {
                 Last::Result(result, attempt) => self.finish(result, attempt),
-                Last::TimedOut => Ok(timed_out().into_response(trouble.dialect)),
+                Last::TimedOut(endpoint) => Ok(self.late(&endpoint)),
             });
         }
         if let Nobody::Refused(until) = nobody
@@ -359,10 +359,10 @@ where
         let mut attempt = self.attempt.take()?;
         let again = self.repeats.then(|| self.again(Reason::TimedOut, attempt.endpoint())).flatten();
         attempt.fail(Outcome::Failure);
-        let trouble = self.trouble();
-        let Some(next) = again else { return Some(Next::Return(Ok(timed_out().into_response(trouble.dialect)))) };
-        trouble.failed.push(Failed { endpoint: attempt.endpoint().clone(), reason: Reason::TimedOut });
-        trouble.last = Some(Last::TimedOut);
+        let Some(next) = again else { return Some(Next::Return(Ok(self.late(attempt.endpoint())))) };
+        let (trouble, endpoint) = (self.trouble(), attempt.endpoint().clone());
+        trouble.failed.push(Failed { endpoint: endpoint.clone(), reason: Reason::TimedOut });
+        trouble.last = Some(Last::TimedOut(endpoint));
         Some(next)
     }
 
@@ -416,16 +416,13 @@ where
         match result {
             Ok(mut response) => {
                 if let Some(sticky) = &policy_of(self.route.as_ref(), &self.shared).sticky
+                    && response.extensions().get::<Rejection>().is_none()
                     && self.token != Some(sticky.token(attempt.endpoint()))
                     && let Some(cookie) = sticky.set(attempt.endpoint())
                 {
                     response.headers_mut().append(header::SET_COOKIE, cookie);
                 }
-                if self.shared.leaves_served {
-                    let trouble = self.trouble.as_mut();
-                    let failed = trouble.map(|trouble| std::mem::take(&mut trouble.failed)).unwrap_or_default();
-                    response.extensions_mut().insert(Served::new(attempt.endpoint().clone(), failed));
-                }
+                self.leave_served(attempt.endpoint(), &mut response);
                 let watch = attempt.watch(&response, &self.shared.classify, &self.shared.wall);
                 Ok(response.map(|body| Body::guarded(body, watch)))
             }
@@ -433,6 +430,23 @@ where
                 attempt.fail(self.shared.classify.error());
                 Err(error)
             }
+        }
+    }
+
+    /// The answer in place of one that did not come in time from this endpoint.
+    fn late(&mut self, endpoint: &Endpoint) -> Answer<R, P> {
+        let rejection =
+            Rejection::new(Layer::Balance, StatusCode::GATEWAY_TIMEOUT, "attempt-timed-out").with_sent(true);
+        let mut response = rejection.into_response(self.trouble().dialect);
+        self.leave_served(endpoint, &mut response);
+        response
+    }
+
+    fn leave_served<T>(&mut self, endpoint: &Endpoint, response: &mut Response<T>) {
+        if self.shared.leaves_served {
+            let trouble = self.trouble.as_mut();
+            let failed = trouble.map(|trouble| std::mem::take(&mut trouble.failed)).unwrap_or_default();
+            response.extensions_mut().insert(Served::new(endpoint.clone(), failed));
         }
     }
 
@@ -452,8 +466,4 @@ where
 
 fn policy_of<'a, P>(route: Option<&'a Route>, shared: &'a Shared<P>) -> &'a Policy {
     route.and_then(|route| route.policy()).unwrap_or(&shared.policy)
-}
-
-fn timed_out() -> Rejection {
-    Rejection::new(Layer::Balance, StatusCode::GATEWAY_TIMEOUT, "attempt-timed-out").with_sent(true)
 }

@@ -4,7 +4,8 @@ use portcullis_core::Endpoint;
 
 use crate::policy::Reason;
 
-/// Which endpoint answered, and what was tried before; in the extensions of the response.
+/// Which endpoint answered, or was last asked in vain, and what was tried before; in the extensions of the response. An
+/// error of the inner service passes through as it is, without.
 #[derive(Clone, Debug)]
 pub struct Served {
     endpoint: Endpoint,
@@ -28,7 +29,7 @@ impl Served {
         Self { endpoint, failed }
     }
 
-    /// The endpoint whose response this is.
+    /// The endpoint whose response this is, or whose did not come.
     #[must_use]
     pub const fn endpoint(&self) -> &Endpoint {
         &self.endpoint

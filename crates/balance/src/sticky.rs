@@ -13,7 +13,8 @@ use siphasher::sip128::{Hasher128, SipHasher24};
 /// The cookie's value is a keyed hash ([SipHash-2-4](https://www.aumasson.jp/siphash/siphash.pdf), 128 bits) of the
 /// endpoint's service, id and address: nobody without the secret learns an address from it, or can choose an endpoint.
 /// Gateways with the same secret understand each other's cookies. When the endpoint is gone, does not admit or has failed
-/// the request, another is picked and the cookie replaced.
+/// the request, another is picked and the cookie replaced. A response that a layer of ours made in place of the endpoint's
+/// sets none.
 #[derive(Clone)]
 pub struct Sticky {
     name: Arc<str>,

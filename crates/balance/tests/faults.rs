@@ -9,7 +9,7 @@ use std::time::Duration;
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use portcullis_balance::{
-    Asked, BalanceLayer, Budget, Call, Candidates, Pick, Policy, Random, Replay, RoundRobin, Served,
+    Asked, BalanceLayer, Budget, Call, Candidates, Pick, Policy, Random, Reason, Replay, RoundRobin, Served, Sticky,
 };
 use portcullis_core::{
     Carried, Clock, Deadline, Endpoint, Endpoints, HeadDeadline, Instance, Layer, Moment, Mover, Outcome, Permit,
@@ -248,4 +248,37 @@ async fn without_another_endpoint_nothing_is_taken_from_the_attempt_before() {
     assert_eq!((served.attempts(), served.endpoint()), (1, &set[0]));
     assert_eq!(request.into_body().collect().await.unwrap().to_bytes(), "body");
     assert_eq!(budget.left(Clock::system().now()), 10);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_caller_is_led_back_to_who_did_not_serve_it() {
+    let layer = BalanceLayer::new(RoundRobin::new())
+        .policy(Policy::new().attempts(1).sticky(Sticky::cookie("at", [7; 16]).unwrap()));
+    for serves in [false, true] {
+        let inner = service_fn(move |_: Request<Replay<ProbeBody>>| async move {
+            let refused = rejected(StatusCode::BAD_GATEWAY, false);
+            Ok::<_, std::convert::Infallible>(if serves { Response::new(full("")) } else { refused })
+        });
+        let response = layer.layer(inner).oneshot(request_of(Method::GET, &endpoints(1), "")).await.unwrap();
+        assert_eq!(response.headers().contains_key("set-cookie"), serves);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_in_place_of_one_that_came_too_late_says_who_was_asked() {
+    let set = endpoints(2);
+    let layer = BalanceLayer::new(RoundRobin::new()).policy(Policy::new().attempt_timeout(Duration::from_secs(1)));
+    let never = |_: Request<Replay<ProbeBody>>| std::future::pending::<Result<Response<ProbeBody>, std::io::Error>>();
+    for (method, attempts) in [(Method::GET, 2), (Method::POST, 1)] {
+        let response = layer.layer(service_fn(never)).oneshot(request_of(method, &set, "")).await.unwrap();
+        let served = response.extensions().get::<Served>().unwrap();
+        assert_eq!((response.status(), served.attempts()), (StatusCode::GATEWAY_TIMEOUT, attempts));
+        assert!(served.failed().iter().all(|f| f.reason == Reason::TimedOut && f.endpoint != *served.endpoint()));
+    }
+    // The other is gone before it can be asked.
+    let mut call = Box::pin(layer.layer(service_fn(never)).oneshot(request_of(Method::GET, &set, "")));
+    assert!(futures::poll!(&mut call).is_pending());
+    set.iter().for_each(|endpoint| endpoint.gate().close_for(Mover::new()));
+    let response = call.await.unwrap();
+    assert_eq!(response.extensions().get::<Served>().unwrap().attempts(), 1);
 }
