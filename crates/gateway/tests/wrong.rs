@@ -66,6 +66,11 @@ fn wrong_files_are_refused_before_anything_is_started() {
             "there is no registry \"consul\"; there is none",
         ),
         ("no limit", with("[limiter]\ndefault = \"each\"\n"), "there is no limit \"each\"; there is none"),
+        (
+            "a limit twice",
+            with("[limits.a]\nrate = \"9/s\"\n[[routes]]\npath = \"/x\"\nto = \"a\"\nlimits = [\"a\", \"a\"]\n"),
+            "\"a\" is named twice; remove one of them",
+        ),
         ("no address", with("[listeners.b]\n"), "\"address\" is missing here; such as address = \"0.0.0.0:8080\""),
         ("no key", tls("cert.pem", "absent"), "absent: No such file or directory (os error 2); the path is relative"),
         ("a folder", tls("cert.pem", "folder"), "folder: Is a directory (os error 21); the path is relative"),

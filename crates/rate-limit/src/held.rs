@@ -42,7 +42,7 @@ pub(crate) enum Holding {
     #[cfg(feature = "redis")]
     Stored {
         store: crate::RedisStore,
-        mark: Mark,
+        mark: u64,
         key: String,
         interval: u64,
         units: u32,

@@ -85,7 +85,8 @@
 //!
 //! It does not queue: [delay](RateLimitLayer::delay) gives a request its turn when it comes and holds nothing but that. It
 //! does not count by the calendar: a day is any twenty-four hours. It refunds no more than what would not have come back by
-//! itself meanwhile, unless [a handle is told to](Handle::refund). Two limits of one name that apply to one request are one key.
+//! itself meanwhile, unless [a handle is told to](Handle::refund). Two limits of one name that apply to one request are
+//! charged to one key, unless their windows are very different: give each limit a name of its own.
 //!
 //! It does not protect a service from many callers who each keep to their limit: add a [`Limit`] for [`Everyone`].
 //!

@@ -193,12 +193,6 @@ impl Span {
 // === impl Mark ===
 
 impl Mark {
-    /// Bits to spread by.
-    #[cfg(feature = "redis")]
-    pub(crate) fn low(self) -> usize {
-        self.0 as u32 as usize
-    }
-
     /// What an entry keeps of it: never zero.
     fn tag(self) -> (u32, u16) {
         (self.0 as u32, (self.0 >> 32) as u16)
@@ -207,11 +201,6 @@ impl Mark {
     /// Two halves that have nothing to do with each other.
     pub(crate) fn halves(self) -> [u64; 2] {
         [self.0 >> 32, self.0 & 0xffff_ffff]
-    }
-
-    #[cfg(feature = "redis")]
-    pub(crate) fn bits(self) -> u64 {
-        self.0
     }
 
     #[cfg(test)]

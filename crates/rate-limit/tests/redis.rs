@@ -295,6 +295,56 @@ async fn what_a_response_cost_more_is_charged_to_the_lease_first() {
 }
 
 #[tokio::test]
+async fn layers_on_one_store_charge_the_debts_of_a_key_before_they_ask_about_it() {
+    let redis = Redis::start().await;
+    let store = store(&redis).lease(Duration::ZERO);
+    let layer = || {
+        let layer = RateLimitLayer::new(Rate::per_second(n(1)));
+        layer.handle().set_limits([Limit::new("cost", Rate::per_hour(n(1000))).settle(|_| 2)]);
+        layer.store(store.clone()).layer(Ok200)
+    };
+    let (one, other) = (layer(), layer());
+    let mut admitted = 0;
+    for _ in 0..600 {
+        for service in [&one, &other] {
+            let response = service.clone().oneshot(from("192.0.2.1")).await.unwrap();
+            admitted += usize::from(response.status() == 200);
+            response.into_body().collect().await.unwrap();
+        }
+    }
+    assert!((500..=501).contains(&admitted), "{admitted}");
+}
+
+#[tokio::test]
+async fn two_limits_of_one_name_are_one_key_as_they_are_without_a_store() {
+    let redis = Redis::start().await;
+    let limits = || RateLimitLayer::new(Rate::per_hour(n(10))).and(Limit::new("default", Rate::per_hour(n(20))));
+    let alone = admitted(&limits().layer(Ok200), "192.0.2.1", 64).await;
+    let started = Instant::now();
+    assert_eq!(admitted(&limits().store(store(&redis)).layer(Ok200), "192.0.2.1", 64).await, alone);
+    assert!(alone < 10 && started.elapsed() < PATIENT, "{alone}; neither waits for the other");
+}
+
+#[tokio::test]
+async fn what_could_not_be_told_with_one_question_is_told_with_the_next() {
+    let redis = Redis::start().await;
+    let layer = RateLimitLayer::new(Rate::per_second(n(1)));
+    layer.handle().set_limits([Limit::new("cost", Rate::per_hour(n(100))).settle(|_| 40)]);
+    let service = layer.store(store(&redis)).fields(Fields::always()).layer(Ok200);
+    let client = redis::Client::open(redis.url()).unwrap();
+    let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+    let mut left = Vec::new();
+    for may in ["+get", "-get", "+get"] {
+        let mut set = redis::cmd("ACL");
+        set.arg("SETUSER").arg("default").arg(may).exec_async(&mut connection).await.unwrap();
+        let response = service.clone().oneshot(from("192.0.2.1")).await.unwrap();
+        left.push(response.headers().get("ratelimit").unwrap().to_str().unwrap().split(';').nth(1).unwrap().to_owned());
+        response.into_body().collect().await.unwrap();
+    }
+    assert_eq!((&*left[0], &*left[2]), ("r=99", "r=20"), "39 more than was charged, each time");
+}
+
+#[tokio::test]
 async fn shadows_priorities_and_new_rates_hold_with_a_store() {
     let redis = Redis::start().await;
     let layer = RateLimitLayer::new(Rate::per_hour(n(1))).store(store(&redis));

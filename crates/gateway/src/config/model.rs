@@ -125,9 +125,7 @@ impl Config {
         self.auth.check(notes);
         self.limits.values().for_each(|limit| limit.check(&limit.span, notes));
         self.limiter.check(notes);
-        for name in &self.limiter.default {
-            known(name, &self.limits, "limit", notes);
-        }
+        each_once(&self.limiter.default, &self.limits, "limit", notes);
         self.trusted_proxies.check(notes);
         if let Some(otlp) = &self.traces.otlp {
             otlp.check(&otlp.span, notes);
@@ -170,6 +168,16 @@ pub(super) fn known<T>(name: &At<String>, among: &Map<T>, kind: &str, notes: &mu
     if !among.contains_key(&**name) {
         let help = help(name, among.keys().map(String::as_str));
         notes.push(&name.span, format!("there is no {kind} {:?}", **name), help);
+    }
+}
+
+/// Names of what there is, none of them twice.
+pub(super) fn each_once<T>(names: &[At<String>], among: &Map<T>, kind: &str, notes: &mut Notes<'_>) {
+    for (before, name) in names.iter().enumerate() {
+        known(name, among, kind, notes);
+        if names[..before].iter().any(|other| **other == **name) {
+            notes.push(&name.span, format!("{:?} is named twice", **name), "remove one of them");
+        }
     }
 }
 

@@ -9,7 +9,7 @@ use super::auth::{AuthMode, RouteAuth};
 use super::balance::{Retry, Subset};
 use super::by::{Alternatives, HashBy, has_hole};
 use super::mistake::Notes;
-use super::model::{Config, known};
+use super::model::{Config, each_once, known};
 use super::plain::{Bytes, Map};
 use super::read::At;
 use super::section::{section, shorthand, words};
@@ -252,9 +252,7 @@ impl Route {
         for name in self.response_headers.set.keys().chain(self.response_headers.add.keys()) {
             header(name, span, notes);
         }
-        for limit in self.limits.iter().flatten() {
-            known(limit, &config.limits, "limit", notes);
-        }
+        each_once(self.limits.as_deref().unwrap_or_default(), &config.limits, "limit", notes);
         for prefix in [&self.strip_prefix, &self.add_prefix].into_iter().flatten() {
             if !prefix.starts_with('/') {
                 notes.push(

@@ -10,7 +10,7 @@ use portcullis_core::Address;
 use super::balance::{Balance, Retry};
 use super::breaker::Breaker;
 use super::mistake::Notes;
-use super::model::known;
+use super::model::{each_once, known};
 use super::plain::{Bytes, Map, Patience};
 use super::read::At;
 use super::registry::Registry;
@@ -190,12 +190,7 @@ words! {
 
 impl Service {
     pub(super) fn check(&self, name: &str, span: &Range<usize>, registries: &Map<At<Registry>>, notes: &mut Notes<'_>) {
-        for (index, registry) in self.registry.iter().enumerate() {
-            known(registry, registries, "registry", notes);
-            if self.registry[..index].contains(registry) {
-                notes.push(&registry.span, format!("{:?} is named twice", **registry), "remove one of them");
-            }
-        }
+        each_once(&self.registry, registries, "registry", notes);
         match (self.registry.first(), self.endpoints.first()) {
             (Some(_), None) | (None, Some(_)) => {}
             (Some(registry), Some(_)) => {

@@ -15,7 +15,6 @@ use tokio::sync::futures::OwnedNotified;
 
 use super::ticks;
 use crate::rate::Cell;
-use crate::table::Mark;
 
 /// Leases and refusals by key, bounded.
 #[derive(Debug)]
@@ -27,6 +26,7 @@ pub(crate) struct Leases {
 
 #[derive(Debug, Default)]
 struct Shard {
+    /// By the store's mark of a key.
     known: HashMap<u64, Known, BuildHasherDefault<Hashed>>,
     sweep_at: usize,
 }
@@ -112,9 +112,9 @@ impl Leases {
 
     /// Decides, if it can. `most` is the largest lease worth having; a request with zero neither takes from a lease nor says
     /// anything of how large the next should be. `patience` is how long somebody may take to ask for one.
-    pub(crate) fn take(&self, mark: Mark, units: u32, cell: Cell, most: u32, patience: Duration, now: Moment) -> Local {
+    pub(crate) fn take(&self, mark: u64, units: u32, cell: Cell, most: u32, patience: Duration, now: Moment) -> Local {
         let mut shard = self.shard(mark);
-        let Some(known) = shard.known.get_mut(&mark.bits()) else { return Local::Ask(Question::default()) };
+        let Some(known) = shard.known.get_mut(&mark) else { return Local::Ask(Question::default()) };
         let soon = now.since(known.seen) < SOON;
         if most > 0 {
             known.seen = now;
@@ -148,16 +148,16 @@ impl Leases {
     }
 
     /// Ends when the lease that somebody is asking for is there, or is not to come; `None` if that is so already.
-    pub(crate) fn asking(&self, mark: Mark) -> Option<OwnedNotified> {
+    pub(crate) fn asking(&self, mark: u64) -> Option<OwnedNotified> {
         let shard = self.shard(mark);
-        let known = shard.known.get(&mark.bits())?;
+        let known = shard.known.get(&mark)?;
         (known.asking != 0).then(|| known.asked.clone().notified_owned())
     }
 
     /// A question is over, with an answer or without.
-    pub(crate) fn asked(&self, mark: Mark, asking: u64) {
+    pub(crate) fn asked(&self, mark: u64, asking: u64) {
         if asking != 0
-            && let Some(known) = self.shard(mark).known.get_mut(&mark.bits())
+            && let Some(known) = self.shard(mark).known.get_mut(&mark)
             && known.asking == asking
         {
             known.asking = 0;
@@ -166,8 +166,8 @@ impl Leases {
     }
 
     /// Gives back what was taken from a lease, if that is still the one.
-    pub(crate) fn give_back(&self, mark: Mark, lease: u64, units: u32) {
-        if let Some(known) = self.shard(mark).known.get_mut(&mark.bits())
+    pub(crate) fn give_back(&self, mark: u64, lease: u64, units: u32) {
+        if let Some(known) = self.shard(mark).known.get_mut(&mark)
             && known.id == lease
         {
             known.left = (known.left + units).min(known.leased);
@@ -176,9 +176,9 @@ impl Leases {
 
     /// Charges more to a key's lease, as far as that goes: how many units the store has to be told of. Until it was, nothing
     /// is decided here. An interval in ticks.
-    pub(crate) fn spend(&self, mark: Mark, interval: u64, units: u32) -> u32 {
+    pub(crate) fn spend(&self, mark: u64, interval: u64, units: u32) -> u32 {
         let mut shard = self.shard(mark);
-        let Some(known) = shard.known.get_mut(&mark.bits()) else { return units };
+        let Some(known) = shard.known.get_mut(&mark) else { return units };
         let fits = known.id != 0 && ticks(known.cell.interval) == interval;
         let here = if fits { known.left.min(units) } else { 0 };
         known.left -= here;
@@ -189,19 +189,19 @@ impl Leases {
     /// Remembers what the store said. Returns a lease that nobody will use, to be reported.
     pub(crate) fn learn(
         &self,
-        mark: Mark,
+        mark: u64,
         given: Option<Given>,
         refused: Option<(Moment, Cell)>,
         now: Moment,
     ) -> Option<(u64, u64)> {
         let mut shard = self.shard(mark);
-        if !shard.known.contains_key(&mark.bits()) && shard.known.len() >= self.each {
+        if !shard.known.contains_key(&mark) && shard.known.len() >= self.each {
             shard.sweep(now);
             if shard.known.len() >= self.each {
                 return given.map(|given| (given.id, 0));
             }
         }
-        let known = shard.known.entry(mark.bits()).or_insert(Known::new(now));
+        let known = shard.known.entry(mark).or_insert(Known::new(now));
         if let Some(refused) = refused {
             (known.refused_until, known.refused) = refused;
         }
@@ -224,8 +224,8 @@ impl Leases {
         self.shards.iter().map(|shard| lock(shard).known.len()).sum()
     }
 
-    fn shard(&self, mark: Mark) -> MutexGuard<'_, Shard> {
-        lock(&self.shards[mark.low() % SHARDS])
+    fn shard(&self, mark: u64) -> MutexGuard<'_, Shard> {
+        lock(&self.shards[(mark >> 32) as usize % SHARDS])
     }
 }
 
@@ -324,7 +324,7 @@ mod tests {
 
     #[test]
     fn a_key_is_given_more_the_quicker_it_uses_them_up() {
-        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        let (leases, mark) = (Leases::new(100), 1);
         assert_eq!(want(leases.take(mark, 1, CELL, 100, SOON, at(0))), 0, "a stranger");
         leases.learn(mark, None, None, at(0));
         assert_eq!(want(leases.take(mark, 1, CELL, 100, SOON, at(10))), 1, "again so soon");
@@ -340,7 +340,7 @@ mod tests {
 
     #[test]
     fn a_lease_is_not_used_after_it_expired_and_its_rest_is_reported() {
-        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        let (leases, mark) = (Leases::new(100), 1);
         leases.learn(mark, given(7, 5, 0), None, at(0));
         assert!(matches!(leases.take(mark, 3, CELL, 100, SOON, at(999)), Local::Charged { left: 2, .. }));
         let Local::Ask(question) = leases.take(mark, 1, CELL, 100, SOON, at(1000)) else { panic!() };
@@ -354,7 +354,7 @@ mod tests {
 
     #[test]
     fn what_is_given_back_is_there_again_but_not_in_another_lease() {
-        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        let (leases, mark) = (Leases::new(100), 1);
         leases.learn(mark, given(7, 2, 0), None, at(0));
         assert!(matches!(leases.take(mark, 2, CELL, 100, SOON, at(1)), Local::Charged { left: 0, .. }));
         leases.give_back(mark, 6, 2);
@@ -368,7 +368,7 @@ mod tests {
 
     #[test]
     fn two_who_asked_at_once_use_one_lease_and_report_the_other() {
-        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        let (leases, mark) = (Leases::new(100), 1);
         assert_eq!(leases.learn(mark, given(1, 5, 0), None, at(1)), None);
         assert_eq!(leases.learn(mark, given(2, 5, 0), None, at(2)), Some((2, 0)));
         assert!(matches!(leases.take(mark, 5, CELL, 100, SOON, at(3)), Local::Charged { lease: 1, .. }));
@@ -377,7 +377,7 @@ mod tests {
 
     #[test]
     fn one_asks_for_a_lease_while_others_wait() {
-        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        let (leases, mark) = (Leases::new(100), 1);
         leases.learn(mark, None, None, at(0));
         let Local::Ask(question) = leases.take(mark, 1, CELL, 100, SOON, at(1)) else { panic!() };
         assert_eq!(leases.take(mark, 1, CELL, 100, SOON, at(2)), Local::Wait);
@@ -394,7 +394,7 @@ mod tests {
 
     #[test]
     fn a_refusal_stands_until_its_moment() {
-        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        let (leases, mark) = (Leases::new(100), 1);
         leases.learn(mark, None, Some((at(50), CELL)), at(0));
         assert_eq!(leases.take(mark, 1, CELL, 100, SOON, at(49)), Local::Refused { until: at(50) });
         assert!(matches!(leases.take(mark, 1, CELL, 100, SOON, at(50)), Local::Ask(_)));
@@ -402,7 +402,7 @@ mod tests {
 
     #[test]
     fn neither_a_lease_nor_a_refusal_counts_for_another_rate() {
-        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        let (leases, mark) = (Leases::new(100), 1);
         for other in [Cell { window: 200_000, ..CELL }, Cell { interval: 10, ..CELL }] {
             leases.learn(mark, given(7, 5, 0), Some((at(50), CELL)), at(0));
             leases.asked(mark, 0);
@@ -415,7 +415,7 @@ mod tests {
 
     #[test]
     fn who_leaves_some_to_others_takes_nothing_of_what_they_leased() {
-        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        let (leases, mark) = (Leases::new(100), 1);
         leases.learn(mark, given(1, 4, 0), None, at(0));
         let least = |now| leases.take(mark, 1, CELL, 0, SOON, at(now));
         assert_eq!(least(1), Local::Ask(Question::default()));
@@ -431,7 +431,7 @@ mod tests {
 
     #[test]
     fn more_is_charged_to_the_lease_first_and_ends_it_when_it_is_not_enough() {
-        let (leases, mark) = (Leases::new(100), Mark::of(1));
+        let (leases, mark) = (Leases::new(100), 1);
         assert_eq!(leases.spend(mark, 16, 3), 3, "nothing is known of it");
         leases.learn(mark, given(1, 9, 0), None, at(0));
         assert_eq!((leases.spend(mark, 17, 2), leases.spend(mark, 16, 3)), (2, 0), "of another rate; of this one");
@@ -448,7 +448,7 @@ mod tests {
     fn a_flood_of_keys_stays_within_the_capacity() {
         let leases = Leases::new(160);
         for key in 0..100_000 {
-            leases.learn(Mark::of(key), given(key, 1, key / 10), None, at(key / 10));
+            leases.learn(key << 28, given(key, 1, key / 10), None, at(key / 10));
         }
         assert!(leases.len() <= 160, "{}", leases.len());
     }

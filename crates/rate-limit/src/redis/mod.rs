@@ -22,7 +22,6 @@ use crate::Error;
 use crate::charge::Entered;
 use crate::key::RequestHead;
 use crate::limiter::{Begun, Limiter, Limits};
-use crate::table::Mark;
 
 /// How long a request waits for the store, unless told otherwise.
 pub const DEFAULT_STORE_DEADLINE: Duration = Duration::from_millis(20);
@@ -98,7 +97,9 @@ pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
 /// Concurrency limits count in each process. A request that is [delayed](crate::RateLimitLayer::delay) has been charged, and
 /// stays so if it goes away while it waits; what a key has leased goes to those who need not wait. What a request
 /// [turned out](crate::Limit::settle) to cost more is charged to what is leased, and what is not enough with the next question
-/// to the store, whoever asks; that key asks before anything more is decided here. Less is given back if it was leased.
+/// to the store, whoever asks; that key asks before anything more is decided here. Less is given back if it was leased. A question that is answered with
+/// an error tells nothing, and what it should have told goes with the next one; of one that is not answered in time the store
+/// may yet hear, so that this counts as told.
 ///
 /// Keys are `{prefix}:` and a SHA-256 digest cut to 128 bits, so that nothing of a caller can be read in the store, and all
 /// live in one slot of a cluster.
@@ -248,7 +249,8 @@ impl RedisStore {
                 Entered::Full(refusal) => return Begun::Decided(Err(limiter.refuse(refusal))),
                 Entered::NotLimited => {}
             }
-            let Some(mut ask) = Ask::new(limiter, limit, route, head) else { continue };
+            let Some(mut ask) = Ask::new(&self.shared, limiter, limit, route, head) else { continue };
+            ask.twin = taken.asks.iter().any(|other| other.mark == ask.mark);
             ask.local = self.take(&ask, now);
             let Local::Refused { until } = ask.local else {
                 taken.asks.push(ask);
@@ -272,7 +274,7 @@ impl RedisStore {
     }
 
     /// Charges more to a key than was charged before, or gives back to its lease.
-    pub(crate) fn settle(&self, mark: Mark, key: &str, interval: u64, lease: Option<u64>, units: u32, cost: u32) {
+    pub(crate) fn settle(&self, mark: u64, key: &str, interval: u64, lease: Option<u64>, units: u32, cost: u32) {
         if cost > units {
             let owed = self.shared.leases.spend(mark, interval, cost - units);
             if owed > 0 {
@@ -287,9 +289,10 @@ impl RedisStore {
         self.shared.leases.take(ask.mark, ask.units, ask.cell, self.most(ask), self.settings.deadline, now)
     }
 
-    /// The largest lease worth having; none for a request that leaves some of the window to more important ones.
+    /// The largest lease worth having; none for a request that leaves some of the window to more important ones, and none for a
+    /// key that the request asks for already: it would wait for itself.
     fn most(&self, ask: &Ask) -> u32 {
-        if self.settings.lease.is_zero() || ask.window != ask.cell.window {
+        if self.settings.lease.is_zero() || ask.twin || ask.window != ask.cell.window {
             return 0;
         }
         let burst = ask.cell.window / ask.cell.interval / 8;

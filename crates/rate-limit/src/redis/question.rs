@@ -7,6 +7,7 @@ use http::StatusCode;
 use portcullis_core::{Moment, Rejection};
 
 use super::leases::{Given, Local, Question};
+use super::shared::Shared;
 use super::{OnFailure, RedisStore, count, from_ticks, ticks};
 use crate::answer::{Refusal, Standing, Wait};
 use crate::held::Holding;
@@ -20,7 +21,10 @@ use crate::table::Mark;
 pub(super) struct Ask {
     pub(super) limit: Limit,
     pub(super) key: KeyBytes,
-    pub(super) mark: Mark,
+    /// The store's mark of the key.
+    pub(super) mark: u64,
+    /// Another limit of the request has the same key.
+    pub(super) twin: bool,
     pub(super) rate: Rate,
     pub(super) cell: Cell,
     pub(super) units: u32,
@@ -94,9 +98,19 @@ impl Taken {
             return Ok(self.admit(&[], sent));
         }
         count(&shared.counts.round_trips);
-        let answer = tokio::time::timeout(settings.deadline, shared.invoke(settings, &self.asks, self.delay)).await;
+        let owed = shared.owed_now(&self.asks);
+        let question = shared.invoke(settings, &self.asks, &owed, self.delay);
+        let answer = tokio::time::timeout(settings.deadline, question).await;
         let now = self.limiter.clock.now();
-        let replies = match answer.unwrap_or_else(|_| Err("no answer in time".into())) {
+        let failure = match answer {
+            Ok(Ok(replies)) => Ok(replies),
+            Ok(Err(reason)) => {
+                shared.owe_again(owed);
+                Err(reason)
+            }
+            Err(_) => Err("no answer in time".into()),
+        };
+        let replies = match failure {
             Ok(replies) => replies,
             Err(reason) => {
                 count(&shared.counts.failures);
@@ -119,7 +133,7 @@ impl Taken {
                 until: sent + settings.lease * 9 / 10,
             });
             // Others may perhaps wait longer than this one.
-            let sooner = Duration::from_nanos(self.limiter.longest_delay() - self.delay);
+            let sooner = Duration::from_nanos(ask.delay(self.limiter.longest_delay()) - ask.delay(self.delay));
             let until = again.filter(|_| for_all).map(|again| ((now + again).back(sooner), ask.cell));
             if let Some(report) = shared.leases.learn(ask.mark, given, until, now) {
                 shared.owe(ask.mark, &shared.key(&ask.key), 0, Some(report));
@@ -203,17 +217,18 @@ impl Taken {
             OnFailure::Share(processes) => u64::from(processes.get()),
         };
         let table = &self.limiter.table;
+        let mark = |ask: &Ask| table.mark(ask.limit.span(), ask.key.bytes());
         let cost = |ask: &Ask| ask.cell.cost(ask.units).saturating_mul(processes);
         let time = now.as_nanos();
         for (done, ask) in self.asks.iter().enumerate() {
             let (cost_here, window) = (cost(ask), ask.window.max(cost(ask)));
-            let charged = table.charge(ask.mark, time, |debt| Cell::charge(debt, time, cost_here, window));
+            let charged = table.charge(mark(ask), time, |debt| Cell::charge(debt, time, cost_here, window));
             let Err(debt) = charged else { continue };
             if ask.limit.is_shadow() {
                 self.limiter.counters.add(|counts| &counts.shadowed);
                 continue;
             }
-            self.asks.iter().take(done).for_each(|before| _ = table.refund(before.mark, cost(before)));
+            self.asks.iter().take(done).for_each(|before| _ = table.refund(mark(before), cost(before)));
             self.limiter.counters.add(|counts| &counts.refused);
             let wait = Cell::wait(debt, time, cost_here, window).unwrap_or_default();
             return Err(self.limiter.refuse(ask.refusal(wait)));
@@ -244,13 +259,25 @@ impl Drop for Taken {
 // === impl Ask ===
 
 impl Ask {
-    pub(super) fn new(limiter: &Limiter, limit: &Limit, route: Option<&str>, head: &RequestHead<'_>) -> Option<Self> {
+    pub(super) fn new(
+        store: &Shared,
+        limiter: &Limiter,
+        limit: &Limit,
+        route: Option<&str>,
+        head: &RequestHead<'_>,
+    ) -> Option<Self> {
         let (rate, cell, units, window) = limit.charge(head)?;
         let mut key = KeyBytes::new();
         limiter.write_key(limit, route, head, &mut key);
-        let mark = limiter.table.mark(limit.span(), key.bytes());
+        let mark = store.mark(&key);
         let local = Local::Ask(Question::default());
-        Some(Self { limit: limit.clone(), key, mark, rate, cell, units, window, local })
+        Some(Self { limit: limit.clone(), key, mark, twin: false, rate, cell, units, window, local })
+    }
+
+    /// How much of a request's delay it may use: none if it only counts, and none if it would never have its turn.
+    pub(super) fn delay(&self, delay: u64) -> u64 {
+        let waits = !self.limit.is_shadow() && self.cell.cost(self.units) <= self.window;
+        if waits { delay } else { 0 }
     }
 
     /// As many whole units as the window has.

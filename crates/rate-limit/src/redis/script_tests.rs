@@ -33,6 +33,17 @@ impl Stepped {
         set.exec_async(&mut self.connection).await.unwrap();
     }
 
+    /// Charges each key so many units of a cell, with a debt in units before: what the script says of all.
+    async fn charge(&mut self, asks: &[(&str, Cell, u32, u64, u8)]) -> Vec<u64> {
+        let mut call = self.script.prepare_invoke();
+        call.arg(LIFE * TICKS);
+        for (key, cell, units, debt, flags) in asks {
+            call.key(*key).arg(cell.interval * TICKS).arg(cell.window * TICKS).arg(*units).arg(0).arg(1).arg("").arg(0);
+            call.arg("none").arg(debt * cell.interval * TICKS).arg(*flags).arg(0);
+        }
+        call.invoke_async(&mut self.connection).await.unwrap()
+    }
+
     /// Asks for one unit and a lease; reports another one. Whether it was admitted, and what was leased.
     async fn take(&mut self, cell: Cell, want: u32, report: Option<(&str, u64)>, lease: &str) -> (bool, u64) {
         let (old, used) = report.unwrap_or_default();
@@ -109,4 +120,20 @@ async fn a_lease_is_withheld_no_longer_after_a_step_back() {
         assert!(script.take(CELL, 0, None, "none").await.0);
     }
     assert!(!script.take(CELL, 0, None, "none").await.0, "four that ended just now, six");
+}
+
+#[tokio::test]
+async fn a_key_that_is_named_twice_is_charged_for_both() {
+    let redis = Redis::start().await;
+    let mut script = Stepped::on(&redis).await;
+    script.set(START).await;
+    let ahead = |units: u64| units * MINUTE * TICKS;
+    let (debt, ask) = (("key", CELL, 0, 3, 2), ("key", CELL, 1, 0, 0));
+    assert_eq!(script.charge(&[debt, ask]).await[5..], [0, ahead(4), 0, 0], "a debt beside a question");
+    assert_eq!(script.charge(&[ask, ask]).await[5..], [0, ahead(6), 0, 0], "two limits of one name");
+    let other = ("other", CELL, 1, 0, 0);
+    let more = ("key", CELL, 3, 0, 0);
+    let refused = script.charge(&[more, other, more]).await;
+    assert_eq!((refused[0], refused[4], refused[12]), (0, 0, 1), "four are left: enough for one of them");
+    assert_eq!(script.charge(&[("key", CELL, 4, 0, 0), ("other", CELL, 10, 0, 0)]).await[0], 1, "none was charged");
 }

@@ -1,26 +1,28 @@
 //! What all services on one store share: the connection, the leases, and what the store has to be told.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use portcullis_core::Moment;
 use redis::aio::{ConnectionManager, ConnectionManagerConfig};
 use redis::{Client, Script};
 use sha2::{Digest, Sha256};
+use siphasher::sip::SipHasher13;
 
 use super::leases::{Leases, Local, Question};
 use super::question::{Ask, Reply};
 use super::{Settings, ticks, ticks_within};
 use crate::key::KeyBytes;
 use crate::rate::nanos;
-use crate::table::Mark;
 
 pub(super) struct Shared {
     pub(super) client: Client,
     pub(super) prefix: String,
     script: Script,
+    hasher: SipHasher13,
     connection: OnceLock<Option<ConnectionManager>>,
     pub(super) leases: Leases,
     owed: Mutex<HashMap<u64, Owed>>,
@@ -42,8 +44,9 @@ pub(super) struct Counts {
 }
 
 /// What the store has to be told with the next question.
-#[derive(Clone, Debug)]
-struct Owed {
+#[derive(Debug)]
+pub(super) struct Owed {
+    mark: u64,
     key: String,
     ticks: u64,
     report: Option<(u64, u64)>,
@@ -61,14 +64,16 @@ const FAILURES_IN_A_ROW: u32 = 3;
 
 impl Shared {
     pub(super) fn new(client: Client, prefix: String, capacity: usize) -> Self {
+        let seed = RandomState::new();
         Self {
             client,
             prefix,
+            hasher: SipHasher13::new_with_keys(seed.hash_one(0), seed.hash_one(1)),
             script: Script::new(include_str!("script.lua")),
             connection: OnceLock::new(),
             leases: Leases::new(capacity),
             owed: Mutex::default(),
-            me: std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), "me"),
+            me: seed.hash_one("me"),
             next_lease: AtomicU64::new(1),
             failures_in_a_row: AtomicU32::new(0),
             down_until: AtomicU64::new(0),
@@ -76,6 +81,13 @@ impl Shared {
         }
     }
 
+    /// What tells a key from others, for everybody who counts in this store: all of its layers, whatever their own tables
+    /// have for it.
+    pub(super) fn mark(&self, key: &KeyBytes) -> u64 {
+        self.hasher.hash(key.bytes())
+    }
+
+    /// Its name in the store.
     pub(super) fn key(&self, key: &KeyBytes) -> String {
         use std::fmt::Write;
         let mut text = String::with_capacity(self.prefix.len() + 33);
@@ -91,8 +103,14 @@ impl Shared {
         format!("{:x}.{id:x}", self.me)
     }
 
-    /// Asks about all of them, each of which may have to wait so long in nanoseconds.
-    pub(super) async fn invoke(&self, settings: Settings, asks: &[Ask], delay: u64) -> Result<Vec<Reply>, String> {
+    /// Asks about all of them, each of which may have to wait so long in nanoseconds, after telling what is owed.
+    pub(super) async fn invoke(
+        &self,
+        settings: Settings,
+        asks: &[Ask],
+        owed: &[Owed],
+        delay: u64,
+    ) -> Result<Vec<Reply>, String> {
         let connection = self.connection.get_or_init(|| {
             let config = ConnectionManagerConfig::new()
                 .set_response_timeout(Some(settings.deadline.max(Duration::from_secs(1))))
@@ -102,16 +120,20 @@ impl Shared {
             ConnectionManager::new_lazy_with_config(self.client.clone(), config).ok()
         });
         let Some(mut connection) = connection.clone() else { return Err("no connection can be made".into()) };
-        let delay = ticks_within(delay);
         let mut call = self.script.prepare_invoke();
         call.arg(ticks(nanos(settings.lease)));
+        let report =
+            |report: Option<(u64, u64)>| report.map_or((String::new(), 0), |(id, used)| (self.lease(id), used));
+        // Before the questions, which may be about the same keys.
+        for Owed { key, ticks, report: old, .. } in owed {
+            let (old, used) = report(*old);
+            call.key(key).arg(&[1, 0, 0, 0, 1]).arg(old).arg(used).arg("").arg(ticks).arg(2).arg(0);
+        }
         let mut leases = Vec::new();
-        let mut debts = self.owed_now(asks);
-        for ask in asks.iter().filter(|ask| ask.is_asked()) {
-            let Local::Ask(Question { want, report, .. }) = ask.local else { continue };
-            let owed = debts.remove(&ask.mark.bits());
+        for ask in asks {
+            let Local::Ask(Question { want, report: old, .. }) = ask.local else { continue };
             let batch = (GRAIN.as_nanos() as u64 / ask.cell.interval).clamp(1, u64::from(want.max(1)));
-            let (old, used) = report.map_or((String::new(), 0), |(id, used)| (self.lease(id), used));
+            let (old, used) = report(old);
             let lease = self.next_lease.fetch_add(1, Ordering::Relaxed);
             leases.push(lease);
             call.key(self.key(&ask.key))
@@ -123,27 +145,13 @@ impl Shared {
                 .arg(old)
                 .arg(used)
                 .arg(self.lease(lease))
-                .arg(owed.map_or(0, |owed| owed.ticks))
+                .arg(0)
                 .arg(u8::from(ask.limit.is_shadow()))
-                .arg(delay);
-        }
-        for owed in debts.into_values() {
-            let (old, used) = owed.report.map_or((String::new(), 0), |(id, used)| (self.lease(id), used));
-            call.key(owed.key)
-                .arg(1)
-                .arg(0)
-                .arg(0)
-                .arg(0)
-                .arg(1)
-                .arg(old)
-                .arg(used)
-                .arg("")
-                .arg(owed.ticks)
-                .arg(2)
-                .arg(0);
+                .arg(ticks_within(ask.delay(delay)));
         }
         let numbers: Vec<i64> = call.invoke_async(&mut connection).await.map_err(|error| error.to_string())?;
-        let each = numbers.get(1..).unwrap_or_default().chunks_exact(4).zip(leases).map(|(reply, lease)| {
+        let replies = numbers.get(1 + 4 * owed.len()..).unwrap_or_default();
+        let each = replies.chunks_exact(4).zip(leases).map(|(reply, lease)| {
             let number = |at: usize| u64::try_from(reply[at]).unwrap_or(0);
             let leased = u32::try_from(reply[0]).unwrap_or(0);
             Reply { lease, leased, ahead: number(1), again: number(2), refuses: reply[3] == 1 }
@@ -152,37 +160,40 @@ impl Shared {
     }
 
     /// What goes with a question about these keys: what they owe themselves, and a few others.
-    fn owed_now(&self, asks: &[Ask]) -> HashMap<u64, Owed> {
-        let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(super) fn owed_now(&self, asks: &[Ask]) -> Vec<Owed> {
+        let mut owed = self.owed();
         if owed.is_empty() {
-            return HashMap::new();
+            return Vec::new();
         }
-        let asked: Vec<u64> = asks.iter().filter(|ask| ask.is_asked()).map(|ask| ask.mark.bits()).collect();
-        let others = owed.keys().copied().filter(|mark| !asked.contains(mark)).take(OWED_AT_ONCE);
-        let now: Vec<u64> = others.collect();
-        let mut taken: HashMap<u64, Owed> =
-            now.into_iter().filter_map(|mark| Some((mark, owed.remove(&mark)?))).collect();
-        for mark in asked {
-            // A report of its own would not fit beside the question's: it waits.
-            if owed.get(&mark).is_some_and(|owed| owed.report.is_none())
-                && let Some(own) = owed.remove(&mark)
-            {
-                taken.insert(mark, own);
-            }
-        }
+        let asked = asks.iter().filter(|ask| ask.is_asked());
+        let mut taken: Vec<Owed> = asked.filter_map(|ask| owed.remove(&ask.mark)).collect();
+        let others: Vec<u64> = owed.keys().copied().take(OWED_AT_ONCE).collect();
+        taken.extend(others.iter().filter_map(|mark| owed.remove(mark)));
         taken
     }
 
-    pub(super) fn owe(&self, mark: Mark, key: &str, ticks: u64, report: Option<(u64, u64)>) {
-        let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
-        if owed.len() >= OWED_MOST && !owed.contains_key(&mark.bits()) {
-            tracing::debug!("too much is owed to the store: a debt is forgotten");
-            return;
+    pub(super) fn owe(&self, mark: u64, key: &str, ticks: u64, report: Option<(u64, u64)>) {
+        self.owe_again([Owed { mark, key: key.to_owned(), ticks, report }]);
+    }
+
+    /// It was not told to the store, or not yet.
+    pub(super) fn owe_again(&self, debts: impl IntoIterator<Item = Owed>) {
+        let mut owed = self.owed();
+        for debt in debts {
+            if let Some(entry) = owed.get_mut(&debt.mark) {
+                entry.ticks = entry.ticks.saturating_add(debt.ticks).min(1 << 51);
+                // One that is not reported expires as used.
+                entry.report = entry.report.or(debt.report);
+            } else if owed.len() < OWED_MOST {
+                owed.insert(debt.mark, debt);
+            } else {
+                tracing::debug!("too much is owed to the store: a debt is forgotten");
+            }
         }
-        let entry = owed.entry(mark.bits()).or_insert_with(|| Owed { key: key.to_owned(), ticks: 0, report: None });
-        entry.ticks = entry.ticks.saturating_add(ticks);
-        // One that is not reported expires as used.
-        entry.report = entry.report.or(report);
+    }
+
+    fn owed(&self) -> MutexGuard<'_, HashMap<u64, Owed>> {
+        self.owed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether to ask at all; of those who come while it is down, one is let through now and then.
