@@ -9,11 +9,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::request::Parts;
-use http::{Request, Response, StatusCode, header};
+use http::{HeaderMap, Request, Response, StatusCode, header};
 use pin_project_lite::pin_project;
 use portcullis_core::{
-    Body, Carried, Deadline, Dialect, Endpoint, Endpoints, Head, HeadDeadline, Layer, Moment, Outcome, Rejection,
-    Route, Side, grpc_timeout,
+    Body, Carried, Deadline, Dialect, Endpoint, Endpoints, GRPC_RETRY_PUSHBACK, Head, HeadDeadline, Layer, Moment,
+    Outcome, Rejection, Route, Side, grpc_timeout,
 };
 use tokio::time::{Sleep, sleep};
 use tower_service::Service;
@@ -333,8 +333,12 @@ where
             Ok(response) => policy.judge(Head::of(response), self.repeats).or_else(|| self.given_up(response)),
             Err(_) => policy.error(self.repeats),
         };
-        let Some((reason, next)) = reason.and_then(|reason| Some((reason, self.again(reason, attempt.endpoint())?)))
-        else {
+        let pushback = match (&result, reason) {
+            (Ok(response), Some(Reason::Grpc(_))) => pushback(response.headers()),
+            _ => None,
+        };
+        let again = reason.and_then(|reason| Some((reason, self.again(reason, attempt.endpoint(), pushback)?)));
+        let Some((reason, next)) = again else {
             return Some(Next::Return(self.finish(result, attempt)));
         };
         match &result {
@@ -357,7 +361,7 @@ where
 
     fn time_out(&mut self) -> Option<NextOf<S, P, R, B>> {
         let mut attempt = self.attempt.take()?;
-        let again = self.repeats.then(|| self.again(Reason::TimedOut, attempt.endpoint())).flatten();
+        let again = self.repeats.then(|| self.again(Reason::TimedOut, attempt.endpoint(), None)).flatten();
         attempt.fail(Outcome::Failure);
         let Some(next) = again else { return Some(Next::Return(Ok(self.late(attempt.endpoint())))) };
         let (trouble, endpoint) = (self.trouble(), attempt.endpoint().clone());
@@ -382,7 +386,7 @@ where
     }
 
     /// Makes the head of the next attempt's request, if there is to be one.
-    fn again(&mut self, reason: Reason, failed: &Endpoint) -> Option<NextOf<S, P, R, B>> {
+    fn again(&mut self, reason: Reason, failed: &Endpoint, pushback: Option<Duration>) -> Option<NextOf<S, P, R, B>> {
         let spare = self.spare.as_ref()?;
         let policy = policy_of(self.route.as_ref(), &self.shared);
         let attempts = self.trouble.as_ref().map_or(0, |trouble| trouble.failed.len()) + 1;
@@ -391,7 +395,12 @@ where
         }
         let endpoints = spare.baggage.get::<Endpoints>();
         let elsewhere = reason == Reason::Unsent && endpoints.is_some_and(|endpoints| endpoints.len() > attempts);
-        let wait = if elsewhere { Duration::ZERO } else { policy.wait(attempts, mix(fastrand::u64(..))) };
+        let wait = match pushback {
+            Some(wait) if wait > policy.longest_wait() => return None,
+            Some(wait) => wait,
+            None if elsewhere => Duration::ZERO,
+            None => policy.wait(attempts, mix(fastrand::u64(..))),
+        };
         let deadline = spare.baggage.get().map(|Deadline(moment)| *moment);
         if deadline.is_some_and(|deadline| self.shared.clock.now() + wait >= deadline) || !self.keeper.is_whole() {
             return None;
@@ -462,6 +471,14 @@ where
             })
         })
     }
+}
+
+/// After what time the server lets the call be repeated; [`Duration::MAX`] for never, which is also what no number means
+/// (gRFC A6).
+fn pushback(headers: &HeaderMap) -> Option<Duration> {
+    let value = headers.get(GRPC_RETRY_PUSHBACK)?;
+    let millis = value.to_str().ok().and_then(|text| text.parse().ok());
+    Some(millis.map_or(Duration::MAX, Duration::from_millis))
 }
 
 fn policy_of<'a, P>(route: Option<&'a Route>, shared: &'a Shared<P>) -> &'a Policy {

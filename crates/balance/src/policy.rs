@@ -135,6 +135,9 @@ impl Policy {
 
     /// The longest wait before the second attempt, and before any; it doubles in between. Waits are drawn between zero and
     /// that. Nothing is waited for when nothing was sent and another endpoint admits.
+    ///
+    /// A gRPC server that answers with `grpc-retry-pushback-ms` is heeded: the wait is that long, and when that is negative,
+    /// or longer than the longest wait, its answer goes to the caller.
     #[must_use]
     pub const fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         self.backoff = (first, longest);
@@ -200,6 +203,11 @@ impl Policy {
             return Some(Reason::Grpc(code));
         }
         None
+    }
+
+    /// No wait is longer.
+    pub(crate) const fn longest_wait(&self) -> Duration {
+        self.backoff.1
     }
 
     pub(crate) fn error(&self, repeats: bool) -> Option<Reason> {

@@ -12,8 +12,8 @@ use portcullis_balance::{
     Asked, BalanceLayer, Budget, Call, Candidates, Pick, Policy, Random, Reason, Replay, RoundRobin, Served, Sticky,
 };
 use portcullis_core::{
-    Carried, Clock, Deadline, Endpoint, Endpoints, HeadDeadline, Instance, Layer, Moment, Mover, Outcome, Permit,
-    Rejection,
+    Carried, Clock, Deadline, Endpoint, Endpoints, GrpcCode, HeadDeadline, Instance, Layer, Moment, Mover, Outcome,
+    Permit, Rejection,
 };
 use portcullis_testing::contract::{ProbeBody, full, probe};
 use tower::{Layer as _, Service, ServiceExt, service_fn};
@@ -281,4 +281,25 @@ async fn an_answer_in_place_of_one_that_came_too_late_says_who_was_asked() {
     set.iter().for_each(|endpoint| endpoint.gate().close_for(Mover::new()));
     let response = call.await.unwrap();
     assert_eq!(response.extensions().get::<Served>().unwrap().attempts(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_grpc_server_says_whether_and_when_it_may_be_asked_again() {
+    let policy = Policy::new().repeat_any_method(true).on_grpc([GrpcCode::UNAVAILABLE]);
+    let layer = BalanceLayer::new(RoundRobin::new()).policy(policy);
+    for (pushback, attempts, after) in [("-1", 1, 0), ("no", 1, 0), ("251", 1, 0), ("250", 2, 250), ("0", 2, 0)] {
+        let (inner, mut calls) = probe::<Replay<ProbeBody>>();
+        let began = tokio::time::Instant::now();
+        let answer = async {
+            loop {
+                let answer = Response::builder().header("content-type", "application/grpc").header("grpc-status", "14");
+                let answer = answer.header("grpc-retry-pushback-ms", pushback).body(full("")).unwrap();
+                calls.next().await.answer(answer);
+            }
+        };
+        let call = layer.layer(inner).oneshot(request_of(Method::POST, &endpoints(3), ""));
+        let response = tokio::select! { response = call => response.unwrap(), () = answer => unreachable!() };
+        let served = response.extensions().get::<Served>().unwrap();
+        assert_eq!((served.attempts(), began.elapsed()), (attempts, Duration::from_millis(after)), "{pushback}");
+    }
 }
