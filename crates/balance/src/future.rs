@@ -261,7 +261,7 @@ where
             trouble.dialect = Dialect::of(&parts.headers);
             trouble.timeout = Some((deadline, Box::pin(sleep(deadline.since(now)))));
         }
-        self.attempt = Some(Attempt::begin(permit.endpoint(), &self.shared.pick, began, &self.shared.clock));
+        self.attempt = Some(Attempt::begin(permit.endpoint(), &self.shared, began));
         permit.attach(&mut parts.extensions);
         Next::Call(self.service.call(Request::from_parts(parts, body)))
     }
@@ -342,7 +342,7 @@ where
             return Some(Next::Return(self.finish(result, attempt)));
         };
         match &result {
-            Ok(response) => attempt.settle(response, &self.shared.classify, &self.shared.wall),
+            Ok(response) => attempt.settle(response, &self.shared.classify),
             Err(_) => attempt.fail(self.shared.classify.error()),
         }
         let trouble = self.trouble();
@@ -432,7 +432,7 @@ where
                     response.headers_mut().append(header::SET_COOKIE, cookie);
                 }
                 self.leave_served(attempt.endpoint(), &mut response);
-                let watch = attempt.watch(&response, &self.shared.classify, &self.shared.wall);
+                let watch = attempt.watch(&response, &self.shared.classify);
                 Ok(response.map(|body| Body::guarded(body, watch)))
             }
             Err(error) => {

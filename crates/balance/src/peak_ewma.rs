@@ -12,7 +12,8 @@ use crate::pick::{Call, Candidates, Pick};
 /// Of three at random, the one with the lower cost: latency × (requests in flight / relative weight + 1).
 ///
 /// Latency is an exponentially weighted moving average that jumps to each peak, measured to the end of the response body
-/// (peak EWMA, as in Finagle). What is different here:
+/// (peak EWMA, as in Finagle). A call that is given up before its head counts as a latency of at least so long; one whose
+/// caller stops reading its body, as that of an endless stream must, does not count. What is different here:
 ///
 /// * **Failures cost.** The share of failed calls adds up to [`penalty`](Self::penalty) to the latency. An endpoint that
 ///   fails in a millisecond would otherwise be the fastest of all and draw twice its share. A `429` or
@@ -262,6 +263,9 @@ impl Known {
 impl Estimate {
     fn learn(&self, call: &Call, rate: f32) {
         let rest = call.retry_after.map(|rest| rest.min(MAX_REST));
+        if call.outcome == Outcome::Ignored && call.latency.is_zero() && rest.is_none() {
+            return;
+        }
         let latency = call.latency.max(rest.unwrap_or_default()).as_secs_f32();
         let now = stamp(call.now);
         let mut word = self.latency.load(Ordering::Relaxed);
@@ -450,6 +454,19 @@ mod tests {
         assert_eq!(latency(known(&policy, &set, 0, 5000)), 0.1);
         policy.observe(&set[0], &call(900, Outcome::Ignored, 5000));
         assert_eq!(latency(known(&policy, &set, 0, 5000)), 0.9);
+    }
+
+    #[test]
+    fn a_call_that_says_nothing_leaves_everything_as_it_was() {
+        let (set, policy) = (Set::of(&[1, 1]), PeakEwma::new());
+        let nothing = |at| call(0, Outcome::Ignored, at);
+        policy.observe(&set[0], &nothing(1000));
+        assert_eq!(known(&policy, &set, 0, 1000).confidence, 0.0);
+        policy.observe(&set[0], &call(100, Outcome::Success, 2000));
+        let before = known(&policy, &set, 0, 2000);
+        policy.observe(&set[0], &nothing(2000));
+        let after = known(&policy, &set, 0, 2000);
+        assert_eq!((after.confidence, after.worth), (before.confidence, before.worth));
     }
 
     #[test]

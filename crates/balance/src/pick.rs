@@ -106,7 +106,8 @@ pub struct Asked<'a> {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Call {
-    /// From the attempt's beginning to the end of its response body.
+    /// From the attempt's beginning to the end of its response body. Zero if the caller stopped reading the body: how long
+    /// it wanted to says nothing of the endpoint.
     pub latency: Duration,
     /// What the classifier said; [`Outcome::Ignored`] for a call that was given up, so that `latency` is only a lower
     /// bound.

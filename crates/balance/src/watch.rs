@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderMap, Response, StatusCode};
 use portcullis_core::{
@@ -9,6 +10,7 @@ use portcullis_core::{
     judge, retry_after,
 };
 
+use crate::Shared;
 use crate::pick::{Call, Pick};
 
 /// Watches the body of a response: the endpoint counts as busy until it ends, and a policy that
@@ -32,19 +34,21 @@ struct Observed<P> {
     pick: Arc<P>,
     endpoint: Endpoint,
     clock: Clock,
+    wall: WallClock,
     began: Moment,
-    retry_after: Option<std::time::Duration>,
+    retry_after: Option<Duration>,
 }
 
 // === impl Attempt ===
 
 impl<P: Pick> Attempt<P> {
     /// Counts a call to `endpoint`. `began` is there if the policy observes.
-    pub(crate) fn begin(endpoint: &Endpoint, pick: &Arc<P>, began: Option<Moment>, clock: &Clock) -> Self {
+    pub(crate) fn begin(endpoint: &Endpoint, shared: &Shared<P>, began: Option<Moment>) -> Self {
         let observe = |began| Observed {
-            pick: pick.clone(),
+            pick: shared.pick.clone(),
             endpoint: endpoint.clone(),
-            clock: clock.clone(),
+            clock: shared.clock.clone(),
+            wall: shared.wall.clone(),
             began,
             retry_after: None,
         };
@@ -59,32 +63,26 @@ impl<P: Pick> Attempt<P> {
     }
 
     /// Follows the response that came.
-    pub(crate) fn watch<B>(
-        mut self,
-        response: &Response<B>,
-        classify: &Arc<dyn Classify>,
-        wall: &WallClock,
-    ) -> Watch<P> {
-        let judge = self.judge(response, classify, wall);
+    pub(crate) fn watch<B>(mut self, response: &Response<B>, classify: &Arc<dyn Classify>) -> Watch<P> {
+        let judge = self.judge(response, classify);
         Watch { _in_flight: self.in_flight, judge }
     }
 
     /// The response is not good enough; how its body would end is not waited for.
-    pub(crate) fn settle<B>(&mut self, response: &Response<B>, classify: &Arc<dyn Classify>, wall: &WallClock) {
-        drop(self.judge(response, classify, wall));
+    pub(crate) fn settle<B>(&mut self, response: &Response<B>, classify: &Arc<dyn Classify>) {
+        drop(self.judge(response, classify));
     }
 
     fn judge<B>(
         &mut self,
         response: &Response<B>,
         classify: &Arc<dyn Classify>,
-        wall: &WallClock,
     ) -> Option<Judge<dyn Classify, Observation<P>>> {
         let mut observation = self.observation.take()?;
-        if let Some(observed) = &mut observation.0
-            && asks_for_rest(response)
+        if matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+            || is_exhausted(response.headers())
         {
-            observed.retry_after = retry_after(response.headers(), || wall.since_epoch());
+            observation.rest(response.headers());
         }
         Some(judge(classify.clone(), response, observation))
     }
@@ -97,17 +95,9 @@ impl<P: Pick> Attempt<P> {
     }
 }
 
-fn asks_for_rest<B>(response: &Response<B>) -> bool {
-    match response.status() {
-        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => true,
-        _ => {
-            response.headers().contains_key(GRPC_STATUS)
-                && matches!(
-                    GrpcCode::of(response.headers()),
-                    Some(GrpcCode::RESOURCE_EXHAUSTED | GrpcCode::UNAVAILABLE)
-                )
-        }
-    }
+fn is_exhausted(fields: &HeaderMap) -> bool {
+    fields.contains_key(GRPC_STATUS)
+        && matches!(GrpcCode::of(fields), Some(GrpcCode::RESOURCE_EXHAUSTED | GrpcCode::UNAVAILABLE))
 }
 
 // === impl Watch ===
@@ -115,6 +105,11 @@ fn asks_for_rest<B>(response: &Response<B>) -> bool {
 impl<P: Pick> Guard for Watch<P> {
     fn trailers(&mut self, trailers: &HeaderMap) {
         if let Some(judge) = &mut self.judge {
+            if is_exhausted(trailers)
+                && let Some(observation) = judge.untold()
+            {
+                observation.rest(trailers);
+            }
             judge.trailers(trailers);
         }
     }
@@ -132,15 +127,42 @@ impl<P: Pick> Guard for Watch<P> {
     }
 }
 
+impl<P: Pick> Drop for Watch<P> {
+    fn drop(&mut self) {
+        if let Some(observation) = self.judge.as_mut().and_then(Judge::untold) {
+            observation.leave();
+        }
+    }
+}
+
 // === impl Observation ===
 
 impl<P: Pick> Observation<P> {
     fn tell(&mut self, outcome: Outcome) {
         if let Some(observed) = self.0.take() {
             let now = observed.clock.now();
-            let call = Call { latency: now.since(observed.began), outcome, retry_after: observed.retry_after, now };
-            observed.pick.observe(&observed.endpoint, &call);
+            observed.tell(now.since(observed.began), outcome, now);
         }
+    }
+
+    /// The caller stopped reading: how long it wanted to read says nothing of the endpoint.
+    fn leave(&mut self) {
+        if let Some(observed) = self.0.take() {
+            observed.tell(Duration::ZERO, Outcome::Ignored, observed.clock.now());
+        }
+    }
+
+    /// The endpoint asks to be left alone.
+    fn rest(&mut self, fields: &HeaderMap) {
+        if let Some(observed) = &mut self.0 {
+            observed.retry_after = retry_after(fields, || observed.wall.since_epoch());
+        }
+    }
+}
+
+impl<P: Pick> Observed<P> {
+    fn tell(&self, latency: Duration, outcome: Outcome, now: Moment) {
+        self.pick.observe(&self.endpoint, &Call { latency, outcome, retry_after: self.retry_after, now });
     }
 }
 

@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use http::{Method, Request, Response, StatusCode};
+use http::{HeaderName, Method, Request, Response, StatusCode};
+use http_body::Frame;
 use http_body_util::BodyExt;
 use portcullis_balance::{
     Asked, BalanceLayer, Budget, Call, Candidates, Pick, Policy, Random, Reason, Replay, RoundRobin, Served, Sticky,
@@ -15,7 +16,7 @@ use portcullis_core::{
     Carried, Clock, Deadline, Endpoint, Endpoints, GrpcCode, HeadDeadline, Instance, Layer, Moment, Mover, Outcome,
     Permit, Rejection,
 };
-use portcullis_testing::contract::{ProbeBody, full, probe};
+use portcullis_testing::contract::{ProbeBody, body, full, probe};
 use tower::{Layer as _, Service, ServiceExt, service_fn};
 
 fn endpoints(n: u16) -> Endpoints {
@@ -65,29 +66,37 @@ async fn who_asks_for_rest_is_heard_by_the_policy_in_http_and_grpc() {
             true
         }
     }
-    let answers: [(u16, &[(&str, &str)]); 4] = [
-        (429, &[("retry-after", "7")]),
-        (200, &[("content-type", "application/grpc"), ("grpc-status", "8"), ("grpc-retry-pushback-ms", "1500")]),
-        (200, &[("retry-after", "7")]),
-        (429, &[]),
+    let grpc = ("content-type", "application/grpc");
+    let exhausted = [("grpc-status", "8"), ("grpc-retry-pushback-ms", "1500")];
+    type Fields<'a> = &'a [(&'static str, &'a str)];
+    let answers: [(u16, Fields<'_>, Fields<'_>); 6] = [
+        (429, &[("retry-after", "7")], &[]),
+        (200, &[grpc, exhausted[0], exhausted[1]], &[]),
+        (200, &[("retry-after", "7")], &[]),
+        (429, &[], &[]),
+        (200, &[grpc], &exhausted),
+        (200, &[grpc], &[("grpc-status", "0"), exhausted[1]]),
     ];
     let rests = Arc::new(Rests(Mutex::default()));
     let (inner, mut calls) = probe::<Replay<ProbeBody>>();
     let mut service = BalanceLayer::new(rests.clone()).attempts(1).layer(inner);
-    for (status, headers) in answers {
+    for (status, headers, trailers) in answers {
         let call = service.ready().await.unwrap().call(request_of(Method::GET, &endpoints(1), ""));
         let answer = async {
             let mut response = Response::builder().status(status);
             for (name, value) in headers {
                 response = response.header(*name, *value);
             }
-            calls.next().await.answer(response.body(full("")).unwrap());
+            let (mut feed, body) = body();
+            let field = |(name, value): &(&'static str, &str)| (HeaderName::from_static(name), value.parse().unwrap());
+            feed.try_send(Frame::trailers(trailers.iter().map(field).collect())).unwrap();
+            calls.next().await.answer(response.body(body).unwrap());
         };
         let (response, ()) = futures::join!(call, answer);
         response.unwrap().into_body().collect().await.unwrap();
     }
     let [seven, pushback] = [7_000, 1_500].map(Duration::from_millis);
-    assert_eq!(*rests.0.lock().unwrap(), [Some(seven), Some(pushback), None, None]);
+    assert_eq!(*rests.0.lock().unwrap(), [Some(seven), Some(pushback), None, None, Some(pushback), None]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -302,4 +311,36 @@ async fn a_grpc_server_says_whether_and_when_it_may_be_asked_again() {
         let served = response.extensions().get::<Served>().unwrap();
         assert_eq!((served.attempts(), began.elapsed()), (attempts, Duration::from_millis(after)), "{pushback}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_that_stops_reading_says_nothing_of_the_time_it_took() {
+    struct Times(Mutex<Vec<(Duration, Outcome)>>);
+    impl Pick for Times {
+        fn pick(&self, _: &Candidates<'_>) -> Option<usize> {
+            Some(0)
+        }
+
+        fn observe(&self, _: &Endpoint, call: &Call) {
+            self.0.lock().unwrap().push((call.latency, call.outcome));
+        }
+
+        fn observes(&self) -> bool {
+            true
+        }
+    }
+    let times = Arc::new(Times(Mutex::default()));
+    let (inner, mut calls) = probe::<Replay<ProbeBody>>();
+    let mut service = BalanceLayer::new(times.clone()).attempts(1).layer(inner);
+    let call = service.ready().await.unwrap().call(request_of(Method::GET, &endpoints(1), ""));
+    let answer = async { calls.next().await.answer(Response::new(full("a stream"))) };
+    let (response, _) = futures::join!(call, answer);
+    tokio::time::advance(Duration::from_secs(600)).await;
+    drop(response);
+    let mut call = Box::pin(service.ready().await.unwrap().call(request_of(Method::GET, &endpoints(1), "")));
+    assert!(futures::poll!(&mut call).is_pending());
+    tokio::time::advance(Duration::from_secs(3)).await;
+    drop(call);
+    let three = Duration::from_secs(3);
+    assert_eq!(*times.0.lock().unwrap(), [(Duration::ZERO, Outcome::Ignored), (three, Outcome::Ignored)]);
 }

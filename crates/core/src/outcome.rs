@@ -181,6 +181,11 @@ pub fn judge<B, C: Classify + ?Sized, R: Report>(classify: Arc<C>, response: &Re
 }
 
 impl<C: Classify + ?Sized, R: Report> Judge<C, R> {
+    /// Who is to be told, if that has not happened yet.
+    pub const fn untold(&mut self) -> Option<&mut R> {
+        self.report.as_mut()
+    }
+
     fn tell(&mut self, outcome: Outcome) {
         if let Some(report) = self.report.take() {
             report.report(outcome);
