@@ -146,8 +146,8 @@
 //! # Another attempt
 //!
 //! A response that carries a [`Rejection`](portcullis_core::Rejection) for the upstream's fault of which nothing was
-//! [sent](portcullis_core::Rejection::sent), or one by a breaker below, is tried elsewhere whatever the method: it costs no
-//! endpoint more work, so no [`Budget`] either. A request that was sent is repeated only if its method is idempotent (or
+//! [sent](portcullis_core::Rejection::sent), or one by a breaker below, or because all connections to the endpoint were in
+//! use, is tried elsewhere whatever the method: it costs no endpoint more work, so no [`Budget`] either. A request that was sent is repeated only if its method is idempotent (or
 //! [told so](Policy::repeat_any_method)), for the reasons the [`Policy`] lists, within the budget that all clones of the
 //! layer share, after a jittered back-off, and never after its deadline: what `grpc-timeout` says is counted once, for all
 //! attempts. An endpoint that failed a request is not tried

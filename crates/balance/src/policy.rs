@@ -44,9 +44,9 @@ pub struct Policy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Reason {
-    /// Nothing reached the endpoint.
+    /// Nothing reached the endpoint: no connection came about, or none was free, or a breaker refused.
     Unsent,
-    /// The connection broke before the head of a response, or the inner service failed.
+    /// The connection broke before the head of a response, or what came was no HTTP, or the inner service failed.
     Reset,
     /// The attempt took too long.
     TimedOut,
@@ -100,7 +100,7 @@ impl Policy {
         self
     }
 
-    /// Whether a connection that broke before the head of a response is a reason. Default yes.
+    /// Whether a connection that broke before the head of a response, or on which no HTTP came, is a reason. Default yes.
     #[must_use]
     pub const fn on_reset(mut self, yes: bool) -> Self {
         self.reset = yes;
@@ -180,9 +180,17 @@ impl Policy {
     /// Whether and why this response is not good enough. `repeats` says whether the request may be sent twice.
     pub(crate) fn judge(&self, head: Head<'_>, repeats: bool) -> Option<Reason> {
         if let Some(rejection) = head.extensions.get::<Rejection>() {
-            let of_endpoint = rejection.side() == Side::Upstream || rejection.layer() == Layer::CircuitBreak;
+            let of_endpoint = rejection.side() == Side::Upstream
+                || match (rejection.layer(), rejection.status()) {
+                    (Layer::CircuitBreak, _) => true,
+                    // All connections to it were in use, and still were after the time for that.
+                    (Layer::Forward, StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT) => true,
+                    _ => false,
+                };
             return match rejection.status() {
                 _ if !of_endpoint => None,
+                // It would be too large again.
+                _ if rejection.reason() == "response-too-large" => None,
                 _ if !rejection.sent() => Some(Reason::Unsent),
                 StatusCode::GATEWAY_TIMEOUT => (repeats && self.statuses.contains(&rejection.status()))
                     .then_some(Reason::Status(StatusCode::GATEWAY_TIMEOUT)),
@@ -251,7 +259,21 @@ mod tests {
         assert_eq!(judge(Layer::Forward, 502, true, true), Some(Reason::Reset));
         assert_eq!(judge(Layer::Forward, 504, true, true), None);
         assert_eq!(judge(Layer::RateLimit, 429, false, true), None);
-        assert_eq!(judge(Layer::Forward, 503, false, true), None, "the gateway's own fault");
+        assert_eq!(judge(Layer::Forward, 503, false, false), Some(Reason::Unsent), "no connection was free");
+        assert_eq!(judge(Layer::Forward, 500, false, true), None, "the gateway's own fault");
+    }
+
+    #[test]
+    fn a_response_that_was_too_large_is_not_asked_for_again() {
+        let policy = Policy::new().repeat_any_method(true).on_statuses([StatusCode::BAD_GATEWAY]);
+        let reason = |why| {
+            let mut response = Response::new(());
+            let rejection = Rejection::new(Layer::Forward, StatusCode::BAD_GATEWAY, why).with_sent(true);
+            response.extensions_mut().insert(rejection);
+            policy.judge(Head::of(&response), true)
+        };
+        let all = ["upstream-reset", "malformed-response", "unexpected-upgrade", "response-too-large"].map(reason);
+        assert_eq!(all, [Some(Reason::Reset), Some(Reason::Reset), Some(Reason::Reset), None]);
     }
 
     #[test]
