@@ -38,7 +38,7 @@
 use std::fmt;
 use std::num::NonZeroU32;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -78,15 +78,8 @@ enum Unwell {
     Unasked,
 }
 
-/// Endpoints whose gate is closed for a checker.
-#[derive(Default)]
-struct Closed {
-    endpoints: Vec<Endpoint>,
-    /// The checker is gone: what it closed is open again, and stays so.
-    over: bool,
-}
-
-/// Endpoints of one service being asked. The checks end with the last clone.
+/// Endpoints of one service being asked. The checks end with the last clone, and what they found counts no more, unless
+/// others [go on from it](HealthCheck::start_after).
 #[derive(Clone)]
 pub struct Checker(Arc<Shared>);
 
@@ -105,10 +98,16 @@ pub struct Health {
 }
 
 struct Shared {
+    findings: Arc<Findings>,
+    task: Option<AbortHandle>,
+}
+
+/// What checks found.
+struct Findings {
     slot: SlotKey<State>,
     mover: Mover,
-    task: Option<AbortHandle>,
-    closed: Arc<Mutex<Closed>>,
+    /// Endpoints whose gate is closed for them.
+    closed: Mutex<Vec<Endpoint>>,
 }
 
 #[derive(Default)]
@@ -124,9 +123,7 @@ struct State {
 /// One task's view.
 struct Task {
     check: HealthCheck,
-    slot: SlotKey<State>,
-    mover: Mover,
-    closed: Arc<Mutex<Closed>>,
+    findings: Weak<Findings>,
     discovery: DiscoveryLayer,
     service: Arc<str>,
     forward: Forward,
@@ -198,19 +195,34 @@ impl HealthCheck {
     /// is asked.
     #[must_use = "checks end with the handle"]
     pub fn start(self, discovery: DiscoveryLayer, service: &str, forward: Forward) -> Checker {
-        let (slot, mover, closed) = (SlotKey::new(), Mover::new(), Arc::default());
+        let findings = Findings { slot: SlotKey::new(), mover: Mover::new(), closed: Mutex::default() };
+        self.start_with(Arc::new(findings), discovery, service, forward)
+    }
+
+    /// Begins to ask as [`start`](Self::start) does, and goes on from what `old` found: what is sick stays so until it has
+    /// answered well, also when `old` is gone.
+    #[must_use = "checks end with the handle"]
+    pub fn start_after(self, old: &Checker, discovery: DiscoveryLayer, service: &str, forward: Forward) -> Checker {
+        self.start_with(old.0.findings.clone(), discovery, service, forward)
+    }
+
+    fn start_with(
+        self,
+        findings: Arc<Findings>,
+        discovery: DiscoveryLayer,
+        service: &str,
+        forward: Forward,
+    ) -> Checker {
         let task = Task {
             check: self,
-            slot: slot.clone(),
-            mover,
-            closed: Arc::clone(&closed),
+            findings: Arc::downgrade(&findings),
             discovery,
             service: service.into(),
             forward,
             clock: Clock::system(),
         };
         let task = tokio::runtime::Handle::try_current().ok().map(|runtime| runtime.spawn(task.run()).abort_handle());
-        Checker(Arc::new(Shared { slot, mover, task, closed }))
+        Checker(Arc::new(Shared { findings, task }))
     }
 
     /// Asks once.
@@ -338,14 +350,18 @@ impl Task {
             };
             let all: Vec<Endpoint> = endpoints.iter().cloned().collect();
             futures::stream::iter(all).for_each_concurrent(AT_ONCE, one).await;
-            lock(&self.closed).endpoints.retain(|endpoint| !endpoint.is_removed());
+            if let Some(findings) = self.findings.upgrade() {
+                lock(&findings.closed).retain(|endpoint| !endpoint.is_removed());
+            }
             // Gateways that were started together do not ask together.
             tokio::time::sleep(self.check.interval.mul_f64(0.9 + 0.2 * fastrand::f64())).await;
         }
     }
 
     fn settle(&self, endpoint: &Endpoint, answer: Result<(), String>) {
-        let state = endpoint.slot(&self.slot, State::default);
+        // Without them the checks are over, and this answer came a moment too late.
+        let Some(findings) = self.findings.upgrade() else { return };
+        let state = endpoint.slot(&findings.slot, State::default);
         let sick = state.sick.load(Ordering::Relaxed);
         state.checks.fetch_add(1, Ordering::Relaxed);
         state.failures.fetch_add(u32::from(answer.is_err()), Ordering::Relaxed);
@@ -359,22 +375,19 @@ impl Task {
         if against < if sick { self.check.healthy } else { self.check.unhealthy }.get() {
             return;
         }
-        let mut closed = lock(&self.closed);
-        if closed.over {
-            return;
-        }
+        let mut closed = lock(&findings.closed);
         state.against.store(0, Ordering::Relaxed);
         state.sick.store(!sick, Ordering::Relaxed);
         let (service, id) = (&**endpoint.service(), &**endpoint.id());
         if sick {
             tracing::info!(service, endpoint = id, "the endpoint is well again");
-            closed.endpoints.retain(|other| other != endpoint);
-            endpoint.gate().open_for(self.mover);
+            closed.retain(|other| other != endpoint);
+            endpoint.gate().open_for(findings.mover);
         } else {
             let problem = lock(&state.problem).clone().unwrap_or_default();
             tracing::info!(service, endpoint = id, problem, "the endpoint is sick");
-            closed.endpoints.push(endpoint.clone());
-            endpoint.gate().close_for(self.mover);
+            closed.push(endpoint.clone());
+            endpoint.gate().close_for(findings.mover);
         }
     }
 }
@@ -385,7 +398,7 @@ impl Checker {
     /// How an endpoint answered; `None` before it was asked.
     #[must_use]
     pub fn health(&self, endpoint: &Endpoint) -> Option<Health> {
-        let state = endpoint.existing_slot(&self.0.slot)?;
+        let state = endpoint.existing_slot(&self.0.findings.slot)?;
         Some(Health {
             is_well: !state.sick.load(Ordering::Relaxed),
             checks: state.checks.load(Ordering::Relaxed),
@@ -406,9 +419,12 @@ impl Drop for Shared {
         if let Some(task) = &self.task {
             task.abort();
         }
-        let mut closed = lock(&self.closed);
-        closed.over = true;
-        for endpoint in closed.endpoints.drain(..) {
+    }
+}
+
+impl Drop for Findings {
+    fn drop(&mut self) {
+        for endpoint in lock(&self.closed).drain(..) {
             endpoint.gate().open_for(self.mover);
         }
     }

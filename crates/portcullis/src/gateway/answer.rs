@@ -10,6 +10,8 @@ use http::header::{
 };
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri};
 
+use portcullis_forward::Edit;
+
 use super::Error;
 
 /// Sends the caller elsewhere; what is not set stays as the caller asked for it, the query always.
@@ -131,6 +133,19 @@ impl Fixed {
             response.headers_mut().insert(CONTENT_TYPE, self.content_type.clone());
         }
         response
+    }
+}
+
+/// Changes fields, in order.
+pub(super) fn edit(headers: &mut HeaderMap, edits: &[Edit]) {
+    for edit in edits {
+        match edit {
+            Edit::Set(name, value) => drop(headers.insert(name, value.clone())),
+            Edit::Add(name, value) => drop(headers.append(name, value.clone())),
+            Edit::Remove(name) => drop(headers.remove(name)),
+            // There is no other.
+            _ => {}
+        }
     }
 }
 

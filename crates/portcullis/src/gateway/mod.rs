@@ -179,37 +179,51 @@ impl Gateway {
             Ok(target) => target,
             Err(missing) => return Err(refuse(request, missing.into_rejection(request.uri().path()))),
         };
-        let service = match &target.action {
+        let part = match &target.action {
             Action::Send(split) => split.pick(|below| fastrand::u64(..below)),
             // Sent back to the caller, such a path could lead to another host.
             Action::Redirect(_) if !is_normal_path(request.uri().path()) => {
                 return Err(self.named(target, refuse(request, not_normal())));
             }
             Action::Redirect(redirect) => {
-                let response = redirect.answer(request).map(|response| response.map(|Nothing| GatewayBody::empty()));
-                let no_host = || Rejection::new(Where::Route, StatusCode::BAD_REQUEST, "no-host");
-                return Err(self.named(target, response.unwrap_or_else(|| refuse(request, no_host()))));
+                let Some(response) = redirect.answer(request) else {
+                    let no_host = Rejection::new(Where::Route, StatusCode::BAD_REQUEST, "no-host");
+                    return Err(self.named(target, refuse(request, no_host)));
+                };
+                return Err(self.own(target, request, response.map(|Nothing| GatewayBody::empty())));
             }
             Action::Respond(fixed) => {
-                let mut response = fixed.answer(|body| GatewayBody::new(Body::refusal(body)));
-                if let Some(cors) = &target.cors {
-                    cors.leave(request.headers().get(header::ORIGIN), response.headers_mut());
-                }
-                return Err(self.named(target, response));
+                let response = fixed.answer(|body| GatewayBody::new(Body::refusal(body)));
+                return Err(self.own(target, request, response));
             }
         };
         let cors = target.cors.as_ref().map(|cors| (cors.clone(), request.headers().get(header::ORIGIN).cloned()));
         let route = self.leaves_route.then(|| target.route.clone());
         let after = (route.is_some() || cors.is_some()).then(|| Box::new(After { route, cors }));
         let extensions = request.extensions_mut();
-        target.route.clone().attach(extensions);
-        if let Some(service) = service {
-            service.clone().attach(extensions);
+        part.and_then(|part| part.route.as_ref()).unwrap_or(&target.route).clone().attach(extensions);
+        if let Some(part) = part {
+            part.service.clone().attach(extensions);
         }
         if let Some(timeout) = target.timeout {
             Deadline(self.clock.now() + timeout).attach_if_earlier(extensions);
         }
         Ok(after)
+    }
+
+    /// What the route answers by itself, as its headers are to be.
+    fn own<B>(
+        &self,
+        target: &Target,
+        request: &Request<B>,
+        mut response: Response<GatewayBody>,
+    ) -> Response<GatewayBody> {
+        let headers = response.headers_mut();
+        answer::edit(headers, &target.edits);
+        if let Some(cors) = &target.cors {
+            cors.leave(request.headers().get(header::ORIGIN), headers);
+        }
+        self.named(target, response)
     }
 
     fn named(&self, target: &Target, mut response: Response<GatewayBody>) -> Response<GatewayBody> {

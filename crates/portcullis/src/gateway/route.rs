@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Method, StatusCode};
 use portcullis_core::{Destination, Route as Matched};
+use portcullis_forward::Edit;
 
 use super::Error;
 use super::answer::{Cors, Fixed, Redirect};
@@ -28,6 +29,9 @@ pub struct Route {
     cors: Option<Cors>,
     name: Option<String>,
     policies: Matched,
+    /// How endpoints of single services are tried.
+    own: Vec<(Destination, portcullis_balance::Policy)>,
+    edits: Vec<Edit>,
 }
 
 /// What becomes of a request.
@@ -41,8 +45,17 @@ pub(super) enum Action {
 /// Services and their shares.
 #[derive(Clone, Debug)]
 pub(super) struct Split {
-    /// Each with the sum of the weights up to it.
-    services: Vec<(Destination, u64)>,
+    services: Vec<Part>,
+}
+
+/// A service and its share.
+#[derive(Clone, Debug)]
+pub(super) struct Part {
+    pub(super) service: Destination,
+    /// The sum of the weights up to it.
+    sum: u64,
+    /// The route as its requests have it, where that is not as those of others have it.
+    pub(super) route: Option<Matched>,
 }
 
 /// A route in the router.
@@ -52,6 +65,8 @@ pub(super) struct Target {
     pub(super) action: Action,
     pub(super) timeout: Option<Duration>,
     pub(super) cors: Option<Cors>,
+    /// Of answers of the gateway's own.
+    pub(super) edits: Vec<Edit>,
 }
 
 // === impl Route ===
@@ -69,7 +84,7 @@ impl Route {
         let mut sum = 0;
         let mut add = |(service, weight): (&str, u32)| {
             sum += u64::from(weight);
-            (Destination::new(service), sum)
+            Part { service: Destination::new(service), sum, route: None }
         };
         Self::new(Action::Send(Split { services: services.into_iter().map(&mut add).collect() }))
     }
@@ -88,7 +103,7 @@ impl Route {
 
     fn new(action: Action) -> Self {
         let (matches, policies) = (Matches::default(), Matched::new(""));
-        Self { matches, action, timeout: None, cors: None, name: None, policies }
+        Self { matches, action, timeout: None, cors: None, name: None, policies, own: Vec::new(), edits: Vec::new() }
     }
 
     /// Is called so in logs and metrics, instead of by its pattern.
@@ -170,6 +185,21 @@ impl Route {
         self.with_policy(policy)
     }
 
+    /// How endpoints of one of its services are tried, instead of as [`balance`](Self::balance) says.
+    #[must_use]
+    pub fn balance_of(mut self, service: &str, policy: portcullis_balance::Policy) -> Self {
+        self.own.push((Destination::new(service), policy));
+        self
+    }
+
+    /// Changes the fields of a [redirect](Self::redirect) or a [fixed answer](Self::respond). Those of what services answer
+    /// are changed by what [sends](Self::forward) requests.
+    #[must_use]
+    pub fn edit_answer(mut self, edit: Edit) -> Self {
+        self.edits.push(edit);
+        self
+    }
+
     /// How requests are sent and shaped.
     #[must_use]
     pub fn forward(self, policy: portcullis_forward::Policy) -> Self {
@@ -184,12 +214,16 @@ impl Route {
     }
 
     pub(super) fn target(&self, pattern: &str) -> Target {
-        Target {
-            route: self.policies.clone().named(self.name.as_deref().unwrap_or(pattern)),
-            action: self.action.clone(),
-            timeout: self.timeout,
-            cors: self.cors.clone(),
+        let route = self.policies.clone().named(self.name.as_deref().unwrap_or(pattern));
+        let mut action = self.action.clone();
+        if let Action::Send(split) = &mut action {
+            for (service, policy) in &self.own {
+                for part in split.services.iter_mut().filter(|part| part.service == *service) {
+                    part.route = Some(route.clone().with_policy(policy.clone()));
+                }
+            }
         }
+        Target { route, action, timeout: self.timeout, cors: self.cors.clone(), edits: self.edits.clone() }
     }
 
     /// The services requests may go to.
@@ -198,7 +232,7 @@ impl Route {
             Action::Send(split) => Some(split),
             Action::Redirect(_) | Action::Respond(_) => None,
         };
-        split.into_iter().flat_map(|split| split.services.iter().map(|(service, _)| service))
+        split.into_iter().flat_map(|split| split.services.iter().map(|part| &part.service))
     }
 
     pub(super) fn check(&self) -> Result<(), Error> {
@@ -219,13 +253,13 @@ impl Route {
 
 impl Split {
     fn sum(&self) -> u64 {
-        self.services.last().map_or(0, |(_, sum)| *sum)
+        self.services.last().map_or(0, |part| part.sum)
     }
 
     /// The service of one request; `random` is below any bound it is given.
-    pub(super) fn pick(&self, random: impl FnOnce(u64) -> u64) -> Option<&Destination> {
+    pub(super) fn pick(&self, random: impl FnOnce(u64) -> u64) -> Option<&Part> {
         let drawn = if self.services.len() > 1 { random(self.sum()) } else { 0 };
-        self.services.iter().find(|(_, sum)| drawn < *sum).map(|(service, _)| service)
+        self.services.iter().find(|part| drawn < part.sum)
     }
 }
 
@@ -236,7 +270,7 @@ mod tests {
     #[test]
     fn requests_are_split_by_weight() {
         let Action::Send(split) = Route::split([("a", 3), ("none", 0), ("b", 1)]).action else { unreachable!() };
-        let picked: Vec<_> = (0..4).map(|drawn| split.pick(|_| drawn).unwrap().as_str()).collect();
+        let picked: Vec<_> = (0..4).map(|drawn| split.pick(|_| drawn).unwrap().service.as_str()).collect();
         assert_eq!(picked, ["a", "a", "a", "b"]);
         assert!(Route::split([("a", 0), ("b", 0)]).check().is_err());
         assert!(Route::split([]).check().is_err());

@@ -29,6 +29,8 @@ struct Paths<T> {
     /// Two, since one cannot tell `/a/{x}` from `/a/{*rest}`.
     whole: matchit::Router<usize>,
     rest: matchit::Router<usize>,
+    /// Those that do not go beside others there, as `/{*rest}` beside `/{tenant}/{*rest}`: asked one by one.
+    apart: Vec<usize>,
     /// The most specific first.
     patterns: Vec<Pattern<T>>,
 }
@@ -73,7 +75,7 @@ impl<T: Clone> Router<T> {
             }
             let names: Vec<Option<String>> = match matches.hosts.as_slice() {
                 [] => vec![None],
-                names => names.iter().map(|name| Some(name.to_ascii_lowercase())).collect(),
+                names => names.iter().map(|name| Some(without_dot(name).to_ascii_lowercase())).collect(),
             };
             for host in names {
                 let entry = Entry { matches: matches.clone(), value: value.clone() };
@@ -141,13 +143,18 @@ impl<T: Clone> Paths<T> {
         }
         grouped.sort_by_key(|(pattern, _)| specificity(pattern));
         let (mut whole, mut rest) = (matchit::Router::new(), matchit::Router::new());
-        let mut patterns = Vec::new();
+        let (mut apart, mut patterns, mut shapes) = (Vec::new(), Vec::new(), HashMap::new());
         for (index, (pattern, mut entries)) in grouped.into_iter().enumerate() {
             let cannot = |error| Error::new(format!("the pattern {pattern:?} cannot be used: {error}"));
-            let best = if pattern.contains("{*") { &mut rest } else { &mut whole };
-            best.insert(pattern.clone(), index).map_err(cannot)?;
             let mut alone = matchit::Router::new();
             alone.insert(pattern.clone(), ()).map_err(cannot)?;
+            if let Some(other) = shapes.insert(shape(&pattern), pattern.clone()) {
+                return Err(Error::new(format!("the patterns {other:?} and {pattern:?} take the same paths")));
+            }
+            let best = if pattern.contains("{*") { &mut rest } else { &mut whole };
+            if best.insert(pattern.clone(), index).is_err() {
+                apart.push(index);
+            }
             for shorter in without_rest(&pattern) {
                 let _ = alone.insert(shorter, ());
             }
@@ -160,12 +167,15 @@ impl<T: Clone> Paths<T> {
                 let _ = rest.insert(shorter, index);
             }
         }
-        Ok(Self { whole, rest, patterns: patterns.into_iter().map(|(_, pattern)| pattern).collect() })
+        Ok(Self { whole, rest, apart, patterns: patterns.into_iter().map(|(_, pattern)| pattern).collect() })
     }
 
     fn find(&self, asked: Asked<'_>, allowed: &mut Vec<Method>) -> Option<&T> {
         let path = asked.path();
-        let best = *self.whole.at(path).or_else(|_| self.rest.at(path)).ok()?.value;
+        let best = self.whole.at(path).or_else(|_| self.rest.at(path)).ok().map(|found| *found.value);
+        let takes = |index: &usize| self.patterns.get(*index).is_some_and(|pattern| pattern.alone.at(path).is_ok());
+        let apart = self.apart.iter().copied().take_while(|index| best.is_none_or(|best| *index < best)).find(takes);
+        let best = apart.or(best)?;
         let first = self.patterns.get(best)?;
         if let Some(value) = first.find(asked, allowed) {
             return Some(value);
@@ -203,6 +213,27 @@ fn specificity(pattern: &str) -> (bool, Vec<u8>, Reverse<usize>) {
         _ => 0,
     });
     (pattern.contains("{*"), kinds.chain([1]).collect(), Reverse(pattern.len()))
+}
+
+/// A name that ends with the root's dot is the name without it.
+fn without_dot(host: &str) -> &str {
+    host.strip_suffix('.').unwrap_or(host)
+}
+
+/// The pattern with no names in its parameters.
+fn shape(pattern: &str) -> String {
+    if pattern.contains("{{") || pattern.contains("}}") {
+        // Braces that are meant.
+        return pattern.to_owned();
+    }
+    let mut parts = pattern.split('{');
+    let mut shape = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let (name, after) = part.split_once('}').unwrap_or((part, ""));
+        shape.push_str(if name.starts_with('*') { "{*}" } else { "{}" });
+        shape.push_str(after);
+    }
+    shape
 }
 
 /// `/a/` and `/a` for `/a/{*rest}`.
@@ -259,12 +290,12 @@ impl<'a> Asked<'a> {
     /// The host without its port: the target's, else the `Host` field's.
     pub(super) fn host(&self) -> Option<&'a str> {
         if let Some(host) = self.uri.host() {
-            return Some(host);
+            return Some(without_dot(host));
         }
         let field = self.headers.get(header::HOST)?.to_str().ok()?;
         // An IPv6 address has colons of its own.
         let end = if field.starts_with('[') { field.find(']').map(|at| at + 1) } else { field.find(':') };
-        Some(&field[..end.unwrap_or(field.len())])
+        Some(without_dot(&field[..end.unwrap_or(field.len())]))
     }
 
     /// The first query parameter of that name, decoded.
@@ -331,6 +362,32 @@ mod tests {
         assert_eq!(get(&router, "/b"), Ok("/{*rest}"));
     }
 
+    /// The first was refused beside any of the others, whose parameter takes what its rest would.
+    #[test]
+    fn a_rest_and_a_parameter_with_a_rest_stand_together() {
+        let patterns =
+            ["/{*rest}", "/{tenant}/{*rest}", "/{tenant}/api/{*rest}", "/{other}/{more}/x", "/a/{*rest}", "/{t}/{u}"];
+        for patterns in [patterns.to_vec(), patterns.into_iter().rev().collect()] {
+            let router = router(&patterns);
+            for (path, expected) in [
+                ("/", "/{*rest}"),
+                ("/t", "/{tenant}/{*rest}"),
+                ("/t/", "/{tenant}/{*rest}"),
+                ("/t/b", "/{t}/{u}"),
+                ("/t/b/c", "/{tenant}/{*rest}"),
+                ("/t/api/c", "/{tenant}/api/{*rest}"),
+                ("/t/b/x", "/{other}/{more}/x"),
+                ("/a", "/a/{*rest}"),
+                ("/a/b/c", "/a/{*rest}"),
+            ] {
+                assert_eq!(get(&router, path), Ok(expected), "{path}");
+            }
+        }
+        let same = Router::new(["/{a}/{*b}", "/{c}/{*d}"].map(|pattern| (pattern.to_owned(), any(), ())).to_vec());
+        let said = same.map(|_| ()).unwrap_err().to_string();
+        assert!(said.contains("\"/{a}/{*b}\"") && said.contains("\"/{c}/{*d}\""), "{said}");
+    }
+
     #[test]
     fn connect_has_a_host_and_no_path() {
         let tunnels = Matches { methods: vec![Method::CONNECT], hosts: vec!["db.example".into()], ..any() };
@@ -372,6 +429,8 @@ mod tests {
         assert_eq!(at("V1.api.example", "/b"), Ok("longer"), "what is more specific takes only what matches");
         assert_eq!(at("x.example", "/a"), Ok("wild"));
         assert_eq!(at("a.b.example", "/a"), Ok("wild"), "a wildcard takes any number of labels");
+        assert_eq!(at("v1.api.example.:80", "/a"), Ok("exact"), "the root's dot makes no other name of it");
+        assert_eq!(get(&router, "http://x.example./a"), Ok("wild"));
         for other in ["example", ".example", "example.org", "[::1]:80", ""] {
             assert_eq!(at(other, "/a"), Ok("any"), "{other}");
         }
