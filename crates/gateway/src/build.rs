@@ -14,11 +14,11 @@ use std::sync::Arc;
 
 use portcullis::auth::{AuthLayer, Authenticate};
 use portcullis::gateway::Gateway;
-use portcullis::rate_limit::{Handle as Limits, RateLimitLayer};
 use portcullis_core::TrustedProxies;
 
 pub(crate) use self::auth::Known;
 use self::auth::Providers;
+use self::limits::Limiter;
 pub(crate) use self::limits::store;
 use self::policies::Believed;
 use self::registries::Registries;
@@ -31,11 +31,10 @@ pub(crate) struct Running {
     pub(crate) config: Config,
     pub(crate) gateway: Gateway,
     pub(crate) services: BTreeMap<String, Service>,
-    pub(crate) limits: Limits,
+    pub(crate) limiter: Limiter,
     pub(crate) exporter: Option<Arc<Exporter>>,
     pub(crate) providers: Providers,
     pub(crate) registries: Registries,
-    rate_limit: RateLimitLayer,
     /// What is to be done when it takes the place of what ran before.
     commit: Vec<Change>,
 }
@@ -79,16 +78,15 @@ impl Running {
             if let Some(old) = old
                 && old.config.breaker != service.breaker
             {
-                // What the old breaker had objected to would be objected to for ever.
-                let old = old.clone();
-                commit.push(Box::new(move || old.reset_breakers()));
+                let (old, next) = (old.clone(), built.circuit_break.clone());
+                commit.push(Box::new(move || old.hand_over_breakers(&next)));
             }
             services.insert(name.clone(), built);
         }
         let providers = Providers::build(&config, &proxies, before)?;
-        let (rate_limit, limits) = limits::limiter(&config, &proxies, before, &mut commit)?;
+        let limiter = limits::limiter(&config, &proxies, before, &mut commit)?;
         let mut builder = Gateway::builder(portcullis::discovery::FixedRegistry::new())
-            .with_rate_limit(rate_limit.clone())
+            .with_rate_limit(limiter.layer.clone())
             .leaves_route(true);
         if let Some(layer) = providers.layer(&config)? {
             builder = builder.with_auth(layer);
@@ -110,7 +108,7 @@ impl Running {
         let traced = before.map(|before| (&before.config.traces, &before.exporter));
         let exporter = export::exporter(&config.traces, traced).map_err(Error)?;
         registries.commit(&mut commit);
-        Ok(Self { config, gateway, services, limits, exporter, registries, rate_limit, providers, commit })
+        Ok(Self { config, gateway, services, limiter, exporter, registries, providers, commit })
     }
 
     /// Makes what is shared with the one before as this one has it.

@@ -40,15 +40,15 @@
 //! | `GET /endpoints`, `/state` | services and endpoints; everything the page shows |
 //! | `POST /reload` | reads the file again |
 //! | `POST /drain` | ends it, as `TERM` does |
-//! | `POST /breaker` | `{"service": …, "endpoint": …, "state": "open" \| "closed" \| "auto"}`; without an endpoint, all of the service |
+//! | `POST /breaker` | `{"service": …, "endpoint": …, "state": "open" \| "closed" \| "auto"}`; without an endpoint, all of the service, whatever single ones were told. Other files leave what is held so |
 //! | `POST /register` | `{"service": …, "address": "host:port"}`, and perhaps `id`, `weight`, `zone`, `tags`, `metadata`, `https`: an instance in the embedded registry; with `"ttl": "30s"` until that is over, unless it comes again. `registry` names one of several |
 //! | `POST /deregister` | `{"service": …, "id": …}` |
 //! | `POST /log` | `{"level": "warn,portcullis_forward=debug"}` until the next start or reload of another level |
 //!
 //! What changes something needs `admin.writable`, and `admin.token` as a bearer token if there is one; a file that allows it
-//! beyond this machine without a token is refused. Pages from elsewhere can neither order (their `Origin` is another) nor,
-//! where only this machine is listened to, read under a name of their own that points here (their `Host` is neither
-//! `localhost` nor an address).
+//! beyond this machine without a token is refused, also where that is because of the address of the start. Pages from
+//! elsewhere can neither order (their `Origin` is another) nor, where only this machine is listened to, read under a name of
+//! their own that points here (their `Host` is neither `localhost` nor an address).
 //!
 //! # The page
 //!
@@ -81,6 +81,7 @@
 //! | `portcullis_breaker_state`, `portcullis_breaker_{failures,refused}_total`, `portcullis_health_well` | service, endpoint |
 //! | `portcullis_pool_connections` | service, endpoint, state: open, idle, http2 |
 //! | `portcullis_rate_limit_decisions_total`, `portcullis_rate_limit_{callers,places,in_flight}` | decision |
+//! | `portcullis_rate_limit_store_{questions,decisions}_total`, `portcullis_rate_limit_store_up`, with `limiter.redis` | result; by |
 //! | `portcullis_key_set_age_seconds`, `portcullis_key_set_fetches_total` | provider; and result |
 //! | `portcullis_token_cache_lookups_total`, `portcullis_token_cache_bytes` | provider, result; provider |
 //! | `portcullis_spans_total`, `portcullis_config_reloads_total` | result |
@@ -112,8 +113,8 @@
 //!
 //! `TERM`, `INT` and `POST /drain` make it not ready, and take off what `listeners.<name>.register` registered. After
 //! `server.drain_delay` the listeners close, requests under way have `server.drain_timeout`, less what the last spans and
-//! lines may take (a quarter, at most two seconds), and it exits with 0 within both together. A registry that does not
-//! answer is waited for as long as those, and told while the rest goes on. A second signal ends it at once.
+//! lines may take (a quarter, at most two seconds), and it exits with 0 within both together; a registry that does not
+//! answer is waited for as long as those besides. A second signal ends it at once.
 //!
 //! | exit code | |
 //! |---|---|

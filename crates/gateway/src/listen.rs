@@ -248,8 +248,8 @@ fn definition(register: &Register, at: SocketAddr, encrypted: bool, shared: bool
     if let Some(timeout) = asked.timeout {
         check = check.timeout(timeout);
     }
-    if let Some(after) = register.forget_after {
-        check = check.deregister_critical_after(after);
+    if let Some(after) = &register.forget_after {
+        check = check.deregister_critical_after(**after);
     }
     definition.check(check)
 }

@@ -70,7 +70,8 @@ async fn serve(
     started: impl FnOnce(&[SocketAddr]),
 ) -> Result<(ExitCode, Duration), String> {
     // Everything that can fail comes first, so that nothing is half started.
-    let threads = config.server.threads.or(std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
+    let threads = config.server.threads.as_deref().copied();
+    let threads = threads.or(std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
     let doors = Door::all(&config, threads)?;
     let admin = match config.admin.enabled {
         true => {
@@ -155,6 +156,8 @@ fn signals(state: &Arc<State>) -> io::Result<()> {
     let mut hangup = signal(SignalKind::hangup())?;
     let state = state.clone();
     tokio::spawn(async move {
+        // By a signal: who told it to drain in another way may tell it so as well.
+        let mut told = false;
         loop {
             tokio::select! {
                 _ = term.recv() => {}
@@ -166,7 +169,7 @@ fn signals(state: &Arc<State>) -> io::Result<()> {
                     continue;
                 }
             }
-            if state.is_stopping() {
+            if std::mem::replace(&mut told, true) {
                 tracing::warn!("told to stop again: stopping at once");
                 crate::log::flush(AT_ONCE);
                 std::process::exit(FAILED.into());

@@ -14,7 +14,7 @@ use portcullis_core::{Clock, Moment};
 use tokio::sync::watch;
 
 use crate::build::Running;
-use crate::config::{Config, Listener, LogFormat, Map};
+use crate::config::{self, Config, Listener, LogFormat, Map};
 use crate::listen::Renewal;
 use crate::members::Members;
 use crate::telemetry::Telemetry;
@@ -51,6 +51,12 @@ struct Fixed {
     drain_timeout: Duration,
 }
 
+/// What `build` makes; where that panics nothing is put in force, and what watches the file goes on.
+fn guarded<T>(build: impl FnOnce() -> Result<T, String>) -> Result<T, String> {
+    let built = std::panic::catch_unwind(std::panic::AssertUnwindSafe(build));
+    built.unwrap_or_else(|_| Err(String::from("a defect of this program: the log says where")))
+}
+
 // === impl Fixed ===
 
 impl Fixed {
@@ -62,10 +68,22 @@ impl Fixed {
         Self {
             listeners,
             admin: (config.admin.enabled, *config.admin.address),
-            threads: config.server.threads,
+            threads: config.server.threads.as_deref().copied(),
             format: config.log.format,
             drain_timeout: config.server.drain_timeout,
         }
+    }
+
+    /// Refuses what would let everybody change things: the operators' side is where it was at the start.
+    fn may_be(&self, admin: &config::Admin) -> Result<(), String> {
+        let (is_there, address) = self.admin;
+        if is_there && admin.writable && admin.token.is_none() && !address.ip().is_loopback() {
+            return Err(format!(
+                "the admin side is at {address} until the next start, where others reach it; set admin.token, or set \
+                 writable = false"
+            ));
+        }
+        Ok(())
     }
 
     /// What the other has otherwise.
@@ -119,9 +137,14 @@ impl State {
         let Some(file) = self.file.clone() else { return Err(String::from("there is no file to read")) };
         let _one_at_a_time = self.reloading.lock().await;
         let loaded = tokio::task::spawn_blocking(move || Config::load(&file)).await;
+        // The event is shown to whoever asks: of what stands in the file it says no more than where.
+        let mut places = None;
         let result = match loaded {
             Ok(Ok(config)) => self.replace(config),
-            Ok(Err(mistakes)) => Err(mistakes.to_string()),
+            Ok(Err(mistakes)) => {
+                places = Some(mistakes.places());
+                Err(mistakes.to_string())
+            }
             Err(error) => Err(error.to_string()),
         };
         match &result {
@@ -133,7 +156,7 @@ impl State {
             Err(why) => {
                 self.telemetry.failed_reloads.fetch_add(1, Ordering::Relaxed);
                 tracing::error!("the file was not put in force:\n{why}");
-                self.telemetry.event("reload", format!("refused: {why}"));
+                self.telemetry.event("reload", format!("refused: {}", places.as_ref().unwrap_or(why)));
             }
         }
         result
@@ -147,8 +170,9 @@ impl State {
     }
 
     fn replace(&self, config: Config) -> Result<String, String> {
+        self.fixed.may_be(&config.admin)?;
         let before = self.running.load_full();
-        let mut next = Running::build(config, Some(&before)).map_err(|error| error.to_string())?;
+        let mut next = guarded(|| Running::build(config, Some(&before)).map_err(|error| error.to_string()))?;
         let (old, new) = (&before.config, &next.config);
         let renewal = Renewal::of(old, new, &self.shown)?;
         let later = self.fixed.differs(&Fixed::of(new));
@@ -231,5 +255,17 @@ impl State {
 
     pub(crate) fn file(&self) -> Option<&Path> {
         self.file.as_deref()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_panics_is_refused() {
+        assert_eq!(guarded(|| Ok(1)), Ok(1));
+        let panics = |wrong: Option<u8>| guarded(|| wrong.map(Ok).unwrap());
+        assert!(panics(None).unwrap_err().starts_with("a defect"));
     }
 }

@@ -338,13 +338,14 @@ async fn keys_that_are_fetched_have_an_age_and_tokens_that_come_again_are_hits()
     });
     let server = Server::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap().tls(tls);
     let issuer = server.local_addr().unwrap();
-    tokio::spawn(server.serve(service));
+    let server = tokio::spawn(server.serve(service));
     let folder = scratch_folder("keys");
     std::fs::write(folder.join("ca.pem"), pair.cert.pem()).unwrap();
     let more = format!(
         "auth.providers.p = {{ jwks_url = \"https://{issuer}/keys\", ca = \"ca.pem\", issuer = \"i\", audiences = [\"x\"] }}\n{ALL}"
     );
-    let program = Program::start_in(folder, &file(&[("a", &[backend.address()])], &more));
+    let text = file(&[("a", &[backend.address()])], &more);
+    let program = Program::start_in(folder, &text);
     let claims = json!({ "iss": "i", "aud": "x", "sub": "ada", "exp": 4_000_000_000_u64 });
     let mut header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::EdDSA);
     header.kid = Some(String::from("1"));
@@ -361,6 +362,12 @@ async fn keys_that_are_fetched_have_an_age_and_tokens_that_come_again_are_hits()
     assert_eq!(of("token_cache_lookups_total{provider=\"p\",result=\"miss\"}"), 1.0);
     assert_eq!(of("key_set_fetches_total{provider=\"p\",result=\"ok\"}"), 1.0);
     assert!((0.0..60.0).contains(&of("key_set_age_seconds{provider=\"p\"}")), "{samples:?}");
+    // They stay when something else of the provider changes, though nobody has them any more.
+    server.abort();
+    let realm = "auth.realm = \"other\"\ntrusted_proxies.hops = 1\n";
+    program.write(&text.replace("[\"x\"]", "[\"x\", \"y\"]").replace("[[routes]]", &format!("{realm}[[routes]]")));
+    assert_eq!(program.order("/reload", &json!(null)).await.text(), "the file is in force\n");
+    assert_eq!(get(program.gateway, "/x", &[("authorization", &token)]).await.unwrap().status, 200);
 }
 
 fn base64_url(bytes: &[u8]) -> String {

@@ -15,6 +15,7 @@ fn parse(text: &str) -> Result<Config, Mistakes> {
             "PORTCULLIS_STICKY_SECRET" => "00112233445566778899aabbccddeeff",
             "PORTCULLIS_PARTNER_KEY" => "a key that nobody guesses",
             "PORTCULLIS_ADA_PASSWORD" => "a password that is long enough",
+            "PORTCULLIS_ORDERS_KEY" => "a key that nobody guesses either",
             "PORTCULLIS_REDIS_URL" => "redis://127.0.0.1:6379",
             _ => return None,
         };
@@ -378,8 +379,8 @@ fn what_is_said_briefly_means_the_same_as_at_length() {
         "[registries.r]\nkind = \"consul\"\naddress = \"unix:///run/consul.sock\"\ntag = \"v2\"",
         "[registries.r]\nkind = \"consul\"\ntag = [\"v2\", \"eu\"]\n[services.x]\nregistry = \"r\"",
         "[registries]\nr.kind = \"embedded\"\ns.kind = \"dns\"\n[services.x]\nregistry = [\"r\", \"s\"]",
-        "[registries]\nr.kind = \"embedded\"\n[listeners.a]\naddress = \"127.0.0.1:1\"\nregister = { registry = \"r\", service = \"x\", check = \"5s\" }",
-        "[registries]\nr.kind = \"embedded\"\n[listeners.a]\naddress = \"127.0.0.1:1\"\nregister = { registry = \"r\", service = \"x\", check = { grpc = \"a:1\", failures = 3 } }",
+        "[registries]\nr.kind = \"consul\"\n[listeners.a]\naddress = \"127.0.0.1:1\"\nregister = { registry = \"r\", service = \"x\", check = \"5s\" }",
+        "[registries]\nr.kind = \"consul\"\n[listeners.a]\naddress = \"127.0.0.1:1\"\nregister = { registry = \"r\", service = \"x\", check = { grpc = \"a:1\", failures = 3 } }",
         "[limits.l]\nrate = \"1/s\"\nkey = \"method\"\nplan = { by = \"scope\", rates = { a = \"1/m\", b = { rate = \"2/m\", burst = 9 } } }",
     ] {
         let config = parse(&with(part)).unwrap_or_else(|mistakes| panic!("{part}\n{mistakes}"));

@@ -261,6 +261,15 @@ async fn gateways_that_share_a_redis_share_limits_and_do_as_the_file_says_when_i
     assert_eq!(admits.with(&[("x-tenant", "acme")]).await.status, 429);
     assert_eq!(admits.with(&[("x-tenant", "other")]).await.status, 200);
     assert_eq!(refuses.with(&[("x-tenant", "other")]).await.status, 503);
+    let metrics = refuses.ask("/metrics").await.text();
+    for sample in [
+        "questions_total{result=\"ok\"} 3",
+        "questions_total{result=\"failed\"} 1",
+        "decisions_total{by=\"on_failure\"} 1",
+        "up 1",
+    ] {
+        assert!(metrics.contains(&format!("portcullis_rate_limit_store_{sample}\n")), "{sample}: {metrics}");
+    }
 }
 
 #[tokio::test]

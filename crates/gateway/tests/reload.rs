@@ -70,10 +70,18 @@ async fn breakers_of_what_did_not_change_stay_as_they_are() {
     reload(&program, &format!("{text}{MORE}")).await;
     assert_eq!(program.get("/more").await.text(), "more");
     assert_eq!(breakers().await, before);
-    // Those whose rules changed begin anew.
+    // Those whose rules changed begin anew, but for what operators hold.
     reload(&program, &text.replace("failures = 3", "failures = 4")).await;
     let after = breakers().await;
-    assert_eq!((after.0, after.2), (json!("closed"), 200));
+    assert_eq!((after.0, after.2), (json!("closed"), 503));
+    let single = |state: &str| json!({ "service": "a", "endpoint": one.address().to_string(), "state": state });
+    assert_eq!(program.order("/breaker", &json!({ "service": "a", "state": "auto" })).await.status, 200);
+    assert_eq!(program.get("/a").await.status, 200);
+    assert_eq!(program.order("/breaker", &single("open")).await.status, 200);
+    reload(&program, &text).await;
+    assert_eq!(program.get("/a").await.status, 503);
+    assert_eq!(program.order("/breaker", &single("auto")).await.status, 200);
+    assert_eq!(program.get("/a").await.status, 200);
 }
 
 #[tokio::test]
@@ -154,6 +162,31 @@ async fn who_is_registered_by_hand_stays_when_the_registry_is_believed_longer() 
     assert_eq!(program.order("/register", &order).await.status, 200);
     let known = program.until("/endpoints", |answer| answer.json()["a"]["endpoints"][1]["id"] == "two").await.json();
     assert_eq!(known["a"]["endpoints"][0]["id"], "one");
+}
+
+/// Every endpoint was taken for well again, until it had failed some checks.
+#[tokio::test]
+async fn what_is_sick_stays_so_when_it_is_asked_or_connected_to_otherwise() {
+    let one = Backend::start("one").await;
+    let sick = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let text = |more: &str| {
+        file(&[("a", &[one.address(), sick])], ALL)
+            .replace("breaker = { failures = 3 }", &format!("breaker.enabled = false, {more}"))
+    };
+    let asked = |interval: &str| format!("health = {{ kind = \"tcp\", interval = \"{interval}\", unhealthy = 3 }}");
+    let program = Program::start(&text(&asked("10ms")));
+    let is_sick = |answer: &portcullis_testing::client::Answer| {
+        answer.json()["a"]["endpoints"].as_array().is_some_and(|all| all.iter().any(|one| one["condition"] == "sick"))
+    };
+    program.until("/endpoints", is_sick).await;
+    for more in [asked("1h"), format!("timeouts.connect = \"3s\", {}", asked("1h"))] {
+        reload(&program, &text(&more)).await;
+        assert!(is_sick(&program.ask("/endpoints").await), "{}", program.ask("/endpoints").await.text());
+    }
+    // Without checks nothing is said against it any more.
+    reload(&program, &text("timeouts.connect = \"3s\"")).await;
+    assert!(!is_sick(&program.ask("/endpoints").await));
+    assert!(program.ask("/endpoints").await.json()["a"]["endpoints"][1]["admits"] == true);
 }
 
 #[tokio::test]
@@ -286,16 +319,16 @@ async fn nothing_is_lost_when_files_change_under_load() {
 #[tokio::test]
 async fn a_hangup_and_a_change_of_the_file_reload_it() {
     let backend = Backend::start("one").await;
-    let with = |word: &str| {
+    let with = |word: &str, watch: bool| {
         let more = format!("{ALL}[[routes]]\npath = \"/word\"\nrespond = {{ body = \"{word}\" }}\n");
-        file(&[("a", &[backend.address()])], &more).replace("threads = 2", "threads = 2, watch = true")
+        file(&[("a", &[backend.address()])], &more).replace("threads = 2", &format!("threads = 2, watch = {watch}"))
     };
-    let program = Program::start(&with("first"));
+    let program = Program::start(&with("first", false));
     says(&program, "first").await;
-    program.write(&with("second"));
+    program.write(&with("second", true));
     program.signal("HUP");
     says(&program, "second").await;
-    program.write(&with("the third"));
+    program.write(&with("the third", true));
     says(&program, "the third").await;
 }
 

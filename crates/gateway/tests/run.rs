@@ -95,6 +95,56 @@ async fn requests_under_way_are_finished_and_a_second_signal_ends_it_at_once() {
     assert!(waiting.await.unwrap().is_err());
 }
 
+/// The signal of whoever waits for the end after `POST /drain` counted as a second one, and cut requests off.
+#[tokio::test]
+async fn a_signal_after_an_order_to_drain_cuts_nothing_off() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut program = Program::start(&file(&[("a", &[listener.local_addr().unwrap()])], ALL));
+    let waiting = tokio::spawn(get(program.gateway, "/", &[]));
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut asked = Vec::new();
+    while !asked.ends_with(b"\r\n\r\n") {
+        tokio::io::AsyncReadExt::read_buf(&mut stream, &mut asked).await.unwrap();
+    }
+    assert_eq!(program.order("/drain", &json!(null)).await.status, 202);
+    program.signal("TERM");
+    while !log(&program.folder).contains("told to stop") {
+        tokio::task::yield_now().await;
+    }
+    tokio::io::AsyncWriteExt::write_all(&mut stream, b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\ndone")
+        .await
+        .unwrap();
+    assert_eq!(waiting.await.unwrap().unwrap_or_else(|error| panic!("{error}")).text(), "done");
+    assert_eq!(program.ended().await, Some(0));
+}
+
+/// An endpoint was let go of and stayed held, since the service was; and the other way round.
+#[tokio::test]
+async fn what_is_let_go_of_is_not_held() {
+    let (one, two) = (Backend::start("one").await, Backend::start("two").await);
+    let program = Program::start(&file(&[("a", &[one.address(), two.address()])], ALL));
+    let all = |state: &str| json!({ "service": "a", "state": state });
+    let single = |state: &str| json!({ "service": "a", "endpoint": one.address().to_string(), "state": state });
+    let statuses = async || {
+        let mut served = std::collections::BTreeSet::new();
+        for _ in 0..12 {
+            let answer = program.get("/").await;
+            served.insert(format!("{} {}", answer.status.as_u16(), answer.header("x-backend")));
+        }
+        served.into_iter().collect::<Vec<_>>()
+    };
+    for (order, expected) in [
+        (all("open"), &["503 "][..]),
+        (single("auto"), &["200 one"]),
+        (all("auto"), &["200 one", "200 two"]),
+        (single("open"), &["200 two"]),
+        (all("auto"), &["200 one", "200 two"]),
+    ] {
+        assert_eq!(program.order("/breaker", &order).await.text(), "done\n");
+        assert_eq!(statuses().await, expected, "{order}");
+    }
+}
+
 #[tokio::test]
 async fn a_restart_that_overlaps_loses_nothing() {
     let backend = Backend::start("one").await;

@@ -213,3 +213,29 @@ async fn a_request_waits_as_long_as_the_file_says_for_a_registry_that_says_nothi
     let waiting = tokio::time::timeout(Duration::from_millis(1500), patient.get("/")).await;
     assert!(waiting.is_err(), "it would have had its answer after a second");
 }
+
+/// Requests to all services of a route were sent as its first one has it, subset and stickiness included.
+#[tokio::test]
+async fn a_route_that_says_how_often_to_try_leaves_each_service_its_own_endpoints() {
+    let (one, two) = (Backend::start("one").await, Backend::start("two").await);
+    let text = format!(
+        r#"
+        services.v1 = {{ endpoints = [{{ address = "{one}", tags = ["v1"] }}], balance.subset = {{ tags = ["v1"] }} }}
+        services.v2 = {{ endpoints = [{{ address = "{two}", tags = ["v2"] }}], balance.subset = {{ tags = ["v2"] }} }}
+        [[routes]]
+        path = "/{{*rest}}"
+        to = ["v1", "v2"]
+        retry = {{ attempts = 3 }}
+        "#,
+        one = one.address(),
+        two = two.address()
+    );
+    let program = Program::start(&file(&[], &text));
+    let mut served = std::collections::BTreeMap::<_, u32>::new();
+    for _ in 0..60 {
+        let answer = program.get("/").await;
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        *served.entry(answer.header("x-backend").to_owned()).or_default() += 1;
+    }
+    assert_eq!(served.keys().collect::<Vec<_>>(), ["one", "two"], "{served:?}");
+}

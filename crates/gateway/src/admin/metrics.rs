@@ -7,6 +7,7 @@ use std::fmt::{Display, Write as _};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use portcullis::circuit_break::{Breaker, State as Admits};
+use portcullis::rate_limit::RedisStore;
 use portcullis_core::Endpoint;
 
 use super::view::{CONDITIONS, condition};
@@ -104,7 +105,7 @@ fn requests(state: &State, page: &mut Page) {
 }
 
 fn limits(running: &Running, page: &mut Page) {
-    let stats = running.limits.stats();
+    let stats = running.limiter.handle.stats();
     let each = [
         ("admitted", stats.admitted),
         ("refused", stats.refused),
@@ -117,6 +118,15 @@ fn limits(running: &Running, page: &mut Page) {
     page.single("portcullis_rate_limit_callers", "gauge", "Callers with a count of their own.", stats.live);
     page.single("portcullis_rate_limit_places", "gauge", "Counts there is room for.", stats.places);
     page.single("portcullis_rate_limit_in_flight", "gauge", "Places of concurrency limits taken.", stats.in_flight);
+    let Some(store) = running.limiter.store.as_ref().map(RedisStore::stats) else { return };
+    let good = store.round_trips.saturating_sub(store.failures);
+    let help = "Questions to the Redis that gateways share.";
+    let name = "portcullis_rate_limit_store_questions_total";
+    page.split(name, "counter", help, "result", [("ok", good), ("failed", store.failures)]);
+    let help = "What was decided without one: by a lease, by a refusal remembered, as on_failure says.";
+    let each = [("lease", store.leased), ("memory", store.remembered), ("on_failure", store.undecided)];
+    page.split("portcullis_rate_limit_store_decisions_total", "counter", help, "by", each);
+    page.single("portcullis_rate_limit_store_up", "gauge", "0 while it is left alone.", u8::from(!store.down));
 }
 
 fn proofs(running: &Running, page: &mut Page) {

@@ -57,7 +57,7 @@ pub(super) fn state(state: &State) -> Json {
             json!({ "route": *labels.route, "layer": labels.refused.0, "reason": labels.refused.1, "count": reading.times.count() })
         })
         .collect();
-    let stats = running.limits.stats();
+    let stats = running.limiter.handle.stats();
     let events: Vec<Json> = telemetry
         .events()
         .iter()

@@ -1,6 +1,7 @@
 //! Who is calling: proofs, and what the layer does with them.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use portcullis::auth::{self, Algorithm, ApiKey, AuthLayer, Authenticate, Basic, ClientCertificate, KeySet};
 use portcullis::auth::{KeySource, SharedAuthenticate};
@@ -13,8 +14,10 @@ use crate::config::{self, Config, Provider, Shown};
 #[derive(Default)]
 pub(crate) struct Providers {
     all: BTreeMap<String, Proving>,
-    /// What else they were made from: whose word about addresses they take, and the realm.
-    made_for: (Option<config::TrustedProxies>, Option<String>),
+    /// Whose word about addresses they take.
+    trusted: Option<config::TrustedProxies>,
+    /// What those who bring passwords are told.
+    realm: Option<String>,
 }
 
 #[derive(Clone)]
@@ -38,28 +41,32 @@ pub(crate) enum Known {
 impl Providers {
     pub(super) fn build(config: &Config, proxies: &TrustedProxies, before: Option<&Running>) -> Result<Self, Error> {
         let before = before.map(|before| &before.providers);
-        let made_for = (Some(config.trusted_proxies.clone()), config.auth.realm.clone());
-        let before = before.filter(|before| before.made_for == made_for);
+        let trusted = Some(config.trusted_proxies.clone());
+        let realm = config.auth.realm.clone();
+        let made_alike = |before: &&Self, provider: &Provider| {
+            before.trusted == trusted && (before.realm == realm || provider.shown() != Shown::Password)
+        };
         let mut all = BTreeMap::new();
         for (name, provider) in &config.auth.providers {
-            let kept = before.and_then(|before| before.all.get(name)).filter(|old| old.config == **provider);
-            let proving = match kept {
+            let old = before.and_then(|before| before.all.get(name));
+            let kept = old.filter(|old| old.config == **provider);
+            let proving = match kept.filter(|_| before.is_some_and(|before| made_alike(&before, provider))) {
                 Some(kept) => kept.clone(),
-                None => Proving::build(provider, config, proxies)
+                None => Proving::build(provider, config, proxies, old)
                     .map_err(|why| Error::of(format_args!("the provider {name:?}"), why))?,
             };
             all.insert(name.clone(), proving);
         }
-        Ok(Self { all, made_for })
+        Ok(Self { all, trusted, realm })
     }
 
-    /// The layer, unless there is nobody to believe.
+    /// The layer, unless there is nobody to believe and no header to keep callers from.
     pub(super) fn layer(&self, config: &Config) -> Result<Option<AuthLayer<SharedAuthenticate>>, Error> {
         let every: Vec<&SharedAuthenticate> = self.all.values().map(|proving| &proving.proof).collect();
-        if every.is_empty() {
+        let auth = &config.auth;
+        if every.is_empty() && !auth.headers.says_something() {
             return Ok(None);
         }
-        let auth = &config.auth;
         let mut layer = AuthLayer::new(policies::ByRoute::new(&every).shared())
             .policy(policies::default_auth(config))
             .forward_credentials(auth.forward_credentials)
@@ -100,7 +107,7 @@ fn identity_headers(headers: &config::IdentityHeaders) -> Result<auth::IdentityH
         built = built.roles(name.clone());
     }
     for (name, pointer) in &headers.claims {
-        built = built.claim(pointer, policies::header(name)?);
+        built = built.claim(pointing(pointer), policies::header(name)?);
     }
     Ok(built)
 }
@@ -108,13 +115,21 @@ fn identity_headers(headers: &config::IdentityHeaders) -> Result<auth::IdentityH
 // === impl Proving ===
 
 impl Proving {
-    fn build(provider: &Provider, config: &Config, proxies: &TrustedProxies) -> Result<Self, String> {
+    /// With the keys of `old`, where those are fetched from the same place.
+    fn build(
+        provider: &Provider,
+        config: &Config,
+        proxies: &TrustedProxies,
+        old: Option<&Self>,
+    ) -> Result<Self, String> {
         let realm = config.auth.realm.as_deref().unwrap_or("portcullis");
         let (proof, jwt) = match Known::by(provider, realm)? {
             Known::ApiKeys(keys) => (keys.trusted_proxies(proxies.clone()).shared(), None),
             Known::Passwords(basic) => (basic.trusted_proxies(proxies.clone()).shared(), None),
             Known::Certificates(certificates) => (certificates.shared(), None),
             Known::Tokens(keys) => {
+                let old = old.filter(|old| old.config.fetches_as(provider)).and_then(|old| old.jwt.as_ref());
+                let keys = keys.or_else(|| old.map(|jwt| jwt.keys().clone()));
                 let keys = keys.map_or_else(|| fetched(provider), Ok)?;
                 let jwt = jwt(provider, keys, proxies);
                 (jwt.clone().shared(), Some(jwt))
@@ -134,14 +149,23 @@ impl Known {
                 let accept = |keys: ApiKey, one: &config::At<config::ApiKey>| {
                     keys.accept(one.key.reveal(), identity(&one.subject, Proof::ApiKey, &one.scopes, &one.roles))
                 };
-                keys.and_then(|keys| provider.api_keys.iter().try_fold(keys, accept)).map(Self::ApiKeys)
+                let limit = |keys: ApiKey| match failures(provider) {
+                    Some((burst, interval)) => keys.failures_per_address(burst, interval),
+                    None => keys,
+                };
+                keys.and_then(|keys| provider.api_keys.iter().try_fold(keys, accept)).map(limit).map(Self::ApiKeys)
             }
             Shown::Password => {
                 let accept = |basic: Basic, one: &config::At<config::User>| {
                     let identity = identity(&one.name, Proof::Basic, &one.scopes, &one.roles);
                     basic.accept_as(&one.name, one.password.reveal(), identity)
                 };
-                Basic::new(realm).and_then(|basic| provider.users.iter().try_fold(basic, accept)).map(Self::Passwords)
+                let limit = |basic: Basic| match failures(provider) {
+                    Some((burst, interval)) => basic.failures_per_address(burst, interval),
+                    None => basic,
+                };
+                let basic = Basic::new(realm).and_then(|basic| provider.users.iter().try_fold(basic, accept));
+                basic.map(limit).map(Self::Passwords)
             }
             Shown::Certificate => {
                 let accept = |known: ClientCertificate, one: &config::At<config::Certificate>| {
@@ -154,6 +178,16 @@ impl Known {
         };
         known.map_err(|error| error.to_string())
     }
+}
+
+/// Where a claim is: what does not begin with a slash is its name, as elsewhere in the file.
+fn pointing(claim: &str) -> String {
+    if claim.starts_with('/') { claim.to_owned() } else { format!("/{}", claim.replace('~', "~0").replace('/', "~1")) }
+}
+
+/// How many proofs of one address may be wrong at once, and how often one more.
+fn failures(provider: &Provider) -> Option<(u32, Duration)> {
+    provider.failures.map(|config::Rate { count, period }| (count, period / count.max(1)))
 }
 
 fn identity(subject: &str, proof: Proof, scopes: &[String], roles: &[String]) -> Identity {
@@ -228,10 +262,10 @@ fn jwt(provider: &Provider, keys: KeySet, proxies: &TrustedProxies) -> auth::Jwt
         jwt = jwt.max_age(age);
     }
     if let Some(pointer) = &provider.subject_from {
-        jwt = jwt.subject_from(pointer);
+        jwt = jwt.subject_from(pointing(pointer));
     }
     if let Some(pointer) = &provider.roles_from {
-        jwt = jwt.roles_from(pointer);
+        jwt = jwt.roles_from(pointing(pointer));
     }
     for claim in &provider.require {
         jwt = jwt.require(claim);
@@ -242,8 +276,8 @@ fn jwt(provider: &Provider, keys: KeySet, proxies: &TrustedProxies) -> auth::Jwt
     if let Some(bytes) = provider.cache {
         jwt = jwt.cache_bytes(usize::try_from(bytes.0).unwrap_or(usize::MAX));
     }
-    if let Some(config::Rate { count, period }) = provider.failures {
-        jwt = jwt.failures_per_address(count, period / count.max(1));
+    if let Some((burst, interval)) = failures(provider) {
+        jwt = jwt.failures_per_address(burst, interval);
     }
     jwt
 }

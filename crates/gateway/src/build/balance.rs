@@ -18,7 +18,7 @@ pub(super) fn layer(
     let pick = pick(balance, hash_key(&balance.hash, proxies));
     let mut layer = BalanceLayer::new(pick)
         .policy(attempts(&service.retry, balance, balance.subset.as_deref()))
-        .panic_threshold(balance.panic_threshold)
+        .panic_threshold(*balance.panic_threshold)
         .overprovisioning(balance.overprovisioning)
         .budget(budget)
         .waiting(balance.waiting)
@@ -115,10 +115,10 @@ pub(super) fn attempts(
     subset: Option<&config::Subset>,
 ) -> balance::Policy {
     let mut policy = balance::Policy::new()
-        .attempts(retry.attempts)
+        .attempts(retry.attempts.get())
         .on_reset(retry.on_reset)
         .on_statuses(retry.on_statuses.iter().copied())
-        .on_grpc(retry.on_grpc.iter().map(|&code| GrpcCode::from_number(code)))
+        .on_grpc(retry.on_grpc.iter().map(|code| GrpcCode::from_number(**code)))
         .repeat_any_method(retry.any_method)
         .replay(usize::try_from(retry.max_body.0).unwrap_or(usize::MAX))
         .backoff(retry.backoff, retry.max_backoff);

@@ -11,13 +11,22 @@ use super::tell::{Told, look_up};
 use super::{Change, Error, Running};
 use crate::config::{self, Config, CountBy, LimitFields, SettleBy};
 
-/// The layer, the old one if that counts in the same place, and what reads and changes it.
+/// Where limits count, and what reads and changes them.
+#[derive(Clone)]
+pub(crate) struct Limiter {
+    pub(super) layer: RateLimitLayer,
+    pub(crate) handle: Limits,
+    /// The Redis that gateways share, if they do.
+    pub(crate) store: Option<RedisStore>,
+}
+
+/// The limiter, the old one if that counts in the same place.
 pub(super) fn limiter(
     config: &Config,
     proxies: &TrustedProxies,
     before: Option<&Running>,
     commit: &mut Vec<Change>,
-) -> Result<(RateLimitLayer, Limits), Error> {
+) -> Result<Limiter, Error> {
     let mut defaults = Vec::new();
     for name in &config.limiter.default {
         if let Some(limit) = config.limits.get(&**name) {
@@ -31,13 +40,13 @@ pub(super) fn limiter(
     };
     let same = |before: &&Running| counts(&before.config) == counts(config);
     if let Some(before) = before.filter(same) {
-        let (layer, handle) = (before.rate_limit.clone(), before.limits.clone());
+        let limiter = before.limiter.clone();
         let unchanged = before.config.limits == config.limits && before.config.limiter == config.limiter;
         if !unchanged {
-            let handle = handle.clone();
+            let handle = limiter.handle.clone();
             commit.push(Box::new(move || handle.set_limits(defaults)));
         }
-        return Ok((layer, handle));
+        return Ok(limiter);
     }
     let rate = portcullis::rate_limit::Rate::per_second(std::num::NonZeroU32::MIN);
     let says = match config.limiter.fields {
@@ -55,12 +64,13 @@ pub(super) fn limiter(
     if let Some(longest) = &config.limiter.delay {
         layer = layer.delay(**longest, config.limiter.delay_places);
     }
-    if let Some(redis) = &config.limiter.redis {
-        layer = layer.store(store(redis).map_err(Error)?);
+    let store = config.limiter.redis.as_ref().map(|redis| store(redis).map_err(Error)).transpose()?;
+    if let Some(store) = &store {
+        layer = layer.store(store.clone());
     }
     let handle = layer.handle();
     handle.set_limits(defaults);
-    Ok((layer, handle))
+    Ok(Limiter { layer, handle, store })
 }
 
 /// The Redis that gateways share.

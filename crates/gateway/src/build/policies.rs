@@ -143,10 +143,20 @@ pub(super) fn route(
         built = built.timeout(timeout);
     }
     if route.retry.is_some() || route.subset.is_some() || !route.hash.is_empty() {
-        built = built.balance(attempts(route, config, proxies));
+        for backend in &route.to {
+            if let Some(service) = config.services.get(&*backend.0.service) {
+                built = built.balance_of(&backend.0.service, attempts(route, service, proxies));
+            }
+        }
     }
     if let Some(cors) = &route.cors {
         built = built.cors(cors_of(cors)?);
+    }
+    if route.to.is_empty() {
+        for edit in edits(&route.response_headers)? {
+            built = built.edit_answer(edit);
+        }
+        return Ok((pattern, built));
     }
     Ok((pattern, built.forward(forwarding(route)?)))
 }
@@ -179,11 +189,9 @@ fn claims_so(identity: &Identity, name: &str, wanted: &str) -> bool {
     }
 }
 
-/// How a route's requests are attempted, where it says something of it: the rest is as its first service has it.
-fn attempts(route: &config::Route, config: &Config, proxies: &TrustedProxies) -> portcullis::balance::Policy {
-    let Some(service) = route.to.first().and_then(|to| config.services.get(&*to.0.service)) else {
-        return portcullis::balance::Policy::new();
-    };
+/// How a route's requests to one of its services are attempted, where it says something of it: the rest is as the service
+/// has it.
+fn attempts(route: &config::Route, service: &config::Service, proxies: &TrustedProxies) -> portcullis::balance::Policy {
     let (retry, balance) = (route.retry.as_ref().unwrap_or(&service.retry), &service.balance);
     let policy = balance::attempts(retry, balance, route.subset.as_deref().or(balance.subset.as_deref()));
     match balance::hash_key(&route.hash, proxies) {
@@ -257,11 +265,14 @@ fn forwarding(route: &config::Route) -> Result<forward::Policy, Error> {
 
 fn edits(edits: &config::Edits) -> Result<Vec<Edit>, Error> {
     let mut list: Vec<Edit> = edits.remove.iter().cloned().map(Edit::Remove).collect();
-    for (name, value) in &edits.set {
-        list.push(Edit::Set(header(name)?, value.clone()));
+    let value = |name: &str, value| {
+        config::HeaderValues::value(name, value).ok_or_else(|| Error(format!("the value of {name} is none")))
+    };
+    for (name, set) in edits.set.iter() {
+        list.push(Edit::Set(header(name)?, value(name, set)?));
     }
-    for (name, value) in &edits.add {
-        list.push(Edit::Add(header(name)?, value.clone()));
+    for (name, added) in edits.add.iter() {
+        list.push(Edit::Add(header(name)?, value(name, added)?));
     }
     Ok(list)
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::stream;
+use futures::{StreamExt as _, stream};
 use portcullis::discovery::consul::Consistency;
 use portcullis::discovery::{ConsulConfig, ConsulRegistry, DiscoveryLayer, DnsRegistry, EmbeddedRegistry, Fallback};
 use portcullis::discovery::{
@@ -14,7 +14,7 @@ use portcullis_core::{Instance, Protocol, Scheme};
 use tokio::sync::watch;
 
 use super::{Change, Error};
-use crate::config::{self, Config, Protocol as Speaks, RegistryKind};
+use crate::config::{self, Config, RegistryKind};
 
 /// The registries of a file, and the lists of its services.
 #[derive(Default)]
@@ -41,6 +41,14 @@ struct Place {
     registries: Vec<Arc<dyn Registry>>,
     had_fallback: bool,
     times: Times,
+    speaks: Speaks,
+}
+
+/// What a service's table says of how endpoints are talked to; a registry's word counts where it says nothing.
+#[derive(Clone, Copy, PartialEq)]
+struct Speaks {
+    https: bool,
+    protocol: config::Protocol,
 }
 
 /// What a registry's table says of the layer rather than of the registry.
@@ -95,7 +103,8 @@ impl Registries {
         };
         let registered = service.registered_as.clone().unwrap_or_else(|| name.to_owned());
         let registries = known.iter().map(|(_, registry)| registry.clone()).collect();
-        let place = Place { registries, had_fallback: service.fallback.is_some(), times: Times::of(first) };
+        let (had_fallback, speaks) = (service.fallback.is_some(), Speaks::of(service));
+        let place = Place { registries, had_fallback, times: Times::of(first), speaks };
         let before = match self.sources.get(name) {
             Some(Source::Named(before, called)) if *called == registered => old.map(|old| (old, before)),
             _ => None,
@@ -106,7 +115,8 @@ impl Registries {
             return old.clone();
         }
         let layer = place.layer(&registered);
-        if let Some((old, _)) = before {
+        // What is known by the one before would be talked to as it was told to.
+        if let Some((old, _)) = before.filter(|(_, before)| before.speaks == speaks) {
             self.succeeding.push((layer.clone(), old.clone()));
         }
         self.sources.insert(name.to_owned(), Source::Named(place, registered));
@@ -165,12 +175,7 @@ fn instance(endpoint: &config::EndpointTable, service: &config::Service) -> Inst
     instance.tags = endpoint.tags.iter().map(|tag| tag.as_str().into()).collect();
     instance.metadata =
         endpoint.metadata.iter().map(|(key, value)| (key.as_str().into(), value.as_str().into())).collect();
-    instance.scheme = if service.https { Scheme::Https } else { Scheme::Http };
-    instance.protocol = match service.protocol {
-        Speaks::Auto => Protocol::Auto,
-        Speaks::Http1 => Protocol::Http1,
-        Speaks::Http2 => Protocol::Http2,
-    };
+    Speaks::of(service).tell(&mut instance);
     instance
 }
 
@@ -270,12 +275,12 @@ impl Place {
     fn is(&self, other: &Self) -> bool {
         self.registries.len() == other.registries.len()
             && self.registries.iter().zip(&other.registries).all(|(a, b)| Arc::ptr_eq(a, b))
-            && (self.had_fallback, self.times) == (other.had_fallback, other.times)
+            && (self.had_fallback, self.times, self.speaks) == (other.had_fallback, other.times, other.speaks)
     }
 
     /// The layer that finds there what is registered by this name.
     fn layer(&self, registered: &str) -> DiscoveryLayer {
-        let mut layer = follower(Renamed { registry: self.together(), to: registered.into() });
+        let mut layer = follower(Told { registry: self.together(), name: registered.into(), speaks: self.speaks });
         if let Some(age) = self.times.max_age {
             layer = layer.max_age(age);
         }
@@ -302,11 +307,31 @@ impl Place {
     }
 }
 
+// === impl Speaks ===
+
+impl Speaks {
+    fn of(service: &config::Service) -> Self {
+        Self { https: service.https, protocol: service.protocol }
+    }
+
+    fn tell(self, instance: &mut Instance) {
+        if self.https {
+            instance.scheme = Scheme::Https;
+        }
+        match self.protocol {
+            config::Protocol::Auto => {}
+            config::Protocol::Http1 => instance.protocol = Protocol::Http1,
+            config::Protocol::Http2 => instance.protocol = Protocol::Http2,
+        }
+    }
+}
+
 // === impl Times ===
 
 impl Times {
     fn of(registry: &config::Registry) -> Self {
-        Self { max_age: registry.max_age, first_wait: registry.first_wait }
+        let time = |time: &Option<config::At<Duration>>| time.as_ref().map(|time| **time);
+        Self { max_age: time(&registry.max_age), first_wait: time(&registry.first_wait) }
     }
 }
 
@@ -324,15 +349,22 @@ impl Registry for Listed {
     }
 }
 
-/// A registry that calls a service by another name.
-struct Renamed {
+/// A registry that calls a service by another name, and is told what its instances speak.
+struct Told {
     registry: Arc<dyn Registry>,
-    to: Arc<str>,
+    name: Arc<str>,
+    speaks: Speaks,
 }
 
-impl Registry for Renamed {
+impl Registry for Told {
     fn watch(&self, _: &Arc<str>) -> Watch {
-        self.registry.watch(&self.to)
+        let speaks = self.speaks;
+        Watch::new(self.registry.watch(&self.name).map(move |answer| {
+            answer.map(|mut instances| {
+                instances.iter_mut().for_each(|instance| speaks.tell(instance));
+                instances
+            })
+        }))
     }
 
     fn register(&self, definition: ServiceDefinition) -> Pending<Registration> {

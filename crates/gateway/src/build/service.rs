@@ -4,12 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use portcullis::balance::{BalanceLayer, Budget, Pick};
-use portcullis::circuit_break::{CircuitBreakLayer, OpenTime, Outliers, Share, Window};
+use portcullis::circuit_break::{CircuitBreakLayer, Mode, OpenTime, Outliers, Share, Window};
 use portcullis::discovery::DiscoveryLayer;
 use portcullis::forward::{self, ClientTls, Forward};
 use portcullis::gateway::Upstream;
 use portcullis::health::{self, Checker};
-use portcullis_core::{Endpoints, Outcome, Standard, TrustedProxies};
+use portcullis_core::{Endpoint, Endpoints, Outcome, Standard, TrustedProxies};
 
 use super::registries::Registries;
 use super::{Error, balance};
@@ -52,7 +52,10 @@ impl Service {
         let (balance, budget) = match balanced_alike.filter(believes_the_same) {
             Some(old) => (old.balance.clone(), old.budget.clone()),
             None => {
-                let budget = Budget::new(service.retry.budget, service.retry.budget_per_second, BUDGET_WINDOW);
+                let (share, rate) = (&service.retry.budget, &service.retry.budget_per_second);
+                let (share, rate) =
+                    (share.as_ref().map_or(0.2, |share| **share), rate.as_ref().map_or(10, |rate| **rate));
+                let budget = Budget::new(share, rate, BUDGET_WINDOW);
                 (balance::layer(service, proxies, budget.clone()), budget)
             }
         };
@@ -77,7 +80,13 @@ impl Service {
         let health = match (&service.health, connects_as.filter(asks_the_same)) {
             (None, _) => None,
             (Some(_), Some(old)) => old.health.clone(),
-            (Some(health), None) => Some(checker(health).start(discovery.clone(), name, forward.clone())),
+            (Some(health), None) => {
+                let (check, discovery, forward) = (checker(health), discovery.clone(), forward.clone());
+                Some(match old.and_then(|old| old.health.as_ref()) {
+                    Some(old) => check.start_after(old, discovery, name, forward),
+                    None => check.start(discovery, name, forward),
+                })
+            }
         };
         let (config, trusted) = (service.clone(), config.trusted_proxies.clone());
         Ok(Self { config, trusted, name: name.to_owned(), discovery, balance, budget, circuit_break, forward, health })
@@ -111,10 +120,43 @@ impl Service {
         config.routes.iter().flat_map(|route| &route.to).any(|backend| *backend.0.service == self.name)
     }
 
-    pub(super) fn reset_breakers(&self) {
+    /// Has the breakers of all endpoints, also of those still to come, do this by hand, whatever single ones were told.
+    pub(crate) fn force_all(&self, mode: Option<Mode>) {
         let handle = self.circuit_break.handle();
+        handle.set_mode(mode.unwrap_or(Mode::Normal));
         for endpoint in self.endpoints().iter().flat_map(|endpoints| endpoints.iter()) {
-            handle.endpoint(endpoint).reset();
+            handle.endpoint(endpoint).set_mode(None);
+        }
+    }
+
+    /// Has the breaker of one endpoint do this by hand. Let go where all are held, it alone is: the others stay held, each
+    /// by itself.
+    pub(crate) fn force(&self, endpoint: &Endpoint, mode: Option<Mode>) {
+        let handle = self.circuit_break.handle();
+        if mode.is_none() && handle.mode() != Mode::Normal {
+            for other in self.endpoints().iter().flat_map(|endpoints| endpoints.iter()) {
+                let breaker = handle.endpoint(other);
+                breaker.set_mode(Some(breaker.mode()));
+            }
+            handle.set_mode(Mode::Normal);
+        }
+        handle.endpoint(endpoint).set_mode(mode);
+    }
+
+    /// Has the breakers of `next` hold what is held by hand here, and those here object to nothing any more: nobody would
+    /// ever move them.
+    pub(super) fn hand_over_breakers(&self, next: &CircuitBreakLayer) {
+        let (handle, next) = (self.circuit_break.handle(), next.handle());
+        let all = handle.mode();
+        next.set_mode(all);
+        for endpoint in self.endpoints().iter().flat_map(|endpoints| endpoints.iter()) {
+            let breaker = handle.endpoint(endpoint);
+            let own = Some(breaker.mode()).filter(|mode| *mode != all);
+            if own.is_some() {
+                next.endpoint(endpoint).set_mode(own);
+                breaker.set_mode(None);
+            }
+            breaker.reset();
         }
     }
 }
@@ -211,12 +253,12 @@ fn forward_to(service: &config::Service, proxies: &TrustedProxies) -> Result<For
     if let Some(interval) = pool.keep_alive {
         forward = forward.keep_alive(interval, pool.keep_alive_timeout);
     }
-    if service.https || !service.registry.is_empty() || service.tls.ca.is_some() {
-        let tls = client_tls(&service.tls);
-        forward = match tls {
+    if service.https || !service.registry.is_empty() {
+        let is_certain = service.https || service.tls.place().is_some();
+        forward = match client_tls(&service.tls) {
             Ok(tls) => forward.tls(tls),
-            // Without endpoints that speak TLS nobody misses it.
-            Err(_) if !service.https && service.tls.ca.is_none() => forward,
+            // The system has no authorities. Without endpoints that speak TLS nobody misses them.
+            Err(_) if !is_certain => forward,
             Err(error) => return Err(Error::of("tls", error)),
         };
     }
@@ -264,10 +306,11 @@ pub(crate) fn client_tls(tls: &config::UpstreamTls) -> Result<ClientTls, forward
 }
 
 fn checker(health: &config::Health) -> health::HealthCheck {
+    let path = health.path.as_ref().map(|path| path.as_str());
     let check = match health.kind {
-        HealthKind::Http => health::HealthCheck::http(health.path.as_deref().unwrap_or("/")),
+        HealthKind::Http => health::HealthCheck::http(path.unwrap_or("/")),
         HealthKind::Tcp => health::HealthCheck::tcp(),
-        HealthKind::Grpc => health::HealthCheck::grpc(health.path.as_deref().unwrap_or("")),
+        HealthKind::Grpc => health::HealthCheck::grpc(path.unwrap_or("")),
     };
     check
         .interval(health.interval)

@@ -40,7 +40,7 @@ section! {
         scopes: Option<HeaderName>,
         /// The roles, with a comma between them.
         roles: Option<HeaderName>,
-        /// Claims, by header: where in a token they are, such as x-tenant = "/tenant".
+        /// Claims, by header: by name, or where in a token they are, such as x-tenant = "/org/tenant".
         claims: Map<String>,
     }
 }
@@ -80,6 +80,13 @@ section! {
         any_role: Vec<String>,
         /// What claims must be, or hold if they are lists: by name, or where in the token they are, such as "/org/id".
         claims: Map<String>,
+    }
+}
+
+impl IdentityHeaders {
+    pub(crate) fn says_something(&self) -> bool {
+        let Self { subject, issuer, scopes, roles, claims } = self;
+        [subject, issuer, scopes, roles].into_iter().any(Option::is_some) || !claims.is_empty()
     }
 }
 

@@ -1,6 +1,6 @@
 //! How an endpoint is picked, and when another is tried.
 
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU8, NonZeroUsize};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ section! {
         /// By what.
         policy: At<BalancePolicy> = At::of(BalancePolicy::PowerOfTwo),
         /// When fewer than so many percent of the endpoints admit, all are used. 0 never does that.
-        panic_threshold: u8 = 50,
+        panic_threshold: At<u8> = At::of(50),
         /// How long to wait for an endpoint that admits before a request is refused. By default it is refused at once.
         wait: Option<Duration>,
         /// How many requests may wait for that at a time; others are refused at once.
@@ -142,7 +142,7 @@ section! {
     /// When another endpoint is tried.
     pub struct Retry {
         /// Attempts in all; 1 never tries another.
-        attempts: u8 = 2,
+        attempts: NonZeroU8 = NonZeroU8::MIN.saturating_add(1),
         /// Gives an attempt up after so long.
         attempt_timeout: Option<Duration>,
         /// Whether a connection that broke is a reason.
@@ -150,13 +150,13 @@ section! {
         /// Statuses that are a reason, such as 503.
         on_statuses: Vec<StatusCode>,
         /// gRPC codes that are a reason, as numbers, such as 14.
-        on_grpc: Vec<u8>,
+        on_grpc: Vec<At<u8>>,
         /// Also repeats requests that are not idempotent, though an endpoint may have acted on them.
         any_method: bool = false,
-        /// What share of all requests may be repeated.
-        budget: f64 = 0.2,
-        /// How many may be repeated in a second besides.
-        budget_per_second: u32 = 10,
+        /// What share of all requests may be repeated; 0.2 by default. A service's routes share its budget.
+        budget: Option<At<f64>>,
+        /// How many may be repeated in a second besides; 10 by default.
+        budget_per_second: Option<At<u32>>,
         /// How much of a request's body is kept to send it again.
         max_body: Bytes = Bytes(64 << 10),
         /// The longest wait before the second attempt.
@@ -201,6 +201,9 @@ impl Balance {
         if let Some(factor) = self.bounded_load.as_ref().filter(|factor| ***factor < 1.0) {
             notes.push(&factor.span, "less than an even share is never enough", "such as 1.25");
         }
+        if *self.panic_threshold > 100 {
+            notes.push(&self.panic_threshold.span, "more than all of the endpoints", "0 to 100 percent");
+        }
         if let Some(sticky) = &self.sticky {
             if sticky.secret_bytes().is_none() {
                 notes.push(&sticky.secret.span, "not 32 hexadecimal digits", "take what `openssl rand -hex 16` prints");
@@ -211,6 +214,14 @@ impl Balance {
         }
         if let Some(subset) = &self.subset {
             subset.check(&subset.span, notes);
+        }
+    }
+}
+
+impl Retry {
+    pub(super) fn check(&self, notes: &mut Notes<'_>) {
+        for code in self.on_grpc.iter().filter(|code| ***code > 16) {
+            notes.push(&code.span, format!("{} is no code of gRPC", **code), "0 to 16, such as 14");
         }
     }
 }

@@ -87,7 +87,7 @@ section! {
         /// Requests that are neither counted nor refused: those of which one of these is so.
         exempt: Exempt,
         /// How many callers have a count of their own, for each limit.
-        capacity: NonZeroUsize = NonZeroUsize::new(65_536).unwrap_or(NonZeroUsize::MIN),
+        capacity: At<NonZeroUsize> = At::of(NonZeroUsize::new(65_536).unwrap_or(NonZeroUsize::MIN)),
         /// Which responses say how much is left.
         fields: LimitFields = LimitFields::Refusals,
         /// Says so in X-RateLimit-Limit, -Remaining and -Reset as well.
@@ -215,6 +215,9 @@ impl Limiter {
     pub(super) fn check(&self, notes: &mut Notes<'_>) {
         for network in &self.exempt.networks {
             check_network(network, notes);
+        }
+        if self.capacity.get() > 1 << 24 {
+            notes.push(&self.capacity.span, "more callers than there is memory for", "at most 16777216, of 64 bytes");
         }
         let Some(redis) = &self.redis else { return };
         if redis.ca.as_ref().is_some_and(|ca| !pem(ca, "CERTIFICATE", notes)) {

@@ -70,7 +70,7 @@ section! {
         /// How often the registry connects to see whether it is there, or a table that says more; by default not at all.
         check: Option<Check>,
         /// When the registry forgets an instance that is not there, after a crash for instance.
-        forget_after: Option<Duration>,
+        forget_after: Option<At<Duration>>,
     }
 }
 
@@ -144,6 +144,14 @@ impl Listener {
         {
             let what = format!("nobody can register with {:?}", *register.registry);
             notes.push(&register.registry.span, what, "name a registry of the kind \"consul\" or \"embedded\"");
+        }
+        let is_consul =
+            registries.get(&*register.registry).is_none_or(|registry| *registry.kind == RegistryKind::Consul);
+        if register.check.is_some() && !is_consul {
+            notes.push(&register.span, "a check by a registry that makes none", "remove it");
+        }
+        if let (Some(after), None) = (&register.forget_after, &register.check) {
+            notes.push(&after.span, "nobody sees that it is gone", "add check = \"10s\", or remove forget_after");
         }
         if let Some(check) = register.check.as_ref().filter(|check| check.0.http.is_some() && check.0.grpc.is_some()) {
             let what = format!("{:?} is asked over HTTP and gRPC", register.service);

@@ -22,7 +22,12 @@ pub struct Mistake {
 pub struct Mistakes {
     file: String,
     list: Vec<Mistake>,
+    /// So many further ones are not listed.
+    more: usize,
 }
+
+/// So many mistakes are listed.
+const MOST: usize = 100;
 
 /// Collects mistakes by where they are in the text.
 #[derive(Debug)]
@@ -46,15 +51,20 @@ impl<'a> Notes<'a> {
         self.list.is_empty()
     }
 
+    /// Whether there are more than anybody reads at a time: what takes long need not be looked for.
+    pub(crate) fn are_many(&self) -> bool {
+        self.list.len() >= MOST
+    }
+
     pub(crate) fn finish(mut self, file: &str) -> Mistakes {
         self.list.sort_by_key(|(at, ..)| *at);
-        let list = self.list.into_iter().map(|(at, what, help)| {
+        self.list.dedup();
+        let more = self.list.len().saturating_sub(MOST);
+        let list = self.list.into_iter().take(MOST).map(|(at, what, help)| {
             let (line, column) = position(self.text, at);
             Mistake { line, column, what, help }
         });
-        let mut list: Vec<_> = list.collect();
-        list.dedup();
-        Mistakes { file: file.to_owned(), list }
+        Mistakes { file: file.to_owned(), list: list.collect(), more }
     }
 }
 
@@ -72,17 +82,25 @@ impl Mistakes {
     /// A single mistake about the file as a whole.
     pub(crate) fn whole(file: &str, what: impl Into<String>, help: impl Into<String>) -> Self {
         let mistake = Mistake { line: 1, column: 1, what: what.into(), help: help.into() };
-        Self { file: file.to_owned(), list: vec![mistake] }
+        Self { file: file.to_owned(), list: vec![mistake], more: 0 }
     }
 
-    /// The mistakes, first to last.
+    /// Where they are, without what stands there: the first few lines.
+    pub(crate) fn places(&self) -> String {
+        const FEW: usize = 8;
+        let lines = self.list.iter().take(FEW).map(|mistake| format!("{}:{}", mistake.line, mistake.column));
+        let more = if self.list.len() > FEW { ", …" } else { "" };
+        format!("{}: wrong at {}{more}", self.file, lines.collect::<Vec<_>>().join(", "))
+    }
+
+    /// The mistakes, first to last; a hundred at most.
     #[must_use]
     pub fn list(&self) -> &[Mistake] {
         &self.list
     }
 }
 
-/// One line each: `file:line:column: what; help`.
+/// One line each: `file:line:column: what; help`. And how many more there are, if there are.
 impl fmt::Display for Mistakes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, Mistake { line, column, what, help }) in self.list.iter().enumerate() {
@@ -91,6 +109,9 @@ impl fmt::Display for Mistakes {
             if !help.is_empty() {
                 write!(f, "; {help}")?;
             }
+        }
+        if self.more > 0 {
+            write!(f, "\n{}: and {} more", self.file, self.more)?;
         }
         Ok(())
     }

@@ -35,13 +35,13 @@ pub use self::mistake::{Mistake, Mistakes};
 pub use self::model::*;
 pub use self::operate::*;
 pub(crate) use self::plain::parse_duration;
-pub use self::plain::{Bytes, Map, Patience, Rate, Share};
+pub use self::plain::{Bytes, Map, Patience, Rate, Sample, Share};
 pub use self::provider::*;
 pub use self::read::At;
 use self::read::{Reader, Value};
 pub use self::registry::*;
 pub use self::route::*;
-pub use self::secret::{Blob, Place, Secret};
+pub use self::secret::{Blob, HeaderValues, Place, Secret};
 pub use self::service::*;
 
 /// The largest file that is read.

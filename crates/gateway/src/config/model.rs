@@ -54,7 +54,7 @@ section! {
     /// The process.
     pub struct Server {
         /// Threads that serve each listener. By default one for each core.
-        threads: Option<NonZeroUsize>,
+        threads: Option<At<NonZeroUsize>>,
         /// How long to go on serving, not ready any more, after being told to stop, so that those in front notice.
         drain_delay: Duration = Duration::ZERO,
         /// How long requests under way may take after that before they are cut off.
@@ -116,7 +116,10 @@ impl Config {
             let what = "the admin side can change things and is reachable from elsewhere";
             notes.push(&self.admin.address.span, what, "set admin.token, listen at 127.0.0.1, or set writable = false");
         }
-        self.registries.values().for_each(|registry| registry.check(notes));
+        for (name, registry) in &self.registries {
+            registry.check(notes);
+            registry.check_times(name, &self.services, notes);
+        }
         self.services.iter().for_each(|(name, service)| service.check(name, &service.span, &self.registries, notes));
         self.routes.iter().for_each(|route| route.check(&route.span, self, notes));
         if notes.is_empty() {
@@ -127,8 +130,14 @@ impl Config {
         self.limiter.check(notes);
         each_once(&self.limiter.default, &self.limits, "limit", notes);
         self.trusted_proxies.check(notes);
+        if let Some(threads) = self.server.threads.as_ref().filter(|threads| threads.get() > 1024) {
+            notes.push(&threads.span, "more threads than any machine serves with", "at most 1024");
+        }
         if let Some(otlp) = &self.traces.otlp {
             otlp.check(&otlp.span, notes);
+            if !self.traces.propagate {
+                notes.push(&otlp.span, "spans of no trace", "set traces.propagate = true, or remove traces.otlp");
+            }
         }
         if crate::log::filter(&self.log.level).is_none() {
             let help = "such as \"info\" or \"warn,portcullis_forward=debug\"";
@@ -139,7 +148,9 @@ impl Config {
     /// Notes routes that do not go with those before them.
     fn check_together(&self, notes: &mut Notes<'_>) {
         let mut fit: Vec<&At<Route>> = self.routes.iter().collect();
-        while let Err(why) = crate::build::fit(self, &fit) {
+        while !notes.are_many()
+            && let Err(why) = crate::build::fit(self, &fit)
+        {
             // The shortest beginning that does not fit ends with the route that does not.
             let (mut good, mut bad) = (0, fit.len());
             let mut said = why;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use super::mistake::Notes;
-use super::plain::{Map, Share};
+use super::plain::{Map, Sample};
 use super::read::At;
 use super::secret::{Blob, Secret};
 use super::section::{section, words};
@@ -21,7 +21,7 @@ section! {
         /// Writes a line for each request.
         access: bool = true,
         /// The share of requests that succeed which get one; all that fail do.
-        sample: Share = Share(1.0),
+        sample: Sample = Sample(1.0),
     }
 }
 
@@ -43,7 +43,7 @@ section! {
         /// Whether callers' traces go on here. Where strangers call, false begins a new one for each request.
         accept: bool = true,
         /// The share of traces begun here that is exported. Of a caller's trace the caller has decided.
-        sample: Share = Share(1.0),
+        sample: Sample = Sample(1.0),
         /// Exports a span for each request and each attempt.
         otlp: Option<At<Otlp>>,
     }
@@ -67,7 +67,7 @@ section! {
         /// How long it may take to take them.
         timeout: Duration = Duration::from_secs(10),
         /// How many requests may wait; of others nothing is exported.
-        queue: NonZeroUsize = NonZeroUsize::new(4096).unwrap_or(NonZeroUsize::MIN),
+        queue: At<NonZeroUsize> = At::of(NonZeroUsize::new(4096).unwrap_or(NonZeroUsize::MIN)),
     }
 }
 
@@ -105,6 +105,9 @@ impl Otlp {
         if !matches!(scheme, Some("http" | "https")) {
             let what = format!("{:?} is no URL of a collector", *self.endpoint);
             notes.push(&self.endpoint.span, what, "such as \"http://127.0.0.1:4318\"");
+        }
+        if self.queue.get() > 1 << 20 {
+            notes.push(&self.queue.span, "more requests than there is memory for", "at most 1048576");
         }
         for name in self.headers.keys().filter(|name| name.parse::<http::HeaderName>().is_err()) {
             notes.push(span, format!("{name:?} is no header"), "letters, digits and dashes");

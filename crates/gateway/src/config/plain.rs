@@ -33,6 +33,10 @@ pub struct Patience(pub Duration);
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Share(pub f64);
 
+/// Of how many something is done: from 0, none, to 1, all.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sample(pub f64);
+
 /// Entries by name.
 pub type Map<T> = BTreeMap<String, T>;
 
@@ -132,16 +136,19 @@ impl Value for bool {
     }
 }
 
+/// The most a file may count of anything; more is too much for some layer.
+const MOST: u64 = u32::MAX as u64;
+
 macro_rules! integers {
     ($($type:ty),*) => {$(
         impl Value for $type {
             fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
-                let most = u64::try_from(Self::MAX).unwrap_or(u64::MAX).min(i64::MAX as u64);
+                let most = u64::try_from(Self::MAX).unwrap_or(MOST).min(MOST);
                 Self::try_from(reader.integer(node, 0, most)?).ok()
             }
 
             fn schema() -> Json {
-                json!({ "type": "integer", "minimum": 0 })
+                json!({ "type": "integer", "minimum": 0, "maximum": u64::try_from(Self::MAX).unwrap_or(MOST).min(MOST) })
             }
 
             fn show(&self) -> Json {
@@ -157,12 +164,12 @@ macro_rules! positives {
     ($($type:ty = $plain:ty),*) => {$(
         impl Value for $type {
             fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
-                let most = u64::try_from(<$plain>::MAX).unwrap_or(u64::MAX).min(i64::MAX as u64);
+                let most = u64::try_from(<$plain>::MAX).unwrap_or(MOST).min(MOST);
                 Self::new(<$plain>::try_from(reader.integer(node, 1, most)?).ok()?)
             }
 
             fn schema() -> Json {
-                json!({ "type": "integer", "minimum": 1 })
+                json!({ "type": "integer", "minimum": 1, "maximum": u64::try_from(<$plain>::MAX).unwrap_or(MOST).min(MOST) })
             }
 
             fn show(&self) -> Json {
@@ -172,7 +179,12 @@ macro_rules! positives {
     )*};
 }
 
-positives!(std::num::NonZeroU16 = u16, std::num::NonZeroU32 = u32, std::num::NonZeroUsize = usize);
+positives!(
+    std::num::NonZeroU8 = u8,
+    std::num::NonZeroU16 = u16,
+    std::num::NonZeroU32 = u32,
+    std::num::NonZeroUsize = usize
+);
 
 /// Text that some parser understands.
 macro_rules! texts {
@@ -266,6 +278,24 @@ impl Value for Share {
 
     fn schema() -> Json {
         json!({ "type": "number", "exclusiveMinimum": 0, "maximum": 1 })
+    }
+
+    fn show(&self) -> Json {
+        json!(self.0)
+    }
+}
+
+impl Value for Sample {
+    fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
+        let sample = number(node).filter(|sample| (0.0..=1.0).contains(sample));
+        if sample.is_none() {
+            reader.wrong(node, "a share from 0 to 1, such as 0.5");
+        }
+        sample.map(Self)
+    }
+
+    fn schema() -> Json {
+        json!({ "type": "number", "minimum": 0, "maximum": 1 })
     }
 
     fn show(&self) -> Json {

@@ -55,9 +55,9 @@ section! {
         access_tokens_only: bool = false,
         /// How old a token may be, however long it is good for.
         max_age: Option<Duration>,
-        /// Where in a token the caller's name is; "/sub" by default.
+        /// The claim with the caller's name, or where in a token it is; "sub" by default.
         subject_from: Option<String>,
-        /// Where in a token the roles are, such as "/realm_access/roles".
+        /// The claim with the roles, or where in a token they are, such as "/realm_access/roles".
         roles_from: Option<String>,
         /// Claims that must be there.
         require: Vec<String>,
@@ -69,7 +69,7 @@ section! {
         leeway: Option<Duration>,
         /// How much memory remembers tokens that verified; 0 remembers none.
         cache: Option<Bytes>,
-        /// How many tokens of one address may fail to verify, such as "100/5s".
+        /// How many proofs of one address may be wrong, such as "100/5s".
         failures: Option<Rate>,
     }
 }
@@ -150,6 +150,14 @@ impl Provider {
         self.discover.as_ref().is_some_and(|discover| **discover)
     }
 
+    /// Whether both fetch the same keys in the same way.
+    pub(crate) fn fetches_as(&self, other: &Self) -> bool {
+        let place = |one: &Self| (one.jwks_url.clone(), one.discovers(), one.discovers().then(|| one.issuer.clone()));
+        let way = |one: &Self| (one.max_stale, one.cooldown, one.insecure_http);
+        (place(self), way(self)) == (place(other), way(other))
+            && (&self.ca, &self.allow_hosts) == (&other.ca, &other.allow_hosts)
+    }
+
     /// Where it says what its callers show.
     fn ways(&self) -> impl Iterator<Item = &Range<usize>> {
         let keys = [
@@ -163,6 +171,43 @@ impl Provider {
             self.certificates.first().map(|at| &at.span),
         ];
         keys.into_iter().flatten()
+    }
+
+    /// Notes what belongs to another way of proving who one is, and is not looked at here.
+    fn check_kind(&self, span: &Range<usize>, notes: &mut Notes<'_>) {
+        let shown = self.shown();
+        let is_token = shown == Shown::Token;
+        let is_fetched = is_token && (self.jwks_url.is_some() || self.discovers());
+        let (token, fetched) = ((is_token, "tokens"), (is_fetched, "keys that are fetched"));
+        let keys = [
+            ("header", self.header != "x-api-key", (shown == Shown::ApiKey, "API keys")),
+            ("failures", self.failures.is_some(), (shown != Shown::Certificate, "what could be guessed")),
+            ("ca", self.ca.is_some(), fetched),
+            ("allow_hosts", !self.allow_hosts.is_empty(), (is_fetched && self.discovers(), "keys that are discovered")),
+            ("max_stale", self.max_stale.is_some(), fetched),
+            ("cooldown", self.cooldown.is_some(), fetched),
+            ("insecure_http", self.insecure_http, fetched),
+            (
+                "algorithm",
+                self.algorithm.is_some(),
+                (self.secret.is_some() || self.public_key.is_some(), "a secret or a public_key"),
+            ),
+            ("issuer", self.issuer.is_some(), token),
+            ("audiences", !self.audiences.is_empty(), token),
+            ("typ", self.typ.is_some(), token),
+            ("access_tokens_only", self.access_tokens_only, token),
+            ("max_age", self.max_age.is_some(), token),
+            ("subject_from", self.subject_from.is_some(), token),
+            ("roles_from", self.roles_from.is_some(), token),
+            ("require", !self.require.is_empty(), token),
+            ("insecure_without_expiry", self.insecure_without_expiry, token),
+            ("max_token", self.max_token.is_some(), token),
+            ("leeway", self.leeway.is_some(), token),
+            ("cache", self.cache.is_some(), token),
+        ];
+        for (key, _, (_, of)) in keys.into_iter().filter(|(_, said, (belongs, _))| *said && !belongs) {
+            notes.push(span, format!("{key} is for {of}, which this provider does not take"), "remove it");
+        }
     }
 
     pub(super) fn check(&self, name: &str, span: &Range<usize>, notes: &mut Notes<'_>) {
@@ -179,9 +224,6 @@ impl Provider {
         }
         if let Some(ca) = &self.ca {
             pem(ca, "CERTIFICATE", notes);
-            if self.jwks_url.is_none() && !self.discovers() {
-                notes.push(&ca.span, "there is no server whose authorities they could be", "set jwks_url");
-            }
         }
         match (&self.algorithm, &self.public_key) {
             (None, Some(key)) => {
@@ -196,6 +238,7 @@ impl Provider {
             }
             _ => {}
         }
+        self.check_kind(span, notes);
         if let Err(error) = crate::build::Known::by(self, "realm") {
             notes.push(self.ways().next().unwrap_or(span), error, "");
         }

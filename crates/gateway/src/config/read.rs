@@ -64,16 +64,20 @@ impl Reader<'_> {
     pub(crate) fn table<'n, 'd>(&mut self, node: &'n Node<'d>) -> Option<&'n DeTable<'d>> {
         let table = node.get_ref().as_table();
         if table.is_none() {
-            self.wrong(node, "a table");
+            // Without what stands there: it may be a secret that belongs into the table.
+            self.notes.push(&node.span(), format!("a {} is not a table", node.get_ref().type_str()), "");
         }
         table
     }
 
     pub(crate) fn keys(&mut self, table: &DeTable<'_>, known: &'static [&'static str]) {
         for key in table.keys() {
+            if self.notes.are_many() {
+                return;
+            }
             if !known.contains(&key.get_ref().as_ref()) {
                 let name: &str = key.get_ref();
-                let is_at_the_top = super::Config::schema()["properties"].get(name).is_some();
+                let is_at_the_top = super::Config::KEYS.contains(&name);
                 let help = if is_at_the_top && mistake::suggest(name, known.iter().copied()).is_none() {
                     format!("it stands at the top: as [{name}] or before the first table")
                 } else {

@@ -4,10 +4,11 @@ use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use super::mistake::Notes;
-use super::plain::Bytes;
+use super::plain::{Bytes, Map};
 use super::read::At;
 use super::secret::{Blob, Place, Secret, pem};
 use super::section::{section, words};
+use super::service::Service;
 
 section! {
     /// Where instances are found.
@@ -63,9 +64,9 @@ section! {
         /// File: the file with the instances.
         path: Option<At<Place>>,
         /// How long endpoints are used while the registry does not answer. By default for ever.
-        max_age: Option<Duration>,
+        max_age: Option<At<Duration>>,
         /// How long a request waits for the first answer; "1s" by default.
-        first_wait: Option<Duration>,
+        first_wait: Option<At<Duration>>,
         /// A file that remembers what the registry said, for a start while it does not answer.
         remember: Option<Place>,
     }
@@ -100,6 +101,23 @@ words! {
 }
 
 impl Registry {
+    /// Notes what counts only of the first registry of a service, in one that is none's first and some's other.
+    pub(super) fn check_times(&self, name: &str, services: &Map<At<Service>>, notes: &mut Notes<'_>) {
+        let is_first = |service: &Service| service.registry.first().is_some_and(|first| **first == *name);
+        let is_other = |service: &Service| {
+            service.registry.iter().skip(1).chain(&service.fallback).any(|registry| **registry == *name)
+        };
+        if services.values().any(|service| is_first(service)) || !services.values().any(|service| is_other(service)) {
+            return;
+        }
+        for (key, time) in [("max_age", &self.max_age), ("first_wait", &self.first_wait)] {
+            if let Some(time) = time {
+                let what = format!("{key} of a registry that is no service's first");
+                notes.push(&time.span, what, "say it of the one that stands first");
+            }
+        }
+    }
+
     pub(super) fn check(&self, notes: &mut Notes<'_>) {
         let kind = *self.kind;
         match kind {
@@ -121,7 +139,12 @@ impl Registry {
             RegistryKind::File if self.path.is_none() => {
                 notes.push(&self.kind.span, "not said which file", "add path = \"instances.json\"");
             }
-            RegistryKind::File | RegistryKind::Embedded => {}
+            RegistryKind::File | RegistryKind::Embedded => {
+                if let Some(address) = &self.address {
+                    let what = "only a registry of the kind \"consul\" or \"dns\" has an address";
+                    notes.push(&address.span, what, "remove it");
+                }
+            }
         }
         let mut only = |here: bool, span: Option<&std::ops::Range<usize>>, key: &str, kind: &str| {
             if let (false, Some(span)) = (here, span) {

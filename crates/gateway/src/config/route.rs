@@ -12,8 +12,9 @@ use super::mistake::Notes;
 use super::model::{Config, each_once, known};
 use super::plain::{Bytes, Map};
 use super::read::At;
+use super::secret::HeaderValues;
 use super::section::{section, shorthand, words};
-use super::service::Timeouts;
+use super::service::{Timeouts, is_path};
 
 section! {
     /// Which requests go where.
@@ -160,12 +161,12 @@ section! {
 }
 
 section! {
-    /// Changes to headers.
+    /// Changes to headers. A value may be a secret from elsewhere: `{ env = "NAME" }` or `{ file = "path" }`.
     pub struct Edits {
         /// Replaces all of that name.
-        set: Map<HeaderValue>,
+        set: HeaderValues,
         /// Adds one beside those of that name.
-        add: Map<HeaderValue>,
+        add: HeaderValues,
         /// Removes all of that name.
         remove: Vec<HeaderName>,
     }
@@ -200,6 +201,31 @@ impl Route {
     /// What it is called in logs and metrics.
     pub(crate) fn label(&self) -> String {
         self.name.clone().or_else(|| self.pattern()).unwrap_or_default()
+    }
+
+    /// Notes what is said of requests that are sent on, where none is.
+    fn check_own_answer(&self, span: &Range<usize>, notes: &mut Notes<'_>) {
+        let Timeouts { connect, response, total, idle } = &self.timeouts;
+        let Edits { set, add, remove } = &self.request_headers;
+        for (key, said) in [
+            ("strip_prefix", self.strip_prefix.is_some()),
+            ("add_prefix", self.add_prefix.is_some()),
+            ("host", self.host.is_some()),
+            ("timeout", self.timeout.is_some()),
+            ("timeouts", [connect, response, total, idle].into_iter().any(Option::is_some)),
+            ("max_body", self.max_body.is_some()),
+            ("max_response", self.max_response.is_some()),
+            ("tunnels", self.tunnels),
+            ("subset", self.subset.is_some()),
+            ("paths", self.paths != Paths::Refuse),
+            ("request_headers", !(set.is_empty() && add.is_empty() && remove.is_empty())),
+            ("retry", self.retry.is_some()),
+            ("hash", !self.hash.is_empty()),
+        ] {
+            if said {
+                notes.push(span, format!("{key} where nothing is sent on"), "remove it");
+            }
+        }
     }
 
     pub(super) fn check(&self, span: &Range<usize>, config: &Config, notes: &mut Notes<'_>) {
@@ -246,11 +272,16 @@ impl Route {
                 );
             }
         }
-        for name in self.headers.keys().chain(self.request_headers.set.keys()).chain(self.request_headers.add.keys()) {
+        for name in self.headers.keys() {
             header(name, span, notes);
         }
-        for name in self.response_headers.set.keys().chain(self.response_headers.add.keys()) {
-            header(name, span, notes);
+        for edits in [&self.request_headers, &self.response_headers] {
+            for (name, value) in edits.set.iter().chain(edits.add.iter()) {
+                header(name, span, notes);
+                if HeaderValues::value(name, value).is_none() {
+                    notes.push(span, format!("the value of {name} cannot stand in a header"), "one line of text");
+                }
+            }
         }
         each_once(self.limits.as_deref().unwrap_or_default(), &config.limits, "limit", notes);
         for prefix in [&self.strip_prefix, &self.add_prefix].into_iter().flatten() {
@@ -260,6 +291,8 @@ impl Route {
                     format!("{:?} does not begin with a slash", **prefix),
                     format!("such as \"/{}\"", **prefix),
                 );
+            } else if !is_path(prefix) || prefix.contains('?') {
+                notes.push(&prefix.span, format!("{:?} is no part of a path", **prefix), "percent-encode it");
             }
         }
         if let Some(auth) = &self.auth {
@@ -282,6 +315,9 @@ impl Route {
                     "redirects and fixed answers are given before anybody is asked or counted",
                     "remove auth and limits",
                 );
+            }
+            if self.redirect.is_some() || self.respond.is_some() {
+                self.check_own_answer(span, notes);
             }
         }
         if let Some(subset) = &self.subset {
@@ -309,6 +345,13 @@ impl Route {
         if self.default_limits && self.limits.is_none() {
             notes.push(span, "the default limits hold here without limits of the route's own", "remove default_limits");
         }
+        if let Some(retry) = &self.retry {
+            retry.check(notes);
+            let budget = retry.budget.as_ref().map(|at| &at.span);
+            if let Some(span) = budget.or(retry.budget_per_second.as_ref().map(|at| &at.span)) {
+                notes.push(span, "a budget of one route", "say it in the service's retry: its routes share one");
+            }
+        }
         if let Some(redirect) = &self.redirect {
             redirect.check(notes);
         }
@@ -335,9 +378,7 @@ impl Redirect {
         if let Some(host) = self.host.as_ref().filter(|host| host.parse::<http::uri::Authority>().is_err()) {
             notes.push(&host.span, format!("{:?} is no host", **host), "such as \"example.com\"");
         }
-        if let Some(path) =
-            self.path.as_ref().filter(|path| !path.starts_with('/') || path.parse::<http::uri::PathAndQuery>().is_err())
-        {
+        if let Some(path) = self.path.as_ref().filter(|path| !is_path(path)) {
             notes.push(&path.span, format!("{:?} is no path", **path), "such as \"/new\"");
         }
     }

@@ -1,12 +1,15 @@
 //! What stands elsewhere: secrets, keys and certificates.
 
 use std::fmt;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 
+use http::HeaderValue;
 use serde_json::{Value as Json, json};
 use toml::de::DeValue;
 
 use super::mistake::Notes;
+use super::plain::Map;
 use super::read::{At, Node, Reader, Value};
 
 /// A secret, from the environment or a file, or as it stands. It is never shown.
@@ -15,6 +18,10 @@ pub struct Secret {
     source: Source,
     value: String,
 }
+
+/// Values of headers by name. They may be secrets, so those of which the name says so are not shown.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HeaderValues(Map<Secret>);
 
 /// The contents of a file, or of a variable of the environment.
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -111,6 +118,10 @@ impl fmt::Debug for Secret {
 impl Value for Secret {
     fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
         if let Some(text) = node.get_ref().as_str() {
+            if text.is_empty() {
+                reader.notes.push(&node.span(), "it is empty", "say what it is, or remove it");
+                return None;
+            }
             return Some(Self { source: Source::Literal, value: text.to_owned() });
         }
         if !node.get_ref().is_table() {
@@ -138,6 +149,57 @@ impl Value for Secret {
 
     fn files(&self) -> Vec<PathBuf> {
         self.source.file().map(Path::to_owned).into_iter().collect()
+    }
+}
+
+// === impl HeaderValues ===
+
+impl HeaderValues {
+    /// The value of a header; `None` if it cannot stand in one.
+    pub(crate) fn value(name: &str, secret: &Secret) -> Option<HeaderValue> {
+        let mut value = HeaderValue::from_str(secret.reveal()).ok()?;
+        value.set_sensitive(is_telling(name) || !secret.is_literal());
+        Some(value)
+    }
+}
+
+impl Deref for HeaderValues {
+    type Target = Map<Secret>;
+
+    fn deref(&self) -> &Map<Secret> {
+        &self.0
+    }
+}
+
+/// Whether what a header of this name holds is likely a secret.
+fn is_telling(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    ["auth", "cookie", "credential", "key", "password", "secret", "token"].iter().any(|word| name.contains(word))
+}
+
+impl Value for HeaderValues {
+    fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
+        Map::read(node, reader).map(Self)
+    }
+
+    fn absent() -> Option<Self> {
+        Map::absent().map(Self)
+    }
+
+    fn schema() -> Json {
+        Map::<Secret>::schema()
+    }
+
+    fn show(&self) -> Json {
+        let show = |(name, value): (&String, &Secret)| {
+            let is_plain = value.is_literal() && !is_telling(name);
+            (name.clone(), if is_plain { json!(value.reveal()) } else { value.show() })
+        };
+        Json::Object(self.0.iter().map(show).collect())
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        self.0.files()
     }
 }
 

@@ -15,10 +15,15 @@ macro_rules! section {
             $( $(#[doc = $doc])* pub $field: $type, )*
         }
 
+        impl $name {
+            /// Its keys in the file.
+            pub(crate) const KEYS: &'static [&'static str] = &[$(stringify!($field)),*];
+        }
+
         impl $crate::config::read::Value for $name {
             fn read(node: &$crate::config::read::Node<'_>, reader: &mut $crate::config::read::Reader<'_>) -> Option<Self> {
                 let table = reader.table(node)?;
-                reader.keys(table, &[$(stringify!($field)),*]);
+                reader.keys(table, Self::KEYS);
                 $(
                     let $field = match table.get(stringify!($field)) {
                         Some(value) => <$type as $crate::config::read::Value>::read(value, reader),

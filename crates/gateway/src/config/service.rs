@@ -42,9 +42,9 @@ section! {
         tls: UpstreamTls,
         /// Asks endpoints how they are, for registries that do not.
         health: Option<Health>,
-        /// Speaks TLS to all endpoints listed here.
+        /// Speaks TLS to all endpoints, also to those of which a registry does not say that they do.
         https: bool = false,
-        /// What endpoints listed here speak: "auto" is HTTP/2 for gRPC and HTTP/1.1 otherwise.
+        /// What endpoints speak: "auto" is HTTP/2 for gRPC and HTTP/1.1 otherwise, unless a registry says what.
         protocol: Protocol = Protocol::Auto,
         /// The Host endpoints see: "keep" what the caller asked for, "endpoint" their own address, or a name.
         host: String = String::from("keep"),
@@ -154,7 +154,7 @@ section! {
         /// Its private key, as PEM.
         key: Option<At<Blob>>,
         /// The name that their certificate must be for, instead of their address.
-        name: Option<String>,
+        name: Option<At<String>>,
     }
 }
 
@@ -164,7 +164,7 @@ section! {
         /// How they are asked.
         kind: HealthKind = HealthKind::Http,
         /// HTTP: the path to get; any 2xx is well. gRPC: the name of the service to ask for.
-        path: Option<String>,
+        path: Option<At<String>>,
         /// How often.
         interval: Duration = Duration::from_secs(10),
         /// How long an answer may take.
@@ -225,11 +225,45 @@ impl Service {
         }
         self.balance.check(notes);
         self.breaker.check(notes);
+        self.retry.check(notes);
         self.tls.check(notes);
+        if let Some(health) = &self.health {
+            health.check(notes);
+        }
+        if let Some(span) = self.tls.place()
+            && !self.https
+            && self.registry.is_empty()
+        {
+            notes.push(span, "tls of endpoints that do not speak it", "set https = true, or remove tls");
+        }
     }
 }
 
+impl Health {
+    fn check(&self, notes: &mut Notes<'_>) {
+        let Some(path) = &self.path else { return };
+        match self.kind {
+            HealthKind::Http if !is_path(path) => {
+                notes.push(&path.span, format!("{:?} is no path", **path), "such as \"/health\"");
+            }
+            HealthKind::Tcp => notes.push(&path.span, "a path where nothing is asked for", "remove it"),
+            HealthKind::Http | HealthKind::Grpc => {}
+        }
+    }
+}
+
+/// Whether it can be asked for as it is.
+pub(super) fn is_path(path: &str) -> bool {
+    path.starts_with('/') && path.parse::<http::uri::PathAndQuery>().is_ok()
+}
+
 impl UpstreamTls {
+    /// Where it says something.
+    pub(crate) fn place(&self) -> Option<&Range<usize>> {
+        let blobs = [&self.ca, &self.certificate, &self.key].map(|blob| blob.as_ref().map(|blob| &blob.span));
+        blobs.into_iter().flatten().next().or(self.name.as_ref().map(|name| &name.span))
+    }
+
     pub(super) fn check(&self, notes: &mut Notes<'_>) {
         let mut sound = true;
         for certificate in [&self.ca, &self.certificate].into_iter().flatten() {
@@ -245,6 +279,11 @@ impl UpstreamTls {
             (Some(one), None) => notes.push(&one.span, "a certificate without its key", "set tls.key"),
             (None, Some(one)) => notes.push(&one.span, "a key without its certificate", "set tls.certificate"),
             (None, None) => {}
+        }
+        if let Some(name) = self.name.as_ref()
+            && rustls::pki_types::ServerName::try_from(name.as_str()).is_err()
+        {
+            notes.push(&name.span, format!("{:?} is no name of a server", **name), "such as \"orders.internal\"");
         }
     }
 }
