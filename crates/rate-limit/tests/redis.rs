@@ -3,73 +3,21 @@
 #![cfg(feature = "redis")]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::net::SocketAddr;
-use std::num::NonZeroU32;
+mod store;
+
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::{Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Full};
-use portcullis_core::{Carried, PeerAddress, Rejection};
+use http::header;
+use http_body_util::BodyExt;
+use portcullis_core::Carried;
 use portcullis_rate_limit::{
-    Everyone, Fields, Limit, OnFailure, Priority, Rate, RateLimit, RateLimitLayer, RedisStore, RequestHead, Settlement,
+    Everyone, Fields, Limit, OnFailure, Priority, Rate, RateLimitLayer, RedisStore, RequestHead, Settlement,
 };
 use portcullis_testing::{Redis, contract};
 use tokio::time::Instant;
-use tower::{Layer, Service, ServiceExt};
+use tower::{Layer, ServiceExt};
 
-/// Long enough for a machine that has other things to do.
-const PATIENT: Duration = Duration::from_secs(5);
-
-fn n(count: u32) -> NonZeroU32 {
-    NonZeroU32::new(count).unwrap()
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Ok200;
-
-impl<B> Service<Request<B>> for Ok200 {
-    type Response = Response<Full<Bytes>>;
-    type Error = std::convert::Infallible;
-    type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
-
-    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
-        std::task::Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, _: Request<B>) -> Self::Future {
-        std::future::ready(Ok(Response::new(Full::from("ok"))))
-    }
-}
-
-/// Another process, as far as the store can tell.
-fn store(redis: &Redis) -> RedisStore {
-    RedisStore::new(&redis.url()).unwrap().deadline(PATIENT)
-}
-
-fn from(address: &str) -> Request<()> {
-    let mut request = Request::new(());
-    PeerAddress(SocketAddr::new(address.parse().unwrap(), 1)).attach(request.extensions_mut());
-    request
-}
-
-async fn call(service: &RateLimit<Ok200>, address: &str) -> Response<()> {
-    service.clone().oneshot(from(address)).await.unwrap().map(drop)
-}
-
-async fn status(service: &RateLimit<Ok200>, address: &str) -> u16 {
-    call(service, address).await.status().as_u16()
-}
-
-/// Calls so often, so many at a time; how many were admitted.
-async fn admitted(service: &RateLimit<Ok200>, address: &'static str, calls: usize) -> usize {
-    let mut admitted = 0;
-    for _ in 0..calls.div_ceil(16) {
-        let some = futures::future::join_all((0..16).map(|_| status(service, address))).await;
-        admitted += some.iter().filter(|status| **status == 200).count();
-    }
-    admitted
-}
+use self::store::{Ok200, PATIENT, admitted, call, from, n, status, store};
 
 #[tokio::test]
 async fn the_contract_holds() {
@@ -203,62 +151,6 @@ async fn less_important_requests_take_nothing_of_what_others_leased() {
 }
 
 #[tokio::test]
-async fn without_an_answer_a_request_gets_what_was_decided() {
-    let mut redis = Redis::start().await;
-    let with = |on_failure| {
-        let store = RedisStore::new(&redis.url()).unwrap().deadline(Duration::from_millis(200)).on_failure(on_failure);
-        let layer = RateLimitLayer::new(Rate::per_hour(n(4))).store(store.clone().prefix(format!("{on_failure:?}")));
-        (store, layer.layer(Ok200))
-    };
-    let services = [OnFailure::Admit, OnFailure::Refuse, OnFailure::Share(n(2))].map(with);
-    for (_, service) in &services {
-        assert_eq!(status(service, "192.0.2.1").await, 200);
-    }
-    redis.kill();
-    let [(_, admit), (_, refuse), (_, share)] = &services;
-    for _ in 0..8 {
-        assert_eq!(status(admit, "192.0.2.1").await, 200);
-    }
-    let refused = call(refuse, "192.0.2.1").await;
-    assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
-    assert_eq!(refused.extensions().get::<Rejection>().unwrap().reason(), "limits-unavailable");
-    assert_eq!(admitted(share, "192.0.2.1", 16).await, 2, "its share of the rate, not of the whole");
-    // Three failures in a row, and it is left alone: nobody waits any more.
-    let start = Instant::now();
-    admitted(refuse, "192.0.2.1", 64).await;
-    assert!(start.elapsed() < Duration::from_secs(2));
-
-    redis.restart().await;
-    let start = Instant::now();
-    while status(refuse, "192.0.2.1").await == 503 {
-        assert!(start.elapsed() < Duration::from_secs(20), "it does not come back");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
-
-#[tokio::test]
-async fn a_store_that_hangs_holds_nobody_longer_than_the_deadline() {
-    let redis = Redis::start().await;
-    let store = RedisStore::new(&redis.url()).unwrap().deadline(Duration::from_millis(500));
-    let service = RateLimitLayer::new(Rate::per_second(n(100))).store(store.clone()).layer(Ok200);
-    assert_eq!(status(&service, "192.0.2.1").await, 200);
-    redis.pause();
-    let start = Instant::now();
-    for _ in 0..50 {
-        assert_eq!(status(&service, "192.0.2.1").await, 200);
-    }
-    assert!(start.elapsed() < Duration::from_secs(5), "fifty waits of half a second would be 25 s");
-    assert!(store.stats().down && store.stats().undecided >= 50, "{:?}", store.stats());
-    redis.resume();
-    let start = Instant::now();
-    while store.stats().down {
-        assert!(start.elapsed() < Duration::from_secs(20), "it does not come back");
-        status(&service, "192.0.2.1").await;
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
-
-#[tokio::test]
 async fn what_a_response_cost_more_is_charged_with_the_next_question() {
     let redis = Redis::start().await;
     let layer = RateLimitLayer::new(Rate::per_second(n(1)));
@@ -323,25 +215,6 @@ async fn two_limits_of_one_name_are_one_key_as_they_are_without_a_store() {
     let started = Instant::now();
     assert_eq!(admitted(&limits().store(store(&redis)).layer(Ok200), "192.0.2.1", 64).await, alone);
     assert!(alone < 10 && started.elapsed() < PATIENT, "{alone}; neither waits for the other");
-}
-
-#[tokio::test]
-async fn what_could_not_be_told_with_one_question_is_told_with_the_next() {
-    let redis = Redis::start().await;
-    let layer = RateLimitLayer::new(Rate::per_second(n(1)));
-    layer.handle().set_limits([Limit::new("cost", Rate::per_hour(n(100))).settle(|_| 40)]);
-    let service = layer.store(store(&redis)).fields(Fields::always()).layer(Ok200);
-    let client = redis::Client::open(redis.url()).unwrap();
-    let mut connection = client.get_multiplexed_async_connection().await.unwrap();
-    let mut left = Vec::new();
-    for may in ["+get", "-get", "+get"] {
-        let mut set = redis::cmd("ACL");
-        set.arg("SETUSER").arg("default").arg(may).exec_async(&mut connection).await.unwrap();
-        let response = service.clone().oneshot(from("192.0.2.1")).await.unwrap();
-        left.push(response.headers().get("ratelimit").unwrap().to_str().unwrap().split(';').nth(1).unwrap().to_owned());
-        response.into_body().collect().await.unwrap();
-    }
-    assert_eq!((&*left[0], &*left[2]), ("r=99", "r=20"), "39 more than was charged, each time");
 }
 
 #[tokio::test]
@@ -422,6 +295,22 @@ async fn keys_expire_and_tell_nothing_of_the_caller() {
 }
 
 #[tokio::test]
+async fn no_time_is_too_long() {
+    let redis = Redis::start().await;
+    let store = RedisStore::new(&redis.url()).unwrap().deadline(Duration::MAX).lease(Duration::MAX);
+    let layer = RateLimitLayer::new(Rate::per_hour(n(8))).delay(Duration::MAX, 8).store(store);
+    let service = layer.layer(Ok200);
+    for _ in 0..8 {
+        assert_eq!(status(&service, "192.0.2.1").await, 200);
+    }
+    let mut late = Box::pin(status(&service, "192.0.2.1"));
+    while layer.handle().stats().waiting == 0 {
+        assert!(futures::poll!(&mut late).is_pending());
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
 async fn passwords_are_used_and_not_shown() {
     let redis = Redis::start_with(&["--requirepass", "open-sesame"]).await;
     let url = format!("redis://:open-sesame@{}", redis.address());
@@ -435,23 +324,10 @@ async fn passwords_are_used_and_not_shown() {
     assert!(error.is_url() && !format!("{error} {error:?}").contains("sesame"));
 }
 
-#[tokio::test]
-async fn a_caller_who_goes_away_while_the_store_thinks_gives_back_its_place() {
-    let redis = Redis::start().await;
-    let layer = RateLimitLayer::new(Rate::per_second(n(100))).and(Limit::concurrent("at once", n(1)));
-    let layer = layer.store(store(&redis));
-    let service = layer.layer(Ok200);
-    redis.pause();
-    let mut asked = Box::pin(service.clone().oneshot(from("192.0.2.1")));
-    assert!(futures::poll!(&mut asked).is_pending());
-    assert_eq!(layer.handle().stats().in_flight, 1);
-    drop(asked);
-    assert_eq!(layer.handle().stats().in_flight, 0);
-    redis.resume();
-}
-
 #[cfg(feature = "redis-tls")]
 #[tokio::test]
 async fn tls_without_a_provider_is_an_error_and_no_panic() {
-    assert!(RedisStore::new("rediss://localhost").unwrap_err().is_provider());
+    for url in ["rediss://localhost", "REDISS://localhost", "valkeys://localhost"] {
+        assert!(RedisStore::new(url).unwrap_err().is_provider(), "{url}");
+    }
 }

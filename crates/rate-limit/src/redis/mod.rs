@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use portcullis_core::Moment;
-use redis::Client;
+use redis::{Client, ConnectionInfo, IntoConnectionInfo};
 
 use self::leases::Local;
 use self::question::{Ask, Taken};
@@ -50,8 +50,10 @@ pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
 ///
 /// # When it fails
 ///
-/// A request waits for [`DEFAULT_STORE_DEADLINE`] and is then treated as [`OnFailure`] says. After three failures in a row
-/// the store is left alone for 100 ms, then twice as long and so on up to a second, with one request to try it each time.
+/// A request waits for [`DEFAULT_STORE_DEADLINE`] and is then treated as [`OnFailure`] says. After three failures in a row,
+/// each of a question that was sent after the one before had failed, the store is left alone for 100 ms, then twice as long
+/// and so on up to a second, with one request to try it each time. A connection that failed three times in a row is replaced,
+/// and one over which an error came is at once, so that a name is looked up again when another server is the primary.
 /// [`StoreStats`] show it, and it is logged when that begins and when it ends.
 ///
 /// What 500 requests got within a second, of ten callers who come at 50 a second each and may at 25, with the default
@@ -150,6 +152,8 @@ struct Settings {
     lease: Duration,
 }
 
+/// The longest a deadline or a lease may be.
+const LONGEST: Duration = Duration::from_secs(3600);
 /// Ticks of the script in a nanosecond, as a fraction.
 const TICKS: (u64, u64) = (16, 1000);
 
@@ -164,9 +168,7 @@ impl RedisStore {
     ///
     /// A URL that is none, or one of TLS without the feature or without a default provider of rustls.
     pub fn new(url: &str) -> Result<Self, Error> {
-        #[cfg(feature = "redis-tls")]
-        needs_provider(url)?;
-        Ok(Self::of(Client::open(url).map_err(|_| Error::url())?))
+        Ok(Self::of(Client::open(address(url)?).map_err(|_| Error::url())?))
     }
 
     /// The same, but over TLS it trusts only certificates that these authorities signed, given as PEM.
@@ -179,11 +181,11 @@ impl RedisStore {
         use rustls::pki_types::CertificateDer;
         use rustls::pki_types::pem::PemObject;
 
-        needs_provider(url)?;
+        let address = address(url)?;
         let read = CertificateDer::pem_slice_iter(authorities).collect::<Result<Vec<_>, _>>();
         if read.is_ok_and(|certificates| !certificates.is_empty()) {
             let certificates = redis::TlsCertificates { client_tls: None, root_cert: Some(authorities.to_vec()) };
-            return Ok(Self::of(Client::build_with_tls(url, certificates).map_err(|_| Error::url())?));
+            return Ok(Self::of(Client::build_with_tls(address, certificates).map_err(|_| Error::url())?));
         }
         Err(Error::authorities())
     }
@@ -202,10 +204,10 @@ impl RedisStore {
         self
     }
 
-    /// How long a request waits for an answer.
+    /// How long a request waits for an answer, an hour at most.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
-        self.settings.deadline = deadline;
+        self.settings.deadline = deadline.min(LONGEST);
         self
     }
 
@@ -216,10 +218,10 @@ impl RedisStore {
         self
     }
 
-    /// How long a lease lives; zero for none at all: then every request that is admitted is a round trip.
+    /// How long a lease lives, an hour at most; zero for none at all: then every request that is admitted is a round trip.
     #[must_use]
     pub fn lease(mut self, life: Duration) -> Self {
-        self.settings.lease = life;
+        self.settings.lease = life.min(LONGEST);
         self
     }
 
@@ -310,10 +312,16 @@ impl fmt::Debug for RedisStore {
     }
 }
 
-#[cfg(feature = "redis-tls")]
-fn needs_provider(url: &str) -> Result<(), Error> {
-    let missing = url.starts_with("rediss:") && rustls::crypto::CryptoProvider::get_default().is_none();
-    if missing { Err(Error::provider()) } else { Ok(()) }
+/// What a URL says, if this process can go there.
+fn address(url: &str) -> Result<ConnectionInfo, Error> {
+    let info = url.into_connection_info().map_err(|_| Error::url())?;
+    #[cfg(feature = "redis-tls")]
+    if matches!(info.addr(), redis::ConnectionAddr::TcpTls { .. })
+        && rustls::crypto::CryptoProvider::get_default().is_none()
+    {
+        return Err(Error::provider());
+    }
+    Ok(info)
 }
 
 fn count(counter: &AtomicU64) {

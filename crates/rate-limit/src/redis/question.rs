@@ -7,7 +7,7 @@ use http::StatusCode;
 use portcullis_core::{Moment, Rejection};
 
 use super::leases::{Given, Local, Question};
-use super::shared::Shared;
+use super::shared::{Failure, Shared};
 use super::{OnFailure, RedisStore, count, from_ticks, ticks};
 use crate::answer::{Refusal, Standing, Wait};
 use crate::held::Holding;
@@ -102,19 +102,14 @@ impl Taken {
         let question = shared.invoke(settings, &self.asks, &owed, self.delay);
         let answer = tokio::time::timeout(settings.deadline, question).await;
         let now = self.limiter.clock.now();
-        let failure = match answer {
-            Ok(Ok(replies)) => Ok(replies),
-            Ok(Err(reason)) => {
-                shared.owe_again(owed);
-                Err(reason)
-            }
-            Err(_) => Err("no answer in time".into()),
-        };
-        let replies = match failure {
+        let replies = match answer.unwrap_or(Err(Failure::Late)) {
             Ok(replies) => replies,
-            Err(reason) => {
+            Err(failure) => {
                 count(&shared.counts.failures);
-                shared.failed(now, &reason);
+                shared.failed(sent, now, &failure);
+                if matches!(failure, Failure::Said(_)) {
+                    shared.owe_again(owed);
+                }
                 return self.undecided(now);
             }
         };

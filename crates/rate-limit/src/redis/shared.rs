@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use portcullis_core::Moment;
@@ -23,13 +23,15 @@ pub(super) struct Shared {
     pub(super) prefix: String,
     script: Script,
     hasher: SipHasher13,
-    connection: OnceLock<Option<ConnectionManager>>,
+    connection: Mutex<Option<ConnectionManager>>,
     pub(super) leases: Leases,
     owed: Mutex<HashMap<u64, Owed>>,
     /// Tells this process's leases from those of others.
     me: u64,
     next_lease: AtomicU64,
     failures_in_a_row: AtomicU32,
+    /// When the last failure was counted.
+    counted: AtomicU64,
     pub(super) down_until: AtomicU64,
     pub(super) counts: Counts,
 }
@@ -52,6 +54,14 @@ pub(super) struct Owed {
     report: Option<(u64, u64)>,
 }
 
+/// Why there is no answer.
+#[derive(Debug)]
+pub(super) enum Failure {
+    Late,
+    /// An error, of the store or on the way.
+    Said(String),
+}
+
 /// What a process comes back for when there is not enough.
 const GRAIN: Duration = Duration::from_millis(20);
 /// How many debts go with a question.
@@ -70,12 +80,13 @@ impl Shared {
             prefix,
             hasher: SipHasher13::new_with_keys(seed.hash_one(0), seed.hash_one(1)),
             script: Script::new(include_str!("script.lua")),
-            connection: OnceLock::new(),
+            connection: Mutex::default(),
             leases: Leases::new(capacity),
             owed: Mutex::default(),
             me: seed.hash_one("me"),
             next_lease: AtomicU64::new(1),
             failures_in_a_row: AtomicU32::new(0),
+            counted: AtomicU64::new(0),
             down_until: AtomicU64::new(0),
             counts: Counts::default(),
         }
@@ -110,16 +121,10 @@ impl Shared {
         asks: &[Ask],
         owed: &[Owed],
         delay: u64,
-    ) -> Result<Vec<Reply>, String> {
-        let connection = self.connection.get_or_init(|| {
-            let config = ConnectionManagerConfig::new()
-                .set_response_timeout(Some(settings.deadline.max(Duration::from_secs(1))))
-                .set_connection_timeout(Some(Duration::from_secs(1)))
-                .set_number_of_retries(1)
-                .set_min_delay(Duration::from_millis(20));
-            ConnectionManager::new_lazy_with_config(self.client.clone(), config).ok()
-        });
-        let Some(mut connection) = connection.clone() else { return Err("no connection can be made".into()) };
+    ) -> Result<Vec<Reply>, Failure> {
+        let Some(mut connection) = self.connection(settings) else {
+            return Err(Failure::Said("no connection can be made".into()));
+        };
         let mut call = self.script.prepare_invoke();
         call.arg(ticks(nanos(settings.lease)));
         let report =
@@ -149,7 +154,8 @@ impl Shared {
                 .arg(u8::from(ask.limit.is_shadow()))
                 .arg(ticks_within(ask.delay(delay)));
         }
-        let numbers: Vec<i64> = call.invoke_async(&mut connection).await.map_err(|error| error.to_string())?;
+        let numbers: Vec<i64> =
+            call.invoke_async(&mut connection).await.map_err(|error| Failure::Said(error.to_string()))?;
         let replies = numbers.get(1 + 4 * owed.len()..).unwrap_or_default();
         let each = replies.chunks_exact(4).zip(leases).map(|(reply, lease)| {
             let number = |at: usize| u64::try_from(reply[at]).unwrap_or(0);
@@ -157,6 +163,23 @@ impl Shared {
             Reply { lease, leased, ahead: number(1), again: number(2), refuses: reply[3] == 1 }
         });
         Ok(each.collect())
+    }
+
+    /// The connection, or one that is being made, whether or not the request that asks for it waits so long.
+    fn connection(&self, settings: Settings) -> Option<ConnectionManager> {
+        let mut held = lock(&self.connection);
+        if held.is_none() {
+            let config = ConnectionManagerConfig::new()
+                .set_response_timeout(Some(settings.deadline.max(Duration::from_secs(1))))
+                .set_connection_timeout(Some(Duration::from_secs(1)))
+                .set_number_of_retries(1)
+                .set_min_delay(Duration::from_millis(20));
+            let made = ConnectionManager::new_lazy_with_config(self.client.clone(), config).ok()?;
+            let mut first = made.clone();
+            tokio::spawn(async move { first.send_packed_command(&redis::cmd("PING")).await.is_ok() });
+            *held = Some(made);
+        }
+        held.clone()
     }
 
     /// What goes with a question about these keys: what they owe themselves, and a few others.
@@ -193,7 +216,7 @@ impl Shared {
     }
 
     fn owed(&self) -> MutexGuard<'_, HashMap<u64, Owed>> {
-        self.owed.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.owed)
     }
 
     /// Whether to ask at all; of those who come while it is down, one is let through now and then.
@@ -216,14 +239,82 @@ impl Shared {
         }
     }
 
-    pub(super) fn failed(&self, now: Moment, reason: &str) {
+    /// A question that was sent then has failed. Those that were under way together fail together, and count as one.
+    pub(super) fn failed(&self, sent: Moment, now: Moment, failure: &Failure) {
+        let later = |counted| (sent.as_nanos() >= counted).then_some(now.as_nanos());
+        if self.counted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, later).is_err() {
+            return;
+        }
         let failures = self.failures_in_a_row.fetch_add(1, Ordering::Relaxed).saturating_add(1);
+        // A connection may have died without a word, and who answers with an error may be the primary no more: the next
+        // question makes another one. A new one is given time.
+        if matches!(failure, Failure::Said(_)) || failures.is_multiple_of(FAILURES_IN_A_ROW) {
+            *lock(&self.connection) = None;
+        }
         if failures < FAILURES_IN_A_ROW {
             return;
         }
         let rest = Duration::from_millis(100 << (failures - FAILURES_IN_A_ROW).min(4)).min(Duration::from_secs(1));
         if self.down_until.swap((now + rest).as_nanos(), Ordering::Relaxed) == 0 {
-            tracing::warn!(reason, "the store of limits does not answer: it is left alone for a while");
+            tracing::warn!(
+                reason = failure.reason(),
+                "the store of limits does not answer: it is left alone for a while"
+            );
         }
+    }
+}
+
+// === impl Failure ===
+
+impl Failure {
+    fn reason(&self) -> &str {
+        match self {
+            Self::Late => "no answer in time",
+            Self::Said(reason) => reason,
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shared() -> Shared {
+        Shared::new(Client::open("redis://localhost").unwrap(), String::new(), 16)
+    }
+
+    fn at(millis: u64) -> Moment {
+        Moment::from_nanos(1 << 52) + Duration::from_millis(millis)
+    }
+
+    fn rest(shared: &Shared, now: u64) -> u64 {
+        let until = Moment::from_nanos(shared.down_until.load(Ordering::Relaxed));
+        until.since(at(now)).as_millis() as u64
+    }
+
+    #[test]
+    fn questions_that_fail_together_count_once() {
+        let shared = shared();
+        for _ in 0..16 {
+            shared.failed(at(0), at(20), &Failure::Late);
+        }
+        assert!(shared.may_ask(at(20), Duration::ZERO));
+        shared.failed(at(20), at(40), &Failure::Late);
+        shared.failed(at(21), at(41), &Failure::Late);
+        assert!(shared.may_ask(at(41), Duration::ZERO), "twice in a row");
+        shared.failed(at(41), at(61), &Failure::Late);
+        assert_eq!(rest(&shared, 61), 100);
+        for (sent, longer) in [(161, 200), (381, 400), (801, 800), (1621, 1000), (2641, 1000)] {
+            assert!(shared.may_ask(at(sent), Duration::ZERO) && !shared.may_ask(at(sent - 1), Duration::ZERO));
+            shared.failed(at(sent), at(sent + 20), &Failure::Late);
+            shared.failed(at(50), at(sent + 20), &Failure::Late);
+            assert_eq!(rest(&shared, sent + 20), longer);
+        }
+        shared.answered();
+        assert!(shared.may_ask(at(2700), Duration::ZERO));
     }
 }
