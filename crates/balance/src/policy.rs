@@ -144,7 +144,7 @@ impl Policy {
         self
     }
 
-    /// How many bytes of a request body are kept until the response begins. A longer body is sent once and never again.
+    /// How many bytes of a request body are kept, as a copy, until the response begins. A longer body is sent once and never again.
     #[must_use]
     pub const fn replay(mut self, bytes: usize) -> Self {
         self.replay = bytes;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
+use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
@@ -40,24 +41,18 @@ struct Kept<B> {
     attempt: u32,
     /// Woken when it may not any more: it holds a connection until it is told.
     reader: Option<Waker>,
-    /// How many of `frames` it has read.
+    /// What was read, copied: a piece of a buffer would keep all of it.
+    data: Vec<u8>,
+    trailers: Option<Box<HeaderMap>>,
+    /// How much of `data` it has read, and whether it has the trailers.
     position: usize,
-    frames: Vec<Passed>,
-    size: usize,
+    has_trailers: bool,
     limit: usize,
-    /// Whether `frames` is all that was read.
+    /// Whether all that was read is kept.
     whole: bool,
     /// Another attempt will not be made.
     last: bool,
 }
-
-enum Passed {
-    Data(Bytes),
-    Trailers(Box<http::HeaderMap>),
-}
-
-/// How many frames are kept.
-const FRAMES: usize = 1024;
 
 /// The balancer's end of a body that is kept.
 pub(crate) struct Keeper<B>(Option<Arc<Mutex<Kept<B>>>>);
@@ -92,9 +87,10 @@ impl<B: Body<Data = Bytes>> Replay<B> {
             over: false,
             attempt: 0,
             reader: None,
+            data: Vec::new(),
+            trailers: None,
             position: 0,
-            frames: Vec::new(),
-            size: 0,
+            has_trailers: false,
             limit,
             whole: true,
             last: false,
@@ -130,9 +126,7 @@ where
             State::Kept { kept, attempt } => {
                 let kept = lock(kept);
                 // One that was given up must not look whole.
-                *attempt == kept.attempt
-                    && kept.position >= kept.frames.len()
-                    && (kept.over || kept.body.is_end_stream())
+                *attempt == kept.attempt && kept.has_all() && (kept.over || kept.body.is_end_stream())
             }
         }
     }
@@ -143,7 +137,7 @@ where
             State::Plain { body } => body.size_hint(),
             State::Kept { kept, .. } => {
                 let kept = lock(kept);
-                let behind: usize = kept.frames.iter().skip(kept.position).map(Passed::len).sum();
+                let behind = kept.data.len() - kept.position;
                 let ahead = if kept.over { SizeHint::with_exact(0) } else { kept.body.size_hint() };
                 let mut hint = SizeHint::new();
                 hint.set_lower(ahead.lower() + behind as u64);
@@ -177,11 +171,8 @@ where
         if attempt != self.attempt {
             return Poll::Ready(Some(Err(Box::new(Superseded))));
         }
-        if let Some(passed) = self.frames.get(self.position) {
-            let frame = passed.frame();
-            self.position += 1;
-            self.forget();
-            return Poll::Ready(Some(Ok(frame)));
+        if !self.has_all() {
+            return Poll::Ready(Some(Ok(self.repeat())));
         }
         if self.over {
             return Poll::Ready(None);
@@ -208,42 +199,47 @@ impl<B> Kept<B> {
         if self.last || !self.whole {
             return;
         }
-        let passed = match (frame.data_ref(), frame.trailers_ref()) {
-            (Some(data), _) => Passed::Data(data.clone()),
-            (_, Some(trailers)) => Passed::Trailers(Box::new(trailers.clone())),
-            _ => return,
-        };
-        self.size = self.size.saturating_add(passed.len());
-        // Or empty ones would pile up.
-        if self.size > self.limit || self.frames.len() == FRAMES {
-            (self.frames, self.position, self.whole) = (Vec::new(), 0, false);
-        } else {
-            self.frames.push(passed);
-            self.position += 1;
+        match (frame.data_ref(), frame.trailers_ref()) {
+            (Some(data), _) if self.trailers.is_none() && data.len() <= self.limit - self.data.len() => {
+                self.data.extend_from_slice(data);
+                self.position = self.data.len();
+            }
+            (_, Some(trailers)) if self.trailers.is_none() => {
+                (self.trailers, self.has_trailers) = (Some(Box::new(trailers.clone())), true);
+            }
+            _ => self.forget(),
         }
+    }
+
+    /// Whether the attempt that may read has read all that is kept.
+    fn has_all(&self) -> bool {
+        self.position >= self.data.len() && self.has_trailers == self.trailers.is_some()
+    }
+
+    /// What the attempt has not read yet of what is kept, data first.
+    fn repeat(&mut self) -> Frame<Bytes> {
+        let frame = if self.position < self.data.len() {
+            let rest = Bytes::copy_from_slice(&self.data[self.position..]);
+            self.position = self.data.len();
+            Frame::data(rest)
+        } else {
+            self.has_trailers = true;
+            Frame::trailers(self.trailers.as_deref().cloned().unwrap_or_default())
+        };
+        self.forget_what_was_read();
+        frame
     }
 
     /// What the last attempt has read is of no more use.
+    fn forget_what_was_read(&mut self) {
+        if self.last && self.has_all() {
+            self.forget();
+        }
+    }
+
     fn forget(&mut self) {
-        if self.last && self.position >= self.frames.len() {
-            (self.frames, self.position, self.whole) = (Vec::new(), 0, false);
-        }
-    }
-}
-
-impl Passed {
-    fn len(&self) -> usize {
-        match self {
-            Self::Data(data) => data.len(),
-            Self::Trailers(_) => 0,
-        }
-    }
-
-    fn frame(&self) -> Frame<Bytes> {
-        match self {
-            Self::Data(data) => Frame::data(data.clone()),
-            Self::Trailers(trailers) => Frame::trailers((**trailers).clone()),
-        }
+        (self.data, self.trailers) = (Vec::new(), None);
+        (self.position, self.has_trailers, self.whole) = (0, false, false);
     }
 }
 
@@ -264,7 +260,7 @@ impl<B: Body<Data = Bytes>> Keeper<B> {
             return None;
         }
         kept.attempt += 1;
-        kept.position = 0;
+        (kept.position, kept.has_trailers) = (0, false);
         let (attempt, reader) = (kept.attempt, kept.reader.take());
         drop(kept);
         if let Some(reader) = reader {
@@ -285,7 +281,7 @@ impl<B> Keeper<B> {
         if let Some(shared) = self.0.take() {
             let mut kept = lock(&shared);
             kept.last = true;
-            kept.forget();
+            kept.forget_what_was_read();
         }
     }
 }
@@ -322,7 +318,7 @@ mod tests {
     }
 
     fn abc() -> Frames {
-        let mut trailers = http::HeaderMap::new();
+        let mut trailers = HeaderMap::new();
         trailers.insert("x-sum", "1".parse().unwrap());
         body(vec![Frame::data("a".into()), Frame::data("bc".into()), Frame::trailers(trailers)])
     }
@@ -376,10 +372,13 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn empty_frames_are_bounded_too() {
-        let (first, keeper) = Replay::keep(body((0..10_000).map(|_| Frame::data(Bytes::new())).collect()), 1000);
-        first.collect().await.unwrap();
-        assert!(keeper.again().is_none());
+    async fn the_buffers_that_frames_were_read_into_are_not_kept() {
+        let buffers: Vec<Bytes> = (0..100).map(|_| vec![7; 8192].into()).collect();
+        let (first, keeper) =
+            Replay::keep(body(buffers.iter().map(|buffer| Frame::data(buffer.slice(..1))).collect()), 1000);
+        assert_eq!(first.collect().await.unwrap().to_bytes().len(), 100);
+        assert!(buffers.iter().all(Bytes::is_unique));
+        assert_eq!(keeper.again().unwrap().collect().await.unwrap().to_bytes(), [7; 100][..]);
     }
 
     #[tokio::test]
