@@ -494,15 +494,16 @@ impl<P: Pick> Shared<P> {
         }
         let choice = Choice { subset: policy.subset.as_ref(), ..whole };
         let viewed = self.viewed(endpoints, &whole);
+        let offered = viewed.subset(endpoints, &choice);
         if let Some(sticky) = &policy.sticky
             && let Some(token) = sticky.read(asked.headers)
-            && let Some(endpoint) = viewed.cookies(endpoints, sticky).get(&token).map(|i| &endpoints[*i as usize])
-            && policy.subset.as_ref().is_none_or(|subset| subset.holds(&endpoint.instance()))
-            && let Some(chosen) = whole.enter(endpoint)
+            && let Some(i) = viewed.cookies(endpoints, sticky).get(&token)
+            && offered.holds(*i)
+            && let Some(chosen) = whole.enter(&endpoints[*i as usize])
         {
             return Ok(chosen);
         }
-        viewed.subset(endpoints, &choice).choose(endpoints, &choice)
+        offered.choose(endpoints, &choice)
     }
 
     fn viewed<'a>(&self, endpoints: &'a Endpoints, whole: &Choice<'_, P>) -> &'a Viewed {

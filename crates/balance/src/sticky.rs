@@ -12,9 +12,9 @@ use siphasher::sip128::{Hasher128, SipHasher24};
 ///
 /// The cookie's value is a keyed hash ([SipHash-2-4](https://www.aumasson.jp/siphash/siphash.pdf), 128 bits) of the
 /// endpoint's service, id and address: nobody without the secret learns an address from it, or can choose an endpoint.
-/// Gateways with the same secret understand each other's cookies. When the endpoint is gone, does not admit or has failed
-/// the request, another is picked and the cookie replaced. A response that a layer of ours made in place of the endpoint's
-/// sets none.
+/// Gateways with the same secret understand each other's cookies. When the endpoint is gone, has a weight of zero, does not
+/// admit or has failed the request, another is picked and the cookie replaced. A response that a layer of ours made in place
+/// of the endpoint's sets none.
 #[derive(Clone)]
 pub struct Sticky {
     name: Arc<str>,
@@ -24,8 +24,9 @@ pub struct Sticky {
 
 /// Asks for one endpoint, by its id; put it into the request's extensions.
 ///
-/// When there is no such endpoint, or it does not admit, another is picked, unless the preference is
-/// [strict](Self::strict). It goes before stickiness and policy, and is not bound to a subset.
+/// When there is no such endpoint, or it does not admit or has failed the request, another is picked, unless the preference
+/// is [strict](Self::strict). It goes before stickiness and policy, and is bound neither to a subset nor to a weight: one of
+/// weight zero is asked only so.
 #[derive(Clone, Debug)]
 pub struct Prefer {
     pub(crate) id: Arc<str>,

@@ -89,9 +89,9 @@ const CLOSED: Duration = Duration::from_millis(5);
 // === impl Choice ===
 
 impl<P: Pick + ?Sized> Choice<'_, P> {
-    /// This very endpoint, if it may be picked.
+    /// This very endpoint, if it admits and was not tried.
     pub(crate) fn enter(&self, endpoint: &Endpoint) -> Option<Chosen> {
-        if endpoint.weight() == 0 || self.has_tried(endpoint) {
+        if self.has_tried(endpoint) {
             return None;
         }
         let permit = endpoint.permit(|| self.clock.now()).ok()?;
@@ -133,6 +133,11 @@ impl Viewed {
             None => self,
             Some(subset) => self.subsets.get_or_init(subset, || Self::new(endpoints, choice)),
         }
+    }
+
+    /// Whether the endpoint there is one of those that can be picked.
+    pub(crate) fn holds(&self, position: u32) -> bool {
+        self.first.all.contains(&position)
     }
 
     /// Where the endpoint of each cookie stands in the snapshot.

@@ -638,8 +638,33 @@ async fn a_caller_stays_where_its_cookie_leads_while_it_can() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_cookie_counts_also_where_an_empty_subset_lets_all_be_picked() {
+    let set = described(|i, instance| instance.tags.extend((i == 4).then(|| "last".to_owned())), 5);
+    let of = |tag: &str| {
+        let sticky = Sticky::cookie("at", [7; 16]).unwrap();
+        let policy = Policy::new().sticky(sticky).subset(Subset::tag(tag).or_any());
+        service(&BalanceLayer::new(RoundRobin::new()).policy(policy))
+    };
+    let (mut nobody, mut calls) = of("none");
+    let (response, seen) = serve(&mut nobody, &mut calls, request(&set), |_| ok()).await;
+    let cookie = response.headers()["set-cookie"].to_str().unwrap().split(';').next().unwrap().to_owned();
+    let back = || {
+        let mut request = request(&set);
+        request.headers_mut().insert("cookie", cookie.parse().unwrap());
+        request
+    };
+    for _ in 0..5 {
+        let (response, again) = serve(&mut nobody, &mut calls, back(), |_| ok()).await;
+        assert!(again == seen && !response.headers().contains_key("set-cookie"));
+    }
+    let (mut last, mut calls) = of("last");
+    let (_, seen) = serve(&mut last, &mut calls, back(), |_| ok()).await;
+    assert_eq!(seen, [set[4].clone()], "no cookie leads out of a subset");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_request_can_ask_for_its_endpoint() {
-    let set = endpoints(5);
+    let set = described(|i, instance| instance.weight = u32::from(i != 3), 5);
     let layer = BalanceLayer::new(RoundRobin::new());
     let (mut service, mut calls) = service(&layer);
     let asking = |prefer: Prefer| {
