@@ -111,7 +111,7 @@ fn picks(c: &mut Criterion) {
             let (set, policy, request) = (endpoints(*n), Arc::new(policy()), request());
             let layer = BalanceLayer::new(policy.clone()).clock(clock.clone());
             layer.prepare(&set);
-            drop(layer.choose(&set, Asked::of(&request)));
+            drop(layer.choose(&set, Asked::of(&request)).unwrap());
             if policy.observes() {
                 let call = Call::new(Duration::from_millis(20), Outcome::Success, None, clock.now());
                 set.iter().for_each(|endpoint| policy.observe(endpoint, &call));
@@ -213,7 +213,7 @@ fn tables(c: &mut Criterion) {
                 b.iter_custom(|rounds| (0..rounds).map(|_| timed(call)).sum());
             });
         };
-        bench("first pick of 1000", &|set| assert!(layer.choose(set, Asked::of(&request)).is_some()));
+        bench("first pick of 1000", &|set| assert!(layer.choose(set, Asked::of(&request)).is_ok()));
         bench("prepare for 1000", &|set| layer.prepare(set));
     }
     one(c, "random", &BalanceLayer::new(Random));

@@ -311,18 +311,8 @@ where
     }
 
     fn refuse(&self, nobody: Nobody, parts: &Parts) -> Answer<R, P> {
-        let (reason, until) = match nobody {
-            Nobody::Empty => ("no-endpoints", None),
-            Nobody::Refused(until) => ("none-admits", Some(until)),
-            Nobody::Preferred => ("preferred-not-available", None),
-        };
         let service = Endpoints::of(&parts.extensions).map(|endpoints| &**endpoints.service());
-        tracing::debug!(service, reason, "refused");
-        let mut rejection = Rejection::new(Layer::Balance, StatusCode::SERVICE_UNAVAILABLE, reason);
-        if let Some(until) = until.filter(|until| *until != Moment::MAX) {
-            rejection = rejection.with_retry_after(until.since(self.shared.clock.now()));
-        }
-        rejection.into_response(Dialect::of(&parts.headers))
+        nobody.into_rejection(service, &self.shared.clock).into_response(Dialect::of(&parts.headers))
     }
 
     /// An attempt has come to a response, or an error.

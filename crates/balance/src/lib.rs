@@ -7,9 +7,9 @@
 //! * **Refuses** with 503 when there are no endpoints or none admits (with `retry-after` when a gate says until when), with
 //!   504 when the last attempt took longer than [its limit](Policy::attempt_timeout)
 //! * **Alone** a request without `Endpoints` passes untouched; without a breaker below, gates always admit
-//! * **Cost** a pick locks, queues and allocates nothing, at any number of endpoints. Being able to try another endpoint
-//!   costs one allocation, in which the request's headers are kept, and two if it has a body; [`Policy::attempts`] of 1
-//!   saves them
+//! * **Cost** a pick locks, queues and allocates nothing, at any number of endpoints, but for the first after a gate moved,
+//!   one that finds nobody where it looks, and cookies. Being able to try another endpoint costs one allocation, in which the
+//!   request's headers are kept, and two if it has a body; [`Policy::attempts`] of 1 saves them
 //!
 //! ```
 //! use std::convert::Infallible;
@@ -145,9 +145,9 @@
 //!
 //! # Another attempt
 //!
-//! A response that carries a [`Rejection`](portcullis_core::Rejection) for the upstream's fault of which nothing was
-//! [sent](portcullis_core::Rejection::sent), or one by a breaker below, or because all connections to the endpoint were in
-//! use, is tried elsewhere whatever the method: it costs no endpoint more work, so no [`Budget`] either. A request that was sent is repeated only if its method is idempotent (or
+//! A response that carries a [`Rejection`] for the upstream's fault of which nothing was [sent](Rejection::sent), or one by a
+//! breaker below, or because all connections to the endpoint were in use, is tried elsewhere whatever the method: it costs no
+//! endpoint more work, so no [`Budget`] either. A request that was sent is repeated only if its method is idempotent (or
 //! [told so](Policy::repeat_any_method)), for the reasons the [`Policy`] lists, within the budget that all clones of the
 //! layer share, after a jittered back-off, and never after its deadline: what `grpc-timeout` says is counted once, for all
 //! attempts. An endpoint that failed a request is not tried
@@ -247,7 +247,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response};
-use portcullis_core::{Body, Carried, Classify, Clock, Endpoints, Permit, SlotKey, Standard, WallClock};
+use portcullis_core::{Body, Carried, Classify, Clock, Endpoints, Permit, Rejection, SlotKey, Standard, WallClock};
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -326,7 +326,8 @@ impl<P: Pick> BalanceLayer<P> {
     /// When fewer than so many percent of the endpoints admit, gates are not obeyed: what is refused is likelier to be
     /// somebody's misjudgement, or an overload that refusing makes worse. Calls that went past a gate change nothing
     /// there. Default 50; zero never panics. When none admits
-    /// there is no panic but a refusal. With priorities, each panics by itself, and only when all together are too few.
+    /// there is no panic but a refusal. With priorities, each panics by itself, and only when all together are too few for
+    /// the requests: so above 71 it is as 71, unless [over-provisioning](Self::overprovisioning) is set to less.
     #[must_use]
     pub fn panic_threshold(mut self, percent: u8) -> Self {
         self.change().shape.panic = percent;
@@ -364,7 +365,8 @@ impl<P: Pick> BalanceLayer<P> {
         self
     }
 
-    /// Waits so long for an endpoint to admit before a request is refused. By default it is refused at once.
+    /// Waits so long for an endpoint to admit before a request is refused: for one of those that were known when it came. By
+    /// default it is refused at once.
     #[must_use]
     pub fn wait(mut self, longest: Duration) -> Self {
         self.change().wait = Some(longest);
@@ -407,11 +409,20 @@ impl<P: Pick> BalanceLayer<P> {
         self
     }
 
-    /// The choice alone, for those who speak no `tower`: the right to call one of `endpoints`, or `None` when none admits.
-    /// The caller counts the call itself, with [`begin`](portcullis_core::Endpoint::begin).
-    #[must_use]
-    pub fn choose(&self, endpoints: &Endpoints, asked: Asked<'_>) -> Option<Permit> {
-        self.shared.choose(endpoints, &self.shared.policy, asked, &[]).ok().map(|chosen| chosen.0)
+    /// The choice alone, for those who speak no `tower`: the right to call one of `endpoints`, by the layer's own
+    /// [policy](Self::policy). The caller counts the call itself, with [`begin`](portcullis_core::Endpoint::begin), and tells
+    /// a policy that [observes](Pick::observes) how it went.
+    ///
+    /// # Errors
+    ///
+    /// What the layer would answer: that there are no endpoints, or that none admits and, if it is a matter of time, until
+    /// when.
+    pub fn choose(&self, endpoints: &Endpoints, asked: Asked<'_>) -> Result<Permit, Rejection> {
+        let shared = &*self.shared;
+        match shared.choose(endpoints, &shared.policy, asked, &[]) {
+            Ok((permit, _)) => Ok(permit),
+            Err(nobody) => Err(nobody.into_rejection(Some(endpoints.service()), &shared.clock)),
+        }
     }
 
     /// Lays out now, and waits for, the table that a policy which hashes needs for `endpoints`, in the layer's own
@@ -481,6 +492,7 @@ impl<P: Pick> Shared<P> {
         asked: Asked<'_>,
         tried: &[Failed],
     ) -> Result<Chosen, Nobody> {
+        let asked = Asked { hash_key: policy.hash_key.as_ref(), ..asked };
         let whole = Choice { pick: &*self.pick, shape: &self.shape, subset: None, asked, tried, clock: &self.clock };
         if let Some(prefer) = asked.extensions.get::<Prefer>() {
             let ids = || (0..).zip(endpoints.iter()).map(|(i, endpoint)| (endpoint.id().clone(), i)).collect();

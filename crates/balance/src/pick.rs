@@ -10,6 +10,7 @@ use http::{Extensions, HeaderMap, Method, Request, Uri};
 use portcullis_core::{Clock, Endpoint, Endpoints, Moment, Outcome, SlotKey};
 
 use crate::group::Group;
+use crate::hash_key::HashKey;
 use crate::served::Failed;
 use crate::shape::Subset;
 use crate::view::Choice;
@@ -38,12 +39,12 @@ pub trait Pick: Send + Sync + 'static {
     /// `None` leaves the choice to that at once.
     fn pick(&self, among: &Candidates<'_>) -> Option<usize>;
 
-    /// Is told how a call went, when its response has ended. By default not interested.
+    /// Is told how a call went, when its response has ended, if it [wants](Self::observes) to be. By default not interested.
     fn observe(&self, endpoint: &Endpoint, call: &Call) {
         let _ = (endpoint, call);
     }
 
-    /// Whether [`observe`](Self::observe) wants to be told. By default not, and no clock is read for it.
+    /// Whether [`observe`](Self::observe) wants to be told. By default not: then it never is, and no clock is read for it.
     fn observes(&self) -> bool {
         false
     }
@@ -100,6 +101,8 @@ pub struct Asked<'a> {
     pub headers: &'a HeaderMap,
     /// What layers above left in it.
     pub extensions: &'a Extensions,
+    /// The one it is to be hashed by, if not by the policy's own.
+    pub(crate) hash_key: Option<&'a HashKey>,
 }
 
 /// How a call went, for [`Pick::observe`].
@@ -429,10 +432,12 @@ impl<'a> Asked<'a> {
             uri: request.uri(),
             headers: request.headers(),
             extensions: request.extensions(),
+            hash_key: None,
         }
     }
 
     pub(crate) fn of_parts(parts: &'a http::request::Parts) -> Self {
-        Self { method: &parts.method, uri: &parts.uri, headers: &parts.headers, extensions: &parts.extensions }
+        let (method, uri, headers, extensions) = (&parts.method, &parts.uri, &parts.headers, &parts.extensions);
+        Self { method, uri, headers, extensions, hash_key: None }
     }
 }

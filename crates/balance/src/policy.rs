@@ -151,8 +151,7 @@ impl Policy {
         self
     }
 
-    /// What decides where a request goes, for policies that hash. By default what the policy itself was made with. Only
-    /// that of a route counts.
+    /// What decides where a request goes, for policies that hash. By default what the policy itself was made with.
     #[must_use]
     pub fn hash_key(mut self, key: HashKey) -> Self {
         self.hash_key = Some(key);

@@ -7,12 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use arc_swap::ArcSwapOption;
-use portcullis_core::{Carried, Endpoint, Route, SlotKey, WeakEndpoint};
+use portcullis_core::{Endpoint, SlotKey, WeakEndpoint};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::hash_key::HashKey;
 use crate::pick::{Asked, Candidates, mix, score};
-use crate::policy::Policy;
 use crate::shape::Subset;
 
 /// Where the endpoints of a set stand for each hash.
@@ -281,10 +280,9 @@ pub(crate) fn hash_of(endpoint: &Endpoint) -> u64 {
     xxh3_64(instance.metadata.get("hash_key").map_or(instance.id.as_bytes(), String::as_bytes))
 }
 
-/// The hash of a request: by its route's key, else by `key`.
+/// The hash of a request: by the key of its [`Policy`](crate::Policy), else by `key`.
 pub(crate) fn hash_by(key: &HashKey, asked: Asked<'_>) -> Option<u64> {
-    let of_route = || Route::of(asked.extensions)?.policy::<Policy>()?.hash_key.as_ref();
-    of_route().unwrap_or(key).hash(asked)
+    asked.hash_key.unwrap_or(key).hash(asked)
 }
 
 #[cfg(test)]

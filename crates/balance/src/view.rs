@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
-use portcullis_core::{Clock, Endpoint, Endpoints, Moment, Permit, Refused};
+use http::StatusCode;
+use portcullis_core::{Clock, Endpoint, Endpoints, Layer, Moment, Permit, Refused, Rejection};
 
 use crate::few::Few;
 use crate::group::Group;
@@ -85,6 +86,25 @@ const PROBES: usize = 4;
 const KEPT: Duration = Duration::from_micros(1);
 /// How long nobody looks again after nobody admitted.
 const CLOSED: Duration = Duration::from_millis(5);
+
+// === impl Nobody ===
+
+impl Nobody {
+    /// What the caller is told.
+    pub(crate) fn into_rejection(self, service: Option<&str>, clock: &Clock) -> Rejection {
+        let (reason, until) = match self {
+            Self::Empty => ("no-endpoints", None),
+            Self::Refused(until) => ("none-admits", Some(until)),
+            Self::Preferred => ("preferred-not-available", None),
+        };
+        tracing::debug!(service, reason, "refused");
+        let rejection = Rejection::new(Layer::Balance, StatusCode::SERVICE_UNAVAILABLE, reason);
+        match until.filter(|until| *until != Moment::MAX) {
+            Some(until) => rejection.with_retry_after(until.since(clock.now())),
+            None => rejection,
+        }
+    }
+}
 
 // === impl Choice ===
 
