@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -40,8 +40,18 @@ struct View {
     all: Box<[u32]>,
     /// Whose gates do not let everybody in, and whom no policy gets to see.
     unseen: Box<[u32]>,
-    /// Nobody admitted until then, when it was last looked.
-    closed: AtomicU64,
+    /// Nobody admitted when it was last looked.
+    closed: ArcSwapOption<Closed>,
+}
+
+/// What nobody need look for again.
+#[derive(Debug)]
+struct Closed {
+    /// Until then, while no place comes back.
+    end: Moment,
+    freed: u64,
+    /// When the first may admit.
+    until: Moment,
 }
 
 /// A group that gets a part of the requests.
@@ -277,7 +287,7 @@ impl View {
             parts: Self::parts(endpoints, &members, splits, old),
             all: members.iter().map(|member| member.index).collect(),
             unseen: rationed().filter(|index| !seen[*index as usize]).collect(),
-            closed: AtomicU64::new(0),
+            closed: ArcSwapOption::empty(),
         };
         let panics = |view: &Self| view.parts.iter().any(|part| part.panic);
         if old.map_or(panics(&view), |old| panics(old) != panics(&view)) {
@@ -357,9 +367,13 @@ impl View {
         start: usize,
         panic: bool,
     ) -> Result<Chosen, Nobody> {
-        let now = choice.clock.now();
-        if now < Moment::from_nanos(self.closed.load(Ordering::Relaxed)) && self.moves == endpoints.moves() {
-            return Err(Nobody::Refused(self.earliest(endpoints, now)));
+        let (now, freed) = (choice.clock.now(), endpoints.freed());
+        if let Some(closed) = &*self.closed.load()
+            && now < closed.end
+            && closed.freed == freed
+            && self.moves == endpoints.moves()
+        {
+            return Err(Nobody::Refused(closed.until));
         }
         let priority = |i: u32| endpoints[i as usize].instance().priority;
         let mut order: Vec<u32> = self.all[start..].iter().chain(&self.all[..start]).copied().collect();
@@ -382,14 +396,8 @@ impl View {
             }
         }
         let Some(until) = earliest else { return Err(Nobody::Empty) };
-        self.closed.store(until.min(now + CLOSED).as_nanos(), Ordering::Relaxed);
+        self.closed.store(Some(Arc::new(Closed { end: until.min(now + CLOSED), freed, until })));
         Err(Nobody::Refused(until))
-    }
-
-    /// Whom of a few to come back for.
-    fn earliest(&self, endpoints: &Endpoints, now: Moment) -> Moment {
-        let until = |i: &u32| endpoints[*i as usize].gate().peek(|| now).map_or_else(|refused| refused.until, |()| now);
-        self.all.iter().take(16).map(until).min().unwrap_or(Moment::MAX)
     }
 }
 

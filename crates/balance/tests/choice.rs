@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use http::Request;
 use portcullis_balance::{Asked, BalanceLayer, HashKey, Maglev, Pick, Policy, Random, Rendezvous, RingHash, Subset};
-use portcullis_core::{Endpoint, Endpoints, Generation, Instance, Moment, Mover, Ration};
+use portcullis_core::{Clock, Endpoint, Endpoints, Generation, Instance, Moment, Mover, Ration};
 
 fn described(n: u16, describe: impl Fn(u16, &mut Instance)) -> Endpoints {
     let instance = |i| {
@@ -117,5 +117,29 @@ fn each_subset_and_priority_has_the_table_of_its_own_until_the_next_is_laid() {
             let moved = before.iter().zip(all(&less)).filter(|(a, b)| !gone.contains(a) && *a != b).count();
             assert!(moved * 20 < before.len(), "{moved} of {} keys moved needlessly", before.len());
         }
+    }
+}
+
+#[test]
+fn who_is_refused_hears_the_time_and_a_place_that_comes_back_is_given_away_at_once() {
+    let (clock, _hand) = Clock::manual();
+    let layer = BalanceLayer::new(Random).clock(clock.clone());
+    let choose = |set: &Endpoints| layer.choose(set, Asked::of(&asking(0)));
+    let set = described(20, |_, _| {});
+    set[..19].iter().for_each(|endpoint| endpoint.gate().close_for(Mover::new()));
+    let ration = Ration { until: clock.now() + Duration::from_secs(5), places: 1, every: Duration::from_secs(60) };
+    set[19].gate().ration(Mover::new(), Generation::FIRST, ration).unwrap();
+    for _ in 0..3 {
+        assert_eq!(choose(&set).err().unwrap().retry_after(), Some(Duration::from_secs(5)));
+    }
+    let set = described(2, |_, _| {});
+    set.iter().for_each(half_open);
+    let both = [choose(&set).unwrap(), choose(&set).unwrap()];
+    for permit in both {
+        assert!(choose(&set).is_err() && choose(&set).is_err());
+        let endpoint = permit.endpoint().clone();
+        drop(permit);
+        assert_eq!(*choose(&set).unwrap().endpoint(), endpoint);
+        std::mem::forget(endpoint.permit(|| clock.now()));
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwap;
 
-use crate::gate::{Gate, Pass, Refused};
+use crate::gate::{Gate, Moves, Pass, Refused};
 use crate::per_endpoint::Number;
 use crate::slots::{SlotKey, Slots};
 use crate::{Moment, Permit};
@@ -399,7 +399,7 @@ impl fmt::Debug for Endpoint {
 // === impl Joining ===
 
 impl Joining {
-    pub(crate) fn new(service: Arc<str>, instance: Instance, joined: Moment, moves: Arc<AtomicU64>) -> Self {
+    pub(crate) fn new(service: Arc<str>, instance: Instance, joined: Moment, moves: Arc<Moves>) -> Self {
         let about = About {
             service,
             id: instance.id.clone(),

@@ -5,9 +5,10 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use crate::endpoint::Joining;
+use crate::gate::Moves;
 use crate::slots::{SlotKey, Slots};
 use crate::{Address, Endpoint, Instance, Moment};
 
@@ -30,7 +31,7 @@ struct Snapshot {
     service: Arc<str>,
     version: u64,
     list: Box<[Endpoint]>,
-    moves: Arc<AtomicU64>,
+    moves: Arc<Moves>,
     slots: Slots,
     kept: Arc<Slots>,
 }
@@ -135,7 +136,14 @@ impl Endpoints {
     /// Counts how often a gate of this service was moved: what was derived from gates is fresh while this stands still.
     #[must_use]
     pub fn moves(&self) -> u64 {
-        self.0.moves.load(Ordering::Acquire)
+        self.0.moves.made.load(Ordering::Acquire)
+    }
+
+    /// Counts how often a place of a rationed gate of this service came back: who found every gate refusing need not look
+    /// again, before the time they said, while this and [`moves`](Self::moves) stand still.
+    #[must_use]
+    pub fn freed(&self) -> u64 {
+        self.0.moves.freed.load(Ordering::Acquire)
     }
 
     /// Whether this is the same snapshot as `other`, not merely an equal one.
@@ -271,5 +279,18 @@ mod tests {
         let before = one.moves();
         one[0].gate().close_for(crate::Mover::new());
         assert_ne!(one.moves(), before);
+    }
+
+    #[test]
+    fn a_place_that_comes_back_shows_in_another_count() {
+        let one = Endpoints::none("s").reconcile([instance("a", 1)], Moment::MIN);
+        let ration = crate::Ration { until: Moment::MIN, places: 1, every: std::time::Duration::MAX };
+        one[0].gate().ration(crate::Mover::new(), crate::Generation::FIRST, ration).unwrap();
+        let permit = one[0].permit(|| Moment::MIN).unwrap();
+        let before = (one.moves(), one.freed());
+        assert!(one[0].permit(|| Moment::MIN).is_err());
+        assert_eq!((one.moves(), one.freed()), before);
+        drop(permit);
+        assert_eq!((one.moves(), one.freed()), (before.0, before.1 + 1));
     }
 }

@@ -45,8 +45,17 @@ pub struct Gate {
 struct Rest {
     /// When a place may become free by time alone. Within one generation it never goes back while no place is left.
     deadline: AtomicU64,
-    moves: Arc<std::sync::atomic::AtomicU64>,
+    moves: Arc<Moves>,
     book: Mutex<Book>,
+}
+
+/// Counts what happens to the gates of one service.
+#[derive(Default)]
+pub(crate) struct Moves {
+    /// How often one was moved.
+    pub(crate) made: std::sync::atomic::AtomicU64,
+    /// How often a place of one came back.
+    pub(crate) freed: std::sync::atomic::AtomicU64,
 }
 
 /// One who moves gates. Each breaker, health check or administrator has one of its own.
@@ -145,7 +154,7 @@ impl Gate {
     }
 
     /// A gate that admits and counts its moves, with those of others, in `moves`.
-    pub(crate) fn counted(moves: Arc<std::sync::atomic::AtomicU64>) -> Self {
+    pub(crate) fn counted(moves: Arc<Moves>) -> Self {
         Self {
             word: AtomicU64::new(Word::admits(Generation(0)).0),
             rest: Box::new(Rest { deadline: AtomicU64::new(0), moves, book: Mutex::new(Book::default()) }),
@@ -252,6 +261,7 @@ impl Gate {
         if let Some(ration) = strictest(&book.votes).filter(|_| book.begun) {
             let word = Word::rationed(self.word().generation(), book.left(usize::from(ration.places)));
             self.publish(word, book.earliest());
+            self.rest.moves.freed.fetch_add(1, std::sync::atomic::Ordering::Release);
         }
     }
 
@@ -331,7 +341,7 @@ impl Gate {
             None => self.word.store(Word::admits(next).0, Ordering::Release),
             Some(ration) => self.publish(Word::rationed(next, 0), ration.until),
         }
-        self.rest.moves.fetch_add(1, std::sync::atomic::Ordering::Release);
+        self.rest.moves.made.fetch_add(1, std::sync::atomic::Ordering::Release);
     }
 
     /// The word first: one who sees the new deadline then sees the new word, too, and does not refuse by the old one.
