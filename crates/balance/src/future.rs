@@ -384,7 +384,7 @@ where
             return None;
         }
         let endpoints = spare.baggage.get::<Endpoints>();
-        let elsewhere = reason == Reason::Unsent && endpoints.is_some_and(|endpoints| endpoints.len() > attempts);
+        let elsewhere = reason == Reason::Unsent && endpoints.is_some_and(|all| self.is_another(all, policy, failed));
         let wait = match pushback {
             Some(wait) if wait > policy.longest_wait() => return None,
             Some(wait) => wait,
@@ -404,6 +404,18 @@ where
         let spare = if last { self.spare.take() } else { self.spare.clone() };
         self.trouble().next = Some((spare?.into_parts(), None));
         Some(if wait.is_zero() { Next::Ready } else { Next::Pause(wait) })
+    }
+
+    /// Whether an endpoint admits that was not tried.
+    fn is_another(&self, endpoints: &Endpoints, policy: &Policy, failed: &Endpoint) -> bool {
+        let tried = self.trouble.as_ref().map_or(&[][..], |trouble| &trouble.failed);
+        endpoints.iter().any(|endpoint| {
+            endpoint.gate().admits()
+                && endpoint.weight() > 0
+                && endpoint != failed
+                && tried.iter().all(|failed| failed.endpoint != *endpoint)
+                && policy.subset.as_ref().is_none_or(|subset| subset.holds(&endpoint.instance()))
+        })
     }
 
     fn finish(

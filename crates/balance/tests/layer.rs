@@ -245,6 +245,25 @@ async fn listed_statuses_are_tried_elsewhere_after_a_wait() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nothing_is_waited_for_only_when_another_endpoint_admits() {
+    let waited = async |set: Endpoints, policy: Policy| {
+        let (mut service, mut calls) = service(&BalanceLayer::new(RoundRobin::new()).policy(policy.attempts(2)));
+        let began = tokio::time::Instant::now();
+        for _ in 0..40 {
+            assert_eq!(serve(&mut service, &mut calls, request(&set), |_| unsent()).await.1.len(), 2);
+        }
+        began.elapsed()
+    };
+    assert_eq!(waited(endpoints(2), Policy::new()).await, Duration::ZERO);
+    let one_closed = endpoints(2);
+    one_closed[0].gate().close_for(Mover::new());
+    // Half of 25 ms in the mean.
+    assert!(waited(one_closed, Policy::new()).await > Duration::from_millis(200));
+    let one_tagged = described(|i, instance| instance.tags.extend((i == 0).then(|| "a".to_owned())), 2);
+    assert!(waited(one_tagged, Policy::new().subset(Subset::tag("a"))).await > Duration::from_millis(200));
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_error_of_the_inner_service_passes_through_when_attempts_are_used_up() {
     let set = endpoints(2);
     let (mut service, mut calls) = service(&BalanceLayer::new(RoundRobin::new()));
