@@ -1,25 +1,25 @@
 //! One request, one answer: on a connection of the pool, with every way it can go wrong told apart.
 
-use std::future::poll_fn;
-use std::pin::pin;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{HOST, UPGRADE};
+use http::header::{CONNECTION, CONTENT_LENGTH, Entry, HOST, TRANSFER_ENCODING, UPGRADE};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
-use hyper::body::Body as _;
-use hyper::client::conn::{TrySendError, http2};
+use http_body::Body as _;
 use hyper::upgrade::OnUpgrade;
 use portcullis_core::{Endpoint, Permit, Scheme};
 use tokio::time::Instant;
 
 use crate::alarm::{Alarm, after, earlier};
-use crate::download::{Limits, ResponseBody};
+use crate::download::{Limits, ResponseBody, Stream};
 use crate::failure::{Failure, Kind};
 use crate::h1::{Answered, Asked, Broken, H1, Length};
-use crate::h2::StreamPlace;
+use crate::h2::{Sender, StreamPlace, Upload, is_open};
+use crate::headers::{KEEP_ALIVE, PROXY_CONNECTION, rewrite_te};
 use crate::lease::{Lease, Want};
 use crate::pool::Shard;
 use crate::tunnel;
@@ -40,6 +40,8 @@ pub(crate) struct Exchange {
     pub(crate) response_limit: Option<u64>,
     /// Whether a gRPC status can be said in trailers.
     pub(crate) takes_status: bool,
+    /// Whether a route's edits had a hand in the fields.
+    pub(crate) edited: bool,
 }
 
 /// The two forms of a request's target.
@@ -68,7 +70,7 @@ pub(crate) struct Times {
 enum Tried {
     Answered(Response<ResponseBody>),
     /// The request came back as it was.
-    Returned(Request<Outgoing>, Failure),
+    Returned(Outgoing, Failure),
     Failed(Failure, Again),
 }
 
@@ -105,18 +107,15 @@ impl Exchange {
             let tried = match lease {
                 Lease::H1(h1) => self.try_h1(h1, body_now).await,
                 Lease::H2(sender, place, reused) => {
-                    let request = self.request(body_now, can_repeat && reused);
-                    self.try_h2(sender, place, reused, request).await
+                    self.try_h2(sender, place, reused, body_now, can_repeat && reused).await
                 }
             };
             match tried {
                 Tried::Answered(response) => return Ok(response),
-                Tried::Returned(request, failure) => {
+                Tried::Returned(again, failure) => {
                     if tries >= TRIES {
                         return Err(failure.or_sent(sent));
                     }
-                    let (parts, again) = request.into_parts();
-                    self.headers = parts.headers;
                     body = Some(again);
                     // Idle connections that died meanwhile came one after the other; a new one ends that.
                     fresh = tries + 1 >= TRIES;
@@ -155,10 +154,24 @@ impl Exchange {
     }
 
     /// For HTTP/2. The fields are kept if it may have to be made again.
-    fn request(&mut self, body: Outgoing, keep: bool) -> Request<Outgoing> {
+    fn request(&mut self, body: &Outgoing, keep: bool) -> Request<()> {
         let mut headers = if keep { self.headers.clone() } else { std::mem::take(&mut self.headers) };
         headers.remove(HOST);
-        let mut request = Request::new(body);
+        if self.edited {
+            // Whatever a route adds: HTTP/2 knows none of these.
+            for name in [CONNECTION, KEEP_ALIVE, PROXY_CONNECTION, TRANSFER_ENCODING, UPGRADE] {
+                headers.remove(name);
+            }
+            rewrite_te(&mut headers);
+        }
+        let has_length = !matches!(self.method, Method::GET | Method::HEAD | Method::DELETE | Method::CONNECT);
+        if let Some(length) = body.size_hint().exact()
+            && (length != 0 || has_length)
+            && let Entry::Vacant(entry) = headers.entry(CONTENT_LENGTH)
+        {
+            entry.insert(length.into());
+        }
+        let mut request = Request::new(());
         *request.method_mut() = self.method.clone();
         *request.version_mut() = Version::HTTP_2;
         *request.uri_mut() = self.target.absolute(&self.endpoint);
@@ -267,33 +280,51 @@ impl Exchange {
 
     async fn try_h2(
         &mut self,
-        mut sender: http2::SendRequest<Outgoing>,
+        mut sender: Sender,
         place: StreamPlace,
         reused: bool,
-        request: Request<Outgoing>,
+        body: Outgoing,
+        keep: bool,
     ) -> Tried {
-        let mut sending = pin!(sender.try_send_request(request));
+        if let Err(error) = is_open(&mut sender) {
+            return Tried::Returned(body, Failure::unsent(Kind::Reset).because(&error));
+        }
+        let before = place.written();
+        let is_whole = body.is_end_stream();
+        let (mut answer, stream) = match sender.send_request(self.request(&body, keep), is_whole) {
+            Ok(begun) => begun,
+            Err(error) => return not_begun(&error),
+        };
+        drop(sender);
+        let mut upload = (!is_whole).then(|| Upload::new(stream, body));
         let mut alarm = Alarm::default();
         let polled = poll_fn(|cx| {
-            if let Some(flow) = &self.flow {
-                flow.watcher.register(cx.waker());
+            if upload.as_mut().is_some_and(|upload| upload.poll(cx).is_ready()) {
+                upload = None;
             }
-            if let Poll::Ready(answer) = sending.as_mut().poll(cx) {
+            if let Poll::Ready(answer) = Pin::new(&mut answer).poll(cx) {
                 return Poll::Ready(Ok(answer));
             }
             self.poll_limits(&mut alarm, cx).map(Err)
         })
         .await;
+        let sent = place.written() > before;
         match polled {
             Ok(Ok(response)) => {
-                if self.is_too_large(response.body().size_hint().lower()) {
+                let (head, stream) = response.into_parts();
+                let stream = Stream::new(stream, &head.headers);
+                if self.is_too_large(stream.length().unwrap_or_default()) {
                     return Tried::Failed(Failure::sent(Kind::ResponseTooLarge), Again::Never);
                 }
+                if let Some(upload) = upload {
+                    // The answer came early; the rest of the request goes on beside it, whether the answer is read or not.
+                    tokio::spawn(upload.run());
+                }
                 let (limits, permit) = (self.limits(), self.permit.take());
-                Tried::Answered(response.map(|incoming| ResponseBody::h2(incoming, place, limits, permit)))
+                Tried::Answered(Response::from_parts(head, ResponseBody::h2(stream, place, limits, permit)))
             }
-            Ok(Err(error)) => failed(error, self.flow.as_deref(), reused),
-            Err(kind) => Tried::Failed(Failure::sent(self.whose_fault(kind)), Again::Never),
+            Ok(Err(error)) => failed(&error, self.flow.as_deref(), sent, reused),
+            Err(kind) => Tried::Failed(Failure { kind: self.whose_fault(kind), sent, cause: None }, Again::Never),
         }
     }
 
@@ -343,29 +374,25 @@ fn broken(flow: &Flow) -> Option<Kind> {
     }
 }
 
-fn failed(mut error: TrySendError<Request<Outgoing>>, flow: Option<&Flow>, stale: bool) -> Tried {
-    if let Some(request) = error.take_message() {
-        return Tried::Returned(request, Failure::unsent(Kind::Reset).because(error.error()));
-    }
-    let error = error.into_error();
-    if let Some(kind) = flow.and_then(broken) {
-        return Tried::Failed(Failure::sent(kind), Again::Never);
-    }
-    let h2 = h2_error(&error);
-    let unprocessed = h2.is_some_and(is_unprocessed);
-    let kind = if error.is_user() { Kind::Unsendable } else { Kind::Reset };
-    let again = match kind {
-        Kind::Reset if unprocessed => Again::Always,
-        // A stream that was reset is an answer: the connection is well.
-        Kind::Reset if stale && !h2.is_some_and(h2::Error::is_reset) => Again::IfIdempotent,
-        _ => Again::Never,
-    };
-    Tried::Failed(Failure { kind, sent: !unprocessed, cause: None }.because(&error), again)
+/// A stream could not begin: the connection ended just then, or the request cannot be said.
+fn not_begun(error: &h2::Error) -> Tried {
+    let is_over = error.is_go_away() || error.is_reset() || error.is_io();
+    let (kind, again) = if is_over { (Kind::Reset, Again::Always) } else { (Kind::Unsendable, Again::Never) };
+    Tried::Failed(Failure::unsent(kind).because(error), again)
 }
 
-fn h2_error(error: &hyper::Error) -> Option<&h2::Error> {
-    let mut sources = std::iter::successors(std::error::Error::source(error), |inner| inner.source());
-    sources.find_map(|inner| inner.downcast_ref())
+fn failed(error: &h2::Error, flow: Option<&Flow>, sent: bool, stale: bool) -> Tried {
+    if let Some(kind) = flow.and_then(broken) {
+        return Tried::Failed(Failure { kind, sent, cause: None }, Again::Never);
+    }
+    let sent = sent && !is_unprocessed(error);
+    let again = match () {
+        () if !sent => Again::Always,
+        // A stream that was reset is an answer: the connection is well.
+        () if stale && !error.is_reset() => Again::IfIdempotent,
+        () => Again::Never,
+    };
+    Tried::Failed(Failure { kind: Kind::Reset, sent, cause: None }.because(error), again)
 }
 
 /// Whether the other end says that it did not process the stream

@@ -1,29 +1,37 @@
 //! HTTP/2 connections to an endpoint: each is driven by a task of its own, and shared.
+//!
+//! That task reads and writes, and nothing more. A request begins its stream itself, sends its body and hears its answer
+//! from there, so that nothing is handed from task to task.
 
 use std::future::{Future, poll_fn};
 use std::io;
-use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
-use futures::task::AtomicWaker;
-use hyper::client::conn::http2;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use bytes::Bytes;
+use h2::client::{Builder, Connection, SendRequest};
+use h2::{Ping, PingPong, Reason, SendStream};
+use http_body::Body as _;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tracing::debug;
 
+use crate::alarm::{Alarm, after};
 use crate::failure::{Failure, Kind};
 use crate::pool::{Limits, Shard};
 use crate::stream::Stream;
 use crate::upload::Outgoing;
 
+/// Begins streams on a connection.
+pub(crate) type Sender = SendRequest<Bytes>;
+
 /// A connection that streams can be had of.
 pub(crate) struct H2 {
-    pub(crate) sender: http2::SendRequest<Outgoing>,
+    sender: Sender,
     state: Arc<State>,
     retire: Option<Instant>,
     last_used: Instant,
@@ -37,27 +45,43 @@ struct State {
     /// How many streams the endpoint allows; none but the first until it has said so.
     most: AtomicUsize,
     settled: AtomicBool,
-    /// Whether anything has arrived. Settings are the first thing an endpoint says.
+    /// Whether anything has arrived since it was last looked at. Settings are the first thing an endpoint says.
     heard: AtomicBool,
-    driver: AtomicWaker,
+    /// Bytes that the transport took.
+    written: AtomicU64,
     shard: Weak<Shard>,
     /// Held until the last stream is gone, which may outlive the right to begin others.
     _place: OwnedSemaphorePermit,
 }
 
-/// Spawns what hyper needs for the connection. The first of it reads the socket: until the endpoint's settings have
-/// arrived, it wakes the task that looks at them.
-#[derive(Clone)]
-struct Spawn {
-    state: Arc<State>,
-    reads: Arc<AtomicBool>,
-}
-
-/// A transport that tells when it has heard something.
+/// A transport that tells when it has heard something, and how much it has sent.
 struct Heard {
     stream: Stream,
     state: Arc<State>,
 }
+
+/// Asks an endpoint from which nothing comes whether it is still there.
+struct Pings {
+    pings: PingPong,
+    interval: Duration,
+    timeout: Duration,
+    alarm: Alarm,
+    /// When something arrived, or was last not waited for.
+    heard: Instant,
+    /// When the answer must be there that is waited for.
+    due: Option<Instant>,
+}
+
+/// A request's body on its way into its stream.
+pub(crate) struct Upload {
+    stream: SendStream<Bytes>,
+    body: Outgoing,
+    /// What there is no room for yet, and whether it is the last.
+    held: Option<(Bytes, bool)>,
+}
+
+/// The last frame of a body is handed over without waiting for room, if it is no larger: nothing waits behind it.
+const SMALL: usize = 16 * 1024;
 
 // === impl H2 ===
 
@@ -76,36 +100,45 @@ impl H2 {
             most: AtomicUsize::new(1),
             settled: AtomicBool::new(false),
             heard: AtomicBool::new(false),
-            driver: AtomicWaker::new(),
+            written: AtomicU64::new(0),
             shard: Arc::downgrade(shard),
             _place: place,
         });
-        let mut builder = http2::Builder::new(Spawn { state: state.clone(), reads: Arc::default() });
+        let mut builder = Builder::new();
         builder
-            .timer(TokioTimer::new())
-            .adaptive_window(false)
-            .initial_stream_window_size(1 << 20)
+            .enable_push(false)
+            .initial_window_size(1 << 20)
             .initial_connection_window_size(1 << 24)
+            .max_send_buffer_size(1 << 20)
             .max_header_list_size(u32::try_from(limits.max_head).unwrap_or(u32::MAX))
             .initial_max_send_streams(limits.streams);
-        if let Some((interval, timeout)) = limits.keep_alive {
-            builder.keep_alive_interval(interval).keep_alive_timeout(timeout);
-        }
-        let stream = Heard { stream, state: state.clone() };
-        let (sender, connection) = builder
-            .handshake(TokioIo::new(stream))
+        let (sender, mut connection) = builder
+            .handshake(Heard { stream, state: state.clone() })
             .await
             .map_err(|error| Failure::unsent(Kind::Connect).because(&error))?;
-        tokio::spawn(state.clone().drive(connection));
+        let pings = limits.keep_alive.zip(connection.ping_pong()).map(|((interval, timeout), pings)| Pings {
+            pings,
+            interval,
+            timeout,
+            alarm: Alarm::default(),
+            heard: now,
+            due: None,
+        });
+        tokio::spawn(state.clone().drive(connection, pings));
         Ok((Self { sender, state: state.clone(), retire, last_used: now }, StreamPlace(state)))
+    }
+
+    /// For whoever has a place.
+    pub(crate) fn sender(&self) -> Sender {
+        self.sender.clone()
     }
 
     /// A stream, if there is one left.
     pub(crate) fn stream(&mut self, now: Instant, limit: usize) -> Option<StreamPlace> {
         let most = self.state.most.load(Ordering::Relaxed).min(limit);
-        let is_fit = !self.sender.is_closed()
-            && self.retire.is_none_or(|retire| now < retire)
-            && self.state.streams.load(Ordering::SeqCst) < most;
+        let is_fit = self.retire.is_none_or(|retire| now < retire)
+            && self.state.streams.load(Ordering::SeqCst) < most
+            && is_open(&mut self.sender).is_ok();
         is_fit.then(|| {
             self.state.streams.fetch_add(1, Ordering::Relaxed);
             self.last_used = now;
@@ -122,8 +155,8 @@ impl H2 {
         self.state.streams.load(Ordering::Relaxed) == 0
     }
 
-    pub(crate) fn is_over(&self, now: Instant, idle_timeout: Duration) -> bool {
-        self.sender.is_closed()
+    pub(crate) fn is_over(&mut self, now: Instant, idle_timeout: Duration) -> bool {
+        is_open(&mut self.sender).is_err()
             || self.retire.is_some_and(|retire| now >= retire)
             || self.is_unused() && now.saturating_duration_since(self.last_used) > idle_timeout
     }
@@ -132,18 +165,26 @@ impl H2 {
 // === impl State ===
 
 impl State {
-    /// Ends when no stream can begin any more: with the last sender, or with the connection.
-    async fn drive(self: Arc<Self>, mut connection: http2::Connection<TokioIo<Heard>, Outgoing, Spawn>) {
+    /// Ends when no stream can begin any more and those that did are over, or with the connection.
+    async fn drive(self: Arc<Self>, mut connection: Connection<Heard, Bytes>, mut pings: Option<Pings>) {
         let result = poll_fn(|cx| {
-            self.driver.register(cx.waker());
             let polled = Pin::new(&mut connection).poll(cx);
-            if self.heard.load(Ordering::Relaxed) {
-                self.most.store(connection.current_max_send_streams(), Ordering::Relaxed);
+            let heard = self.heard.swap(false, Ordering::Relaxed);
+            if heard {
+                self.most.store(connection.max_concurrent_send_streams(), Ordering::Relaxed);
                 self.settle();
+            }
+            if polled.is_pending()
+                && let Some(pings) = &mut pings
+            {
+                let is_used = self.streams.load(Ordering::Relaxed) > 0;
+                return pings.poll(cx, heard, is_used).map(|()| Err(Reason::NO_ERROR.into()));
             }
             polled
         })
         .await;
+        // Streams that are left end with it.
+        drop(connection);
         self.most.store(0, Ordering::Relaxed);
         self.settle();
         if let Err(error) = result {
@@ -165,6 +206,14 @@ impl State {
 
 // === impl StreamPlace ===
 
+impl StreamPlace {
+    /// Counts what the connection sends, of whatever stream. What began when it had sent this much and ended before it
+    /// sent more did not leave.
+    pub(crate) fn written(&self) -> u64 {
+        self.0.written.load(Ordering::Relaxed)
+    }
+}
+
 impl Drop for StreamPlace {
     fn drop(&mut self) {
         let before = self.0.streams.fetch_sub(1, Ordering::SeqCst);
@@ -177,30 +226,120 @@ impl Drop for StreamPlace {
     }
 }
 
-// === impl Spawn ===
-
-impl<F> hyper::rt::Executor<F> for Spawn
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    fn execute(&self, future: F) {
-        if self.reads.swap(true, Ordering::Relaxed) {
-            tokio::spawn(future);
-            return;
-        }
-        let state = self.state.clone();
-        tokio::spawn(async move {
-            let mut future = pin!(future);
-            poll_fn(|cx| {
-                let polled = future.as_mut().poll(cx);
-                if !state.settled.load(Ordering::Relaxed) {
-                    state.driver.wake();
-                }
-                polled
-            })
-            .await;
-        });
+/// Whether streams can begin. Nobody is woken when that changes: whoever has begun none with this sender need not wait.
+pub(crate) fn is_open(sender: &mut Sender) -> Result<(), h2::Error> {
+    match sender.poll_ready(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(ready) => ready,
+        Poll::Pending => Ok(()),
     }
+}
+
+// === impl Pings ===
+
+impl Pings {
+    /// Ready when the endpoint does not answer.
+    fn poll(&mut self, cx: &mut Context<'_>, heard: bool, is_used: bool) -> Poll<()> {
+        if heard {
+            self.heard = Instant::now();
+        }
+        loop {
+            if let Some(due) = self.due {
+                match self.pings.poll_pong(cx) {
+                    Poll::Ready(Ok(_)) => (self.heard, self.due) = (Instant::now(), None),
+                    // The connection is over, and says so itself.
+                    Poll::Ready(Err(_)) => return Poll::Pending,
+                    Poll::Pending => return self.alarm.poll(cx, due),
+                }
+            }
+            let Some(next) = after(self.heard, self.interval) else { return Poll::Pending };
+            ready!(self.alarm.poll(cx, next));
+            self.heard = Instant::now();
+            if is_used && self.pings.send_ping(Ping::opaque()).is_ok() {
+                self.due = after(self.heard, self.timeout);
+            }
+        }
+    }
+}
+
+// === impl Upload ===
+
+impl Upload {
+    pub(crate) fn new(stream: SendStream<Bytes>, body: Outgoing) -> Self {
+        Self { stream, body, held: None }
+    }
+
+    /// Ready when all was handed over, or no more of it can be.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            if let Some((data, last)) = self.held.take() {
+                if !self.has_room(cx) {
+                    self.held = Some((data, last));
+                    return self.waits(cx);
+                }
+                if self.stream.send_data(data, last).is_err() || last {
+                    return Poll::Ready(());
+                }
+            }
+            let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else { return self.waits(cx) };
+            let sent = match frame.map(|frame| frame.map(http_body::Frame::into_data)) {
+                Some(Ok(Ok(data))) => {
+                    let last = self.body.is_end_stream();
+                    let waits = if last { data.len() > SMALL } else { !data.is_empty() };
+                    if waits {
+                        self.stream.reserve_capacity(1);
+                        self.held = Some((data, last));
+                        continue;
+                    }
+                    let sent = self.stream.send_data(data, last);
+                    if !last && sent.is_ok() {
+                        continue;
+                    }
+                    sent
+                }
+                Some(Ok(Err(frame))) => self.stream.send_trailers(frame.into_trailers().unwrap_or_default()),
+                Some(Err(error)) => {
+                    self.stream.send_reset(reason(&*error));
+                    Ok(())
+                }
+                None => self.stream.send_data(Bytes::new(), true),
+            };
+            if let Err(error) = sent {
+                debug!(%error, "the rest of a request is not sent");
+            }
+            return Poll::Ready(());
+        }
+    }
+
+    /// Whether something can be sent, or it shows at once that nothing ever can.
+    fn has_room(&mut self, cx: &mut Context<'_>) -> bool {
+        while self.stream.capacity() == 0 {
+            match self.stream.poll_capacity(cx) {
+                Poll::Ready(Some(Ok(_))) => {}
+                Poll::Ready(Some(Err(_)) | None) => return true,
+                Poll::Pending => return false,
+            }
+        }
+        true
+    }
+
+    /// Ready when the endpoint wants no more, which must be noticed while there is nothing to send.
+    fn waits(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.stream.poll_reset(cx).map(drop)
+    }
+
+    /// Sends it to its end, whether the answer is read or not.
+    pub(crate) async fn run(mut self) {
+        poll_fn(|cx| self.poll(cx)).await;
+    }
+}
+
+/// Why the caller broke off, to be told to the endpoint.
+fn reason(error: &(dyn std::error::Error + 'static)) -> Reason {
+    let mut causes = std::iter::successors(Some(error), |cause| cause.source());
+    causes
+        .find_map(|cause| cause.downcast_ref::<h2::Error>())
+        .and_then(h2::Error::reason)
+        .unwrap_or(Reason::INTERNAL_ERROR)
 }
 
 // === impl Heard ===
@@ -218,7 +357,9 @@ impl AsyncRead for Heard {
 
 impl AsyncWrite for Heard {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, bytes))?;
+        self.state.written.fetch_add(written as u64, Ordering::Relaxed);
+        Poll::Ready(Ok(written))
     }
 
     fn poll_write_vectored(
@@ -226,7 +367,9 @@ impl AsyncWrite for Heard {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
+        let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, slices))?;
+        self.state.written.fetch_add(written as u64, Ordering::Relaxed);
+        Poll::Ready(Ok(written))
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use hyper::client::conn::http2;
 use portcullis_core::{Endpoint, Instance, Protocol, Scheme};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep_until, timeout_at};
@@ -15,16 +14,15 @@ use crate::alarm::after;
 use crate::connect::{Dialed, dial};
 use crate::failure::{Failure, Kind};
 use crate::h1::H1;
-use crate::h2::{H2, StreamPlace};
+use crate::h2::{H2, Sender, StreamPlace};
 use crate::pool::Shard;
 use crate::stream::Stream;
-use crate::upload::Outgoing;
 
 /// The right to send one request.
 pub(crate) enum Lease {
     H1(Box<H1>),
     /// Whether it was used before is said last.
-    H2(http2::SendRequest<Outgoing>, StreamPlace, bool),
+    H2(Sender, StreamPlace, bool),
 }
 
 /// Which protocol a request is to be sent by.
@@ -243,7 +241,7 @@ impl Shard {
             return Ok(Lease::H1(Box::new(H1::new(dialed.stream, self.limits.max_head, retire, now, place))));
         }
         let (h2, stream) = H2::handshake(dialed.stream, &self.limits, self, retire, now, place).await?;
-        let lease = Lease::H2(h2.sender.clone(), stream, false);
+        let lease = Lease::H2(h2.sender(), stream, false);
         self.kept().h2.push(h2);
         self.look_after();
         Ok(lease)

@@ -65,7 +65,10 @@
 //! one. The future and the body of whoever uses it drive it, so that what arrives from the upstream wakes the task that
 //! waits for it and nobody else, nothing is handed over, and a request need not be copied to be made again. That was
 //! worth 2 µs of 18 per request. Only the rest of a request whose answer came early gets a task, and so does an upgraded
-//! connection. HTTP/2 connections are hyper's, have one task each and are shared; another is opened when
+//! connection.
+//!
+//! HTTP/2 is h2's, without hyper around it, which was worth 2.6 µs of 14. A connection has one task, which reads and writes,
+//! and is shared; requests begin their streams, send and hear from where they are. Another connection is opened when
 //! [their streams](Forward::max_streams) run out, by one request while the others wait for it.
 //!
 //! What an endpoint may say is read strictly: CRLF in chunks, lengths that are digits and agree, no coding but `chunked`,

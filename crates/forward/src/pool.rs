@@ -243,7 +243,7 @@ impl Shard {
     fn sweep(&self, now: Instant) -> bool {
         let timeout = self.limits.idle_timeout;
         let mut kept = self.kept();
-        kept.h2.retain(|h2| !h2.is_over(now, timeout));
+        kept.h2.retain_mut(|h2| !h2.is_over(now, timeout));
         kept.idle.retain_mut(|h1| !h1.is_over_age(now, timeout) && h1.is_quiet());
         if kept.idle.is_empty() && kept.h2.is_empty() {
             kept.keeper = None;
@@ -276,7 +276,7 @@ impl Kept {
     fn stream(&mut self, now: Instant, limit: usize) -> Option<Lease> {
         self.h2.iter_mut().find_map(|h2| {
             let place = h2.stream(now, limit)?;
-            Some(Lease::H2(h2.sender.clone(), place, true))
+            Some(Lease::H2(h2.sender(), place, true))
         })
     }
 }

@@ -137,7 +137,9 @@ impl Shared {
             headers.insert(forwarded::PREFIX, value);
         }
         headers.append(VIA, self.via.value(parts.version));
+        let mut edited = false;
         for edits in policy.request_edits() {
+            edited |= !edits.is_empty();
             headers::apply(edits, headers);
         }
         let authority = match (policy.host(), authority) {
@@ -177,6 +179,7 @@ impl Shared {
             response_limit: policy.response_limit(),
             // Where trailers do not arrive, the end of a call could be taken for a whole answer.
             takes_status: is_grpc && parts.version == Version::HTTP_2,
+            edited,
         };
         Ok(Prepared { way: Way::Exchange(exchange, body), dialect, route, shared: self.clone() })
     }

@@ -7,7 +7,6 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::task::AtomicWaker;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use portcullis_core::ReservedHeaders;
@@ -31,7 +30,6 @@ pub(crate) struct Flow {
     state: AtomicU8,
     /// Whether the transport waits for the caller's next frame, not the upstream's reading.
     waits_for_caller: AtomicU8,
-    pub(crate) watcher: AtomicWaker,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +76,6 @@ impl Outgoing {
             moved: AtomicU64::new(0),
             state: AtomicU8::new(Progress::Open as u8),
             waits_for_caller: AtomicU8::new(0),
-            watcher: AtomicWaker::new(),
         });
         (Self::Stream(Box::pin(Upload { body, flow: Tell(flow.clone()), left: limit, reserved })), Some(flow))
     }
@@ -178,9 +175,7 @@ impl Flow {
 
     fn settle(&self, progress: Progress) {
         let open = Progress::Open as u8;
-        if self.state.compare_exchange(open, progress as u8, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
-            self.watcher.wake();
-        }
+        _ = self.state.compare_exchange(open, progress as u8, Ordering::AcqRel, Ordering::Relaxed);
     }
 
     pub(crate) fn progress(&self) -> Progress {

@@ -11,6 +11,7 @@ mod fuzz;
 mod h2;
 mod messages;
 mod reading;
+mod streams;
 #[cfg(feature = "tls")]
 mod tls;
 mod upgrades;
