@@ -6,9 +6,9 @@ use std::time::Duration;
 use crate::answer::{Refusal, Standing, Wait};
 use crate::held::Holding;
 use crate::key::{KeyBytes, RequestHead};
-use crate::limit::{Limit, Quantity};
+use crate::limit::{Limit, Quantity, What};
 use crate::limiter::{Admission, Limiter, Limits};
-use crate::rate::{Cell, Rate};
+use crate::rate::Cell;
 use crate::table::Mark;
 
 /// What a concurrency limit did.
@@ -16,8 +16,8 @@ use crate::table::Mark;
 pub(crate) enum Entered {
     In(Mark),
     Full(Refusal),
-    /// It is none, or a shadow.
-    NotLimited,
+    /// It is full, but only counts.
+    InShadow,
 }
 
 /// What one limit is asked.
@@ -25,12 +25,6 @@ struct Ask<'a> {
     limit: &'a Limit,
     mark: Mark,
     what: What,
-}
-
-#[derive(Clone, Copy)]
-enum What {
-    Charge { rate: Rate, cell: Cell, units: u32, window: u64 },
-    Place { max: u32 },
 }
 
 /// One limit of a request, and those before it: a list on the stack, whatever their number.
@@ -117,7 +111,8 @@ impl Limiter {
                 }
                 What::Charge { cell, units, window, .. } => {
                     let time = self.table.peek(ask.mark);
-                    let admitted = Cell::charge(time, now, cell.cost(units), window.saturating_add(delay));
+                    let cost = cell.cost(units);
+                    let admitted = Cell::charge(time, now, cost, with_delay(cost, window, delay));
                     admitted.is_none().then(|| ask.refusal(time, now))
                 }
             };
@@ -168,8 +163,8 @@ impl Limiter {
                 })
                 .map_err(u64::from),
             What::Charge { cell, units, window, .. } => {
-                let furthest = if ask.limit.is_shadow() { window } else { window.saturating_add(delay) };
                 let cost = cell.cost(units);
+                let furthest = if ask.limit.is_shadow() { window } else { with_delay(cost, window, delay) };
                 self.table.charge(ask.mark, now, |time| Cell::charge(time, now, cost, furthest)).map(|charged| {
                     let wait = charged.time.saturating_sub(now).saturating_sub(window);
                     if wait > 0 {
@@ -225,12 +220,8 @@ impl Limiter {
 
     /// Enters a concurrency limit.
     #[cfg(feature = "redis")]
-    pub(crate) fn enter(&self, limit: &Limit, route: Option<&str>, head: &RequestHead<'_>) -> Entered {
-        if limit.charge(head).is_some() {
-            return Entered::NotLimited;
-        }
-        let Some(ask) = self.ask(limit, route, head) else { return Entered::NotLimited };
-        let What::Place { max } = ask.what else { return Entered::NotLimited };
+    pub(crate) fn enter(&self, limit: &Limit, max: u32, route: Option<&str>, head: &RequestHead<'_>) -> Entered {
+        let ask = Ask { limit, mark: self.mark(limit, route, head), what: What::Place { max } };
         match self.in_flight().enter(ask.mark, max) {
             Ok(_) => {
                 self.counters.add(|counts| &counts.admitted);
@@ -238,7 +229,7 @@ impl Limiter {
             }
             Err(_) if limit.is_shadow() => {
                 self.counters.add(|counts| &counts.shadowed);
-                Entered::NotLimited
+                Entered::InShadow
             }
             Err(inside) => Entered::Full(self.refused(ask.refusal(u64::from(inside), 0))),
         }
@@ -247,13 +238,7 @@ impl Limiter {
     /// What `limit` is asked for this request; nothing if it does not count.
     #[inline]
     fn ask<'a>(&self, limit: &'a Limit, route: Option<&str>, head: &RequestHead<'_>) -> Option<Ask<'a>> {
-        let what = match limit.quantity(head) {
-            Quantity::Concurrent(max) => What::Place { max: max.get() },
-            Quantity::Rate(rate, cell) => {
-                let units = limit.units(head);
-                What::Charge { rate, cell, units: (units > 0).then_some(units)?, window: limit.window(cell, head) }
-            }
-        };
+        let what = limit.what(head)?;
         let mark = self.mark(limit, route, head);
         if let What::Charge { .. } = what {
             self.table.touch(mark);
@@ -279,6 +264,11 @@ impl Limiter {
         }
         refunded
     }
+}
+
+/// How far ahead a request may go that may wait: what would never be admitted has nothing to wait for.
+fn with_delay(cost: u64, window: u64, delay: u64) -> u64 {
+    if cost > window { window } else { window.saturating_add(delay) }
 }
 
 // === impl Ask ===

@@ -407,7 +407,7 @@ impl<S: Service<Request<B>> + Clone, B> State<S, B, S::Future> {
     /// Calls the service that is ready, now or later.
     #[inline]
     fn go_on(admission: Admission, request: Request<B>, ready: &mut S, limiter: &Arc<Limiter>) -> Self {
-        let Admission(Some(kept)) = admission else {
+        let Admission(Some(mut kept)) = admission else {
             return Self::Admitted { inner: ready.call(request), after: After::default() };
         };
         let mut after = After::new(limiter, &kept.standings, kept.holdings);
@@ -415,7 +415,7 @@ impl<S: Service<Request<B>> + Clone, B> State<S, B, S::Future> {
             after.start();
             return Self::Admitted { inner: ready.call(request), after };
         };
-        let Some(place) = limiter.wait() else {
+        let Some(place) = kept.place.take().or_else(|| limiter.wait()) else {
             limiter.counters.add(|counts| &counts.refused);
             return Self::refused(limiter.refuse(refusal), &request);
         };

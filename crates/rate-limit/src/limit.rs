@@ -53,6 +53,21 @@ pub(crate) enum Quantity {
     Concurrent(NonZeroU32),
 }
 
+/// What a limit is asked for one request.
+#[derive(Clone, Copy)]
+pub(crate) enum What {
+    /// So many units of a rate, no further ahead than a window in nanoseconds.
+    Charge {
+        rate: Rate,
+        cell: Cell,
+        units: u32,
+        window: u64,
+    },
+    Place {
+        max: u32,
+    },
+}
+
 type Of<T> = Arc<dyn Fn(&RequestHead<'_>) -> T + Send + Sync>;
 pub(crate) type Settle = Arc<dyn Fn(&Settlement<'_>) -> u32 + Send + Sync>;
 
@@ -203,7 +218,7 @@ impl Limit {
         self.0.key.as_deref()
     }
 
-    pub(crate) fn units(&self, request: &RequestHead<'_>) -> u32 {
+    fn units(&self, request: &RequestHead<'_>) -> u32 {
         self.0.cost.as_ref().map_or(1, |cost| cost(request))
     }
 
@@ -214,17 +229,20 @@ impl Limit {
         }
     }
 
-    /// What a request is charged: the rate, the units and how far ahead it may go. Nothing by a concurrency limit, and
-    /// nothing if it costs nothing.
-    #[cfg(feature = "redis")]
-    pub(crate) fn charge(&self, request: &RequestHead<'_>) -> Option<(Rate, Cell, u32, u64)> {
-        let Quantity::Rate(rate, cell) = self.quantity(request) else { return None };
-        let units = self.units(request);
-        (units > 0).then(|| (rate, cell, units, self.window(cell, request)))
+    /// What a request is charged, or the place it needs; nothing if it costs nothing.
+    #[inline]
+    pub(crate) fn what(&self, request: &RequestHead<'_>) -> Option<What> {
+        match self.quantity(request) {
+            Quantity::Concurrent(max) => Some(What::Place { max: max.get() }),
+            Quantity::Rate(rate, cell) => {
+                let units = self.units(request);
+                (units > 0).then(|| What::Charge { rate, cell, units, window: self.window(cell, request) })
+            }
+        }
     }
 
     /// How far ahead this request may go, of the window of a cell.
-    pub(crate) fn window(&self, cell: Cell, request: &RequestHead<'_>) -> u64 {
+    fn window(&self, cell: Cell, request: &RequestHead<'_>) -> u64 {
         match &self.0.priority {
             Some(priority) => priority(request).of(cell),
             None => cell.window,

@@ -70,6 +70,8 @@ pub(crate) struct Kept {
     pub(crate) holdings: Vec<Holding>,
     /// The refusal, if it may not wait after all.
     pub(crate) late: Option<Refusal>,
+    /// Where it waits, if it has that already.
+    pub(crate) place: Option<WaitingPlace>,
 }
 
 pub(crate) type Exempt = Arc<dyn Fn(&RequestHead<'_>) -> bool + Send + Sync>;

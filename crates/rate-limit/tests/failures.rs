@@ -124,6 +124,22 @@ async fn without_an_answer_a_request_gets_what_was_decided() {
 }
 
 #[tokio::test]
+async fn what_costs_more_than_the_burst_is_not_admitted_by_a_share_of_it() {
+    let mut redis = Redis::start().await;
+    redis.kill();
+    let layer = RateLimitLayer::new(Rate::per_second(n(1)));
+    layer.handle().set_limits([
+        Limit::new("cost", Rate::per_hour(n(10))).cost(|request| if request.method() == "PUT" { 50 } else { 1 })
+    ]);
+    let service = layer.store(store(&redis).on_failure(OnFailure::Share(n(20)))).layer(Ok200);
+    let mut large = from("192.0.2.1");
+    *large.method_mut() = http::Method::PUT;
+    assert_eq!(service.clone().oneshot(large).await.unwrap().status(), 429);
+    assert_eq!(status(&service, "192.0.2.1").await, 200, "one, however small the share");
+    assert_eq!(status(&service, "192.0.2.1").await, 429);
+}
+
+#[tokio::test]
 async fn a_store_that_hangs_holds_nobody_longer_than_the_deadline() {
     let redis = Redis::start().await;
     let store = RedisStore::new(&redis.url()).unwrap().deadline(Duration::from_millis(500));
@@ -143,6 +159,23 @@ async fn a_store_that_hangs_holds_nobody_longer_than_the_deadline() {
         status(&service, "192.0.2.1").await;
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
+}
+
+#[tokio::test]
+async fn who_waits_for_a_lease_waits_no_longer_than_who_asks_for_it() {
+    let redis = Redis::start().await;
+    let deadline = Duration::from_millis(500);
+    let store = RedisStore::new(&redis.url()).unwrap().deadline(deadline);
+    let service = RateLimitLayer::new(Rate::per_second(n(100))).store(store.clone()).layer(Ok200);
+    for _ in 0..3 {
+        status(&service, "192.0.2.1").await;
+    }
+    redis.pause();
+    tokio::time::pause();
+    let start = Instant::now();
+    futures::future::join_all((0..20).map(|_| status(&service, "192.0.2.1"))).await;
+    assert!((deadline..deadline * 3 / 2).contains(&start.elapsed()), "{:?}", start.elapsed());
+    assert!(store.stats().leased > 0, "{:?}", store.stats());
 }
 
 #[tokio::test]

@@ -7,6 +7,8 @@ mod store;
 
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use http::header;
 use http_body_util::BodyExt;
 use portcullis_core::Carried;
@@ -271,6 +273,36 @@ async fn requests_wait_in_turn_for_a_store_too() {
         assert!(*at + Duration::from_millis(1) >= turn * Duration::from_millis(500), "{admitted:?}");
     }
     assert_eq!(layer.handle().stats().delayed, admitted.len() as u64 - 1);
+}
+
+#[tokio::test]
+async fn who_has_no_place_to_wait_is_not_charged() {
+    let redis = Redis::start().await;
+    let limit = || RateLimitLayer::new(Rate::per_minute(n(1))).store(store(&redis));
+    let service = limit().delay(Duration::from_secs(3600), 1).layer(Ok200);
+    assert_eq!(status(&service, "192.0.2.1").await, 200);
+    let mut at_once: FuturesUnordered<_> = (0..20).map(|_| status(&service, "192.0.2.1")).collect();
+    for _ in 0..19 {
+        assert_eq!(at_once.next().await, Some(429));
+    }
+    let refused = limit().layer(Ok200);
+    let answer = call(&refused, "192.0.2.1").await;
+    assert_eq!(answer.headers()[header::RETRY_AFTER], "120", "one was admitted, and one waits");
+}
+
+#[tokio::test]
+async fn what_costs_more_than_the_burst_is_never_admitted() {
+    let redis = Redis::start().await;
+    for store in [None, Some(store(&redis))] {
+        let layer = RateLimitLayer::new(Rate::per_second(n(1)));
+        let limit = Limit::new("cost", Rate::per_second(n(10))).cost(|_| 50);
+        layer.handle().set_limits([limit]);
+        let layer = layer.delay(Duration::from_secs(3600), 8);
+        let layer = if let Some(store) = store { layer.store(store) } else { layer };
+        let refused = call(&layer.layer(Ok200), "192.0.2.1").await;
+        assert_eq!(refused.status(), 429);
+        assert!(!refused.headers().contains_key(header::RETRY_AFTER), "there is no time to come back");
+    }
 }
 
 #[tokio::test]

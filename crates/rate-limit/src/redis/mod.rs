@@ -20,7 +20,8 @@ use self::question::{Ask, Taken};
 use self::shared::Shared;
 use crate::Error;
 use crate::charge::Entered;
-use crate::key::RequestHead;
+use crate::key::{KeyBytes, RequestHead};
+use crate::limit::What;
 use crate::limiter::{Begun, Limiter, Limits};
 
 /// How long a request waits for the store, unless told otherwise.
@@ -246,12 +247,23 @@ impl RedisStore {
         let mut taken = Taken::new(self, limiter, limiter.delay_of(head, now));
         while let Some((limit, own)) = limits.next() {
             let route = own.then_some(limits.route());
-            match limiter.enter(limit, route, head) {
-                Entered::In(mark) => taken.places.push(mark),
-                Entered::Full(refusal) => return Begun::Decided(Err(limiter.refuse(refusal))),
-                Entered::NotLimited => {}
-            }
-            let Some(mut ask) = Ask::new(&self.shared, limiter, limit, route, head) else { continue };
+            let mut ask = match limit.what(head) {
+                Some(What::Place { max }) => {
+                    match limiter.enter(limit, max, route, head) {
+                        Entered::In(mark) => taken.places.push(mark),
+                        Entered::Full(refusal) => return Begun::Decided(Err(limiter.refuse(refusal))),
+                        Entered::InShadow => {}
+                    }
+                    continue;
+                }
+                Some(What::Charge { rate, cell, units, window }) => {
+                    let mut key = KeyBytes::new();
+                    limiter.write_key(limit, route, head, &mut key);
+                    let (limit, mark, local) = (limit.clone(), self.shared.mark(&key), Local::Wait);
+                    Ask { limit, key, mark, twin: false, rate, cell, units, window, local }
+                }
+                None => continue,
+            };
             ask.twin = taken.asks.iter().any(|other| other.mark == ask.mark);
             ask.local = self.take(&ask, now);
             let Local::Refused { until } = ask.local else {

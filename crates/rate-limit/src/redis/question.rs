@@ -5,15 +5,16 @@ use std::time::Duration;
 
 use http::StatusCode;
 use portcullis_core::{Moment, Rejection};
+use tokio::time::Instant;
 
-use super::leases::{Given, Local, Question};
-use super::shared::{Failure, Shared};
+use super::leases::{Given, Local};
+use super::shared::Failure;
 use super::{OnFailure, RedisStore, count, from_ticks, ticks};
 use crate::answer::{Refusal, Standing, Wait};
 use crate::held::Holding;
-use crate::key::{KeyBytes, RequestHead};
+use crate::key::KeyBytes;
 use crate::limit::Limit;
-use crate::limiter::{Admission, Limiter};
+use crate::limiter::{Admission, Limiter, WaitingPlace};
 use crate::rate::{Cell, Rate};
 use crate::table::Mark;
 
@@ -40,6 +41,8 @@ pub(super) struct Taken {
     pub(super) places: Vec<Mark>,
     /// How many nanoseconds the request may wait for its turn.
     pub(super) delay: u64,
+    /// Where it would wait: had before the store charges what it would then have to refuse.
+    waiting: Option<WaitingPlace>,
     pub(super) kept: bool,
 }
 
@@ -58,24 +61,21 @@ pub(super) struct Reply {
 impl Taken {
     pub(super) fn new(store: &RedisStore, limiter: &Arc<Limiter>, delay: u64) -> Self {
         let (store, limiter) = (store.clone(), limiter.clone());
-        Self { store, limiter, asks: Vec::new(), places: Vec::new(), delay, kept: false }
+        Self { store, limiter, asks: Vec::new(), places: Vec::new(), delay, waiting: None, kept: false }
     }
 
-    /// Waits for leases that others are asking for, no longer than an answer of its own would be waited for.
-    async fn wait(&mut self) -> Result<(), Refusal> {
-        let (shared, deadline) = (&self.store.shared, self.store.settings.deadline);
-        let until = tokio::time::Instant::now() + deadline;
+    /// Waits for leases that others are asking for; whether they came, or are not to come, in time.
+    async fn wait(&mut self, until: Instant) -> Result<bool, Refusal> {
+        let shared = &self.store.shared;
         for ask in &mut self.asks {
             while matches!(ask.local, Local::Wait) {
-                let late = match shared.leases.asking(ask.mark) {
-                    Some(asked) => tokio::time::timeout_at(until, asked).await.is_err(),
-                    None => false,
-                };
+                if let Some(asked) = shared.leases.asking(ask.mark)
+                    && tokio::time::timeout_at(until, asked).await.is_err()
+                {
+                    return Ok(false);
+                }
                 let now = self.limiter.clock.now();
                 ask.local = self.store.take(ask, now);
-                if late && matches!(ask.local, Local::Wait) {
-                    ask.local = Local::Ask(Question::default());
-                }
                 if let Local::Refused { until } = ask.local
                     && !ask.limit.is_shadow()
                 {
@@ -85,12 +85,28 @@ impl Taken {
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     pub(super) async fn ask(mut self) -> Result<Admission, Rejection> {
-        if let Err(refusal) = self.wait().await {
-            return Err(self.limiter.refuse(refusal));
+        let until = Instant::now() + self.store.settings.deadline;
+        if self.asks.iter().any(|ask| matches!(ask.local, Local::Wait)) {
+            let in_time = self.wait(until).await.map_err(|refusal| self.limiter.refuse(refusal))?;
+            let now = self.limiter.clock.now();
+            // Whoever asked for the lease may have found that the store does not answer.
+            let down = || {
+                let asks = self.asks.iter().any(Ask::is_asked);
+                asks && !self.store.shared.may_ask(now, self.store.settings.deadline)
+            };
+            if !in_time || down() {
+                return self.undecided(now);
+            }
+        }
+        if self.delay > 0 {
+            self.waiting = self.limiter.wait();
+        }
+        if self.waiting.is_none() {
+            self.delay = 0;
         }
         let (shared, settings) = (&self.store.shared, self.store.settings);
         let sent = self.limiter.clock.now();
@@ -100,7 +116,7 @@ impl Taken {
         count(&shared.counts.round_trips);
         let owed = shared.owed_now(&self.asks);
         let question = shared.invoke(settings, &self.asks, &owed, self.delay);
-        let answer = tokio::time::timeout(settings.deadline, question).await;
+        let answer = tokio::time::timeout_at(until, question).await;
         let now = self.limiter.clock.now();
         let replies = match answer.unwrap_or(Err(Failure::Late)) {
             Ok(replies) => replies,
@@ -197,6 +213,9 @@ impl Taken {
                 admission.kept().holdings.push(Holding::Stored { store, mark, key, interval, units, lease, settle });
             }
         }
+        if admission.waits() {
+            admission.kept().place = self.waiting.take();
+        }
         admission
     }
 
@@ -215,15 +234,17 @@ impl Taken {
         let mark = |ask: &Ask| table.mark(ask.limit.span(), ask.key.bytes());
         let cost = |ask: &Ask| ask.cell.cost(ask.units).saturating_mul(processes);
         let time = now.as_nanos();
-        for (done, ask) in self.asks.iter().enumerate() {
+        // What a lease has paid for is paid.
+        let asks = || self.asks.iter().filter(|ask| matches!(ask.local, Local::Ask(_) | Local::Wait));
+        for (done, ask) in asks().enumerate() {
             let (cost_here, window) = (cost(ask), ask.window.max(cost(ask)));
-            let charged = table.charge(mark(ask), time, |debt| Cell::charge(debt, time, cost_here, window));
-            let Err(debt) = charged else { continue };
+            let decide = |debt| Cell::charge(debt, time, cost_here, window).filter(|_| !ask.never());
+            let Err(debt) = table.charge(mark(ask), time, decide) else { continue };
             if ask.limit.is_shadow() {
                 self.limiter.counters.add(|counts| &counts.shadowed);
                 continue;
             }
-            self.asks.iter().take(done).for_each(|before| _ = table.refund(mark(before), cost(before)));
+            asks().take(done).for_each(|before| _ = table.refund(mark(before), cost(before)));
             self.limiter.counters.add(|counts| &counts.refused);
             let wait = Cell::wait(debt, time, cost_here, window).unwrap_or_default();
             return Err(self.limiter.refuse(ask.refusal(wait)));
@@ -254,25 +275,14 @@ impl Drop for Taken {
 // === impl Ask ===
 
 impl Ask {
-    pub(super) fn new(
-        store: &Shared,
-        limiter: &Limiter,
-        limit: &Limit,
-        route: Option<&str>,
-        head: &RequestHead<'_>,
-    ) -> Option<Self> {
-        let (rate, cell, units, window) = limit.charge(head)?;
-        let mut key = KeyBytes::new();
-        limiter.write_key(limit, route, head, &mut key);
-        let mark = store.mark(&key);
-        let local = Local::Ask(Question::default());
-        Some(Self { limit: limit.clone(), key, mark, twin: false, rate, cell, units, window, local })
-    }
-
     /// How much of a request's delay it may use: none if it only counts, and none if it would never have its turn.
     pub(super) fn delay(&self, delay: u64) -> u64 {
-        let waits = !self.limit.is_shadow() && self.cell.cost(self.units) <= self.window;
-        if waits { delay } else { 0 }
+        if self.limit.is_shadow() || self.never() { 0 } else { delay }
+    }
+
+    /// It costs more than there ever is.
+    fn never(&self) -> bool {
+        self.cell.cost(self.units) > self.window
     }
 
     /// As many whole units as the window has.
@@ -286,8 +296,7 @@ impl Ask {
     }
 
     pub(super) fn refusal(&self, wait: Duration) -> Refusal {
-        let never = self.cell.cost(self.units) > self.window;
         let standing = Standing::of_rate(self.limit.shared_name(), self.rate, 0, wait);
-        Refusal { standing, wait: if never { Wait::Never } else { Wait::For(wait) } }
+        Refusal { standing, wait: if self.never() { Wait::Never } else { Wait::For(wait) } }
     }
 }
