@@ -123,19 +123,23 @@ impl fmt::Debug for Running {
     }
 }
 
-/// Whether a gateway can have these routes of a file.
-pub(crate) fn fit(config: &Config, routes: &[&config::At<config::Route>]) -> Result<(), String> {
-    if routes.is_empty() {
-        return Ok(());
-    }
+/// Which of a file's routes cannot be used beside those before them, and why.
+pub(crate) fn misfits(config: &Config) -> Vec<(usize, String)> {
     let nobody = AuthLayer::new(policies::ByRoute::new(&[]).shared());
     let mut builder = Gateway::builder(portcullis::discovery::FixedRegistry::new()).with_auth(nobody);
-    for route in routes {
-        let (pattern, route) =
-            policies::route(route, config, &TrustedProxies::none(), None).map_err(|Error(why)| why)?;
-        builder = builder.route(&pattern, route);
+    let (mut misfits, mut put_in) = (Vec::new(), Vec::new());
+    for (index, route) in config.routes.iter().enumerate() {
+        match policies::route(route, config, &TrustedProxies::none(), None) {
+            Ok((pattern, route)) => {
+                builder = builder.route(&pattern, route);
+                put_in.push(index);
+            }
+            Err(Error(why)) => misfits.push((index, why)),
+        }
     }
-    builder.check().map_err(|error| error.to_string())
+    let found = builder.misfits().into_iter();
+    misfits.extend(found.filter_map(|(at, error)| Some((*put_in.get(at)?, error.to_string()))));
+    misfits
 }
 
 pub(crate) fn trusted_proxies(trusted: &config::TrustedProxies) -> Result<TrustedProxies, Error> {

@@ -19,6 +19,8 @@ const MAX_SERIES: usize = 2_000;
 const MAX_HISTORY: usize = 120;
 /// So many events are kept.
 const MAX_EVENTS: usize = 200;
+/// So many characters of each: all are sent to every page each second.
+const LONGEST_EVENT: usize = 500;
 
 /// Seeded, and quick: what is looked up comes from bounded sets.
 type Map<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
@@ -198,11 +200,16 @@ impl Telemetry {
     }
 
     pub(crate) fn event(&self, kind: &'static str, text: impl Into<String>) {
+        let mut text = text.into();
+        if let Some((end, _)) = text.char_indices().nth(LONGEST_EVENT) {
+            text.truncate(end);
+            text.push('…');
+        }
         let mut events = lock(&self.events);
         if events.len() == MAX_EVENTS {
             events.pop_front();
         }
-        events.push_back(Event { at: self.wall.since_epoch(), kind, text: text.into() });
+        events.push_back(Event { at: self.wall.since_epoch(), kind, text });
     }
 
     /// The last events, newest first.
@@ -367,5 +374,7 @@ mod tests {
         }
         let events = telemetry.events();
         assert_eq!((events.len(), events[0].text.as_str()), (MAX_EVENTS, "204"));
+        telemetry.event("test", "ä".repeat(10_000));
+        assert_eq!(telemetry.events()[0].text.chars().count(), LONGEST_EVENT + 1);
     }
 }

@@ -438,3 +438,21 @@ fn nothing_that_is_not_text_panics() {
     let long = format!("{} = 1", "x".repeat(1_000_000));
     assert!(parse(&long).is_err());
 }
+
+/// Files of this size took half a minute and more, with no other reload meanwhile.
+#[test]
+fn of_large_files_full_of_mistakes_the_first_hundred_are_said() {
+    let mut text = with("");
+    for number in 0..20_000 {
+        text.push_str(&format!(
+            "[[routes]]\npath = \"/{number}\"\nto = \"nobody-{number}\"\nno_such_key_{number} = 1\n"
+        ));
+    }
+    let unknown = parse(&text).unwrap_err();
+    let twice = with(&"[[routes]]\npath = \"/a\"\nto = \"orders\"\n".repeat(20_000));
+    let same = parse(&twice).unwrap_err();
+    for mistakes in [unknown, same] {
+        assert_eq!(mistakes.list().len(), 100);
+        assert!(mistakes.to_string().ends_with("\ngateway.toml: and more"));
+    }
+}

@@ -47,14 +47,24 @@ async fn each_service_has_a_way_of_its_own() {
 }
 
 #[tokio::test]
-async fn a_check_finds_what_building_would_and_follows_nothing() {
+async fn all_routes_that_do_not_fit_are_found_at_once_and_nothing_is_followed() {
     let discovery = DiscoveryLayer::new(FixedRegistry::new());
     let builder = || Gateway::builder(FixedRegistry::new()).with_discovery(discovery.clone());
-    for routes in [&[][..], &["no slash"], &["/{a}", "/{b}"]] {
-        let with = || routes.iter().fold(builder(), |builder, pattern| builder.route(pattern, Route::to("a")));
-        assert_eq!(with().check().unwrap_err().to_string(), with().build().unwrap_err().to_string(), "{routes:?}");
+    let routes = ["/{a}", "no slash", "/{b}", "/a", "/{*rest}/x", "/a", "/b"];
+    let with = |routes: &[&str]| {
+        routes.iter().fold(builder(), |builder, pattern| builder.route(pattern, Route::to("a").method(Method::GET)))
+    };
+    let nowhere = with(&routes).route("/nowhere", Route::split([])).route("/a", Route::to("a").method(Method::PUT));
+    let misfits: Vec<_> = nowhere.misfits().into_iter().map(|(index, why)| (index, why.to_string())).collect();
+    assert_eq!(misfits.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [1, 2, 4, 5, 7], "{misfits:?}");
+    for (index, why) in &misfits[..4] {
+        let built = with(&routes[..=*index]);
+        let first = built.build().unwrap_err().to_string();
+        assert!(*index != 1 || first == *why, "{first}");
+        assert!(with(&[routes[0], routes[3], routes[*index]]).build().is_err(), "{why}");
     }
-    builder().route("/a", Route::to("a")).check().unwrap();
+    assert!(with(&[]).misfits().is_empty() && with(&[]).build().is_err());
+    assert!(with(&routes[..1]).misfits().is_empty());
     assert!(discovery.status().is_empty());
     builder().route("/a", Route::to("a")).build().unwrap();
     assert_eq!(discovery.status().len(), 1);

@@ -22,8 +22,8 @@ pub struct Mistake {
 pub struct Mistakes {
     file: String,
     list: Vec<Mistake>,
-    /// So many further ones are not listed.
-    more: usize,
+    /// There are further ones.
+    more: bool,
 }
 
 /// So many mistakes are listed.
@@ -44,7 +44,9 @@ impl<'a> Notes<'a> {
     }
 
     pub(crate) fn push(&mut self, span: &Range<usize>, what: impl Into<String>, help: impl Into<String>) {
-        self.list.push((span.start, what.into(), help.into()));
+        if self.list.len() <= MOST {
+            self.list.push((span.start, what.into(), help.into()));
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -53,13 +55,13 @@ impl<'a> Notes<'a> {
 
     /// Whether there are more than anybody reads at a time: what takes long need not be looked for.
     pub(crate) fn are_many(&self) -> bool {
-        self.list.len() >= MOST
+        self.list.len() > MOST
     }
 
     pub(crate) fn finish(mut self, file: &str) -> Mistakes {
         self.list.sort_by_key(|(at, ..)| *at);
         self.list.dedup();
-        let more = self.list.len().saturating_sub(MOST);
+        let more = self.are_many();
         let list = self.list.into_iter().take(MOST).map(|(at, what, help)| {
             let (line, column) = position(self.text, at);
             Mistake { line, column, what, help }
@@ -82,7 +84,7 @@ impl Mistakes {
     /// A single mistake about the file as a whole.
     pub(crate) fn whole(file: &str, what: impl Into<String>, help: impl Into<String>) -> Self {
         let mistake = Mistake { line: 1, column: 1, what: what.into(), help: help.into() };
-        Self { file: file.to_owned(), list: vec![mistake], more: 0 }
+        Self { file: file.to_owned(), list: vec![mistake], more: false }
     }
 
     /// Where they are, without what stands there: the first few lines.
@@ -100,7 +102,7 @@ impl Mistakes {
     }
 }
 
-/// One line each: `file:line:column: what; help`. And how many more there are, if there are.
+/// One line each: `file:line:column: what; help`. And whether there are more.
 impl fmt::Display for Mistakes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (index, Mistake { line, column, what, help }) in self.list.iter().enumerate() {
@@ -110,8 +112,8 @@ impl fmt::Display for Mistakes {
                 write!(f, "; {help}")?;
             }
         }
-        if self.more > 0 {
-            write!(f, "\n{}: and {} more", self.file, self.more)?;
+        if self.more {
+            write!(f, "\n{}: and more", self.file)?;
         }
         Ok(())
     }
@@ -179,6 +181,15 @@ mod tests {
         ] {
             assert_eq!(suggest(word, known), expected, "{word}");
         }
+    }
+
+    #[test]
+    fn of_many_mistakes_the_first_are_listed() {
+        let mut notes = Notes::new("x\n");
+        (0..50_000).for_each(|number| notes.push(&(0..1), number.to_string(), ""));
+        let mistakes = notes.finish("f");
+        assert_eq!(mistakes.list().len(), MOST);
+        assert!(mistakes.to_string().ends_with("\nf: and more"));
     }
 
     #[test]

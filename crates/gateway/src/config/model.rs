@@ -147,23 +147,10 @@ impl Config {
 
     /// Notes routes that do not go with those before them.
     fn check_together(&self, notes: &mut Notes<'_>) {
-        let mut fit: Vec<&At<Route>> = self.routes.iter().collect();
-        while !notes.are_many()
-            && let Err(why) = crate::build::fit(self, &fit)
-        {
-            // The shortest beginning that does not fit ends with the route that does not.
-            let (mut good, mut bad) = (0, fit.len());
-            let mut said = why;
-            while bad - good > 1 {
-                let middle = good.midpoint(bad);
-                match crate::build::fit(self, &fit[..middle]) {
-                    Ok(()) => good = middle,
-                    Err(why) => (bad, said) = (middle, why),
-                }
-            }
-            let route = fit.remove(good);
+        for (index, why) in crate::build::misfits(self) {
+            let route = &self.routes[index];
             let span = route.path.as_ref().map_or(&route.span, |path| &path.span);
-            notes.push(span, said, "routes may differ in host, path, method, headers or query");
+            notes.push(span, why, "routes may differ in host, path, method, headers or query");
         }
     }
 
@@ -176,7 +163,7 @@ impl Config {
 }
 
 pub(super) fn known<T>(name: &At<String>, among: &Map<T>, kind: &str, notes: &mut Notes<'_>) {
-    if !among.contains_key(&**name) {
+    if !among.contains_key(&**name) && !notes.are_many() {
         let help = help(name, among.keys().map(String::as_str));
         notes.push(&name.span, format!("there is no {kind} {:?}", **name), help);
     }

@@ -21,6 +21,7 @@
 mod answer;
 mod matches;
 mod observe;
+mod response;
 mod route;
 mod router;
 mod upstream;
@@ -28,21 +29,16 @@ mod upstream;
 use std::collections::HashMap;
 use std::fmt;
 use std::num::NonZeroU32;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body::{Frame, SizeHint};
-use pin_project_lite::pin_project;
 use portcullis_auth::{Attempt, Auth, AuthLayer, Authenticate, Denied, Head, SharedAuthenticate};
 use portcullis_balance::{BalanceLayer, Pick};
 use portcullis_circuit_break::CircuitBreakLayer;
 use portcullis_core::is_normal_path;
-use portcullis_core::{
-    Body, Carried, Clock, Deadline, Destination, Dialect, Identity, Layer as Where, Rejection, Route as Matched,
-};
+use portcullis_core::{Body, Carried, Clock, Deadline, Destination, Dialect, Identity, Layer as Where, Rejection};
 use portcullis_discovery::{DiscoveryLayer, Registry};
 use portcullis_forward::{BoxError, Forward};
 use portcullis_rate_limit::{Rate, RateLimit, RateLimitLayer};
@@ -53,9 +49,11 @@ pub use self::answer::{Cors, Redirect};
 pub use self::matches::Is;
 use self::observe::Passed;
 pub use self::observe::{Observe, Observer};
+use self::response::{After, State};
+pub use self::response::{GatewayBody, ResponseFuture};
 pub use self::route::Route;
 use self::route::{Action, Target};
-use self::router::{Asked, Missing, Router};
+use self::router::{Asked, Misfits, Missing, Router};
 pub use self::upstream::Upstream;
 use self::upstream::Ways;
 
@@ -100,39 +98,6 @@ trait HasBody {
 
 impl<B> HasBody for Response<B> {
     type Body = B;
-}
-
-pin_project! {
-    /// The body of a [`Gateway`]'s answer.
-    pub struct GatewayBody {
-        #[pin]
-        inner: StackBody,
-    }
-}
-
-pin_project! {
-    /// The answer of a [`Gateway`].
-    pub struct ResponseFuture<B>
-    where
-        Stack: Service<Request<B>>,
-    {
-        #[pin]
-        state: State<<Stack as Service<Request<B>>>::Future>,
-    }
-}
-
-pin_project! {
-    #[project = Project]
-    enum State<F> {
-        Called { #[pin] future: F, after: Option<Box<After>> },
-        Answered { response: Option<Response<GatewayBody>> },
-    }
-}
-
-/// What is to be done to a response.
-struct After {
-    route: Option<Matched>,
-    cors: Option<(Cors, Option<HeaderValue>)>,
 }
 
 // === impl Gateway ===
@@ -389,13 +354,25 @@ impl Builder {
         Ok(gateway)
     }
 
-    /// Whether a gateway can be built, which nothing comes of.
-    ///
-    /// # Errors
-    ///
-    /// As of [`build`](Self::build).
-    pub fn check(self) -> Result<(), Error> {
-        self.put_together().map(drop)
+    /// What is wrong with single routes, by their place in the order they were put in, each beside those before it.
+    /// Nothing is built.
+    #[must_use]
+    pub fn misfits(self) -> Vec<(usize, Error)> {
+        let mut misfits = Misfits::new();
+        let routes = self.routes.iter().map(|(pattern, route)| (pattern.clone(), route.matches.clone(), ()));
+        Router::of_those_that_fit(routes.collect(), &mut misfits);
+        let wrong = |(index, (pattern, route)): (usize, &(String, Route))| Some((index, self.wrong(pattern, route)?));
+        misfits.extend(self.routes.iter().enumerate().filter_map(wrong));
+        misfits.into_iter().collect()
+    }
+
+    /// What is wrong with a route alone.
+    fn wrong(&self, pattern: &str, route: &Route) -> Option<Error> {
+        let asks = || route.policy::<portcullis_auth::Policy>().is_some_and(|policy| policy.asks());
+        if self.auth.is_none() && asks() {
+            return Some(Error::new(format!("the route {pattern:?} asks who is calling, and there is no way to tell")));
+        }
+        route.check().err().map(|Error(what)| Error(format!("the route {pattern:?}: {what}")))
     }
 
     /// A gateway that follows nothing yet, and the service that each of its discoveries is for.
@@ -403,13 +380,8 @@ impl Builder {
         if self.routes.is_empty() {
             return Err(Error::new("no routes"));
         }
-        if self.auth.is_none() {
-            let asks = |route: &Route| route.policy::<portcullis_auth::Policy>().is_some_and(|policy| policy.asks());
-            if let Some((pattern, _)) = self.routes.iter().find(|(_, route)| asks(route)) {
-                return Err(Error::new(format!(
-                    "the route {pattern:?} asks who is calling, and there is no way to tell"
-                )));
-            }
+        if let Some(wrong) = self.routes.iter().find_map(|(pattern, route)| self.wrong(pattern, route)) {
+            return Err(wrong);
         }
         let auth = self.auth.unwrap_or_else(|| AuthLayer::new(Nobody.shared()).policy(portcullis_auth::Policy::none()));
         let rate_limit = self.rate_limit.unwrap_or_else(|| {
@@ -417,9 +389,6 @@ impl Builder {
             layer.handle().set_limits([]);
             layer
         });
-        for (pattern, route) in &self.routes {
-            route.check().map_err(|Error(what)| Error(format!("the route {pattern:?}: {what}")))?;
-        }
         let stack = {
             let ways = Passed::new(Where::RateLimit, Ways::new(&self.upstream, &self.upstreams));
             auth.layer(Passed::new(Where::Auth, rate_limit.layer(ways)))
@@ -474,76 +443,3 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
-
-// === impl ResponseFuture ===
-
-impl<B> Future for ResponseFuture<B>
-where
-    Stack: Service<Request<B>, Response = Response<StackBody>, Error = std::convert::Infallible>,
-{
-    type Output = Result<Response<GatewayBody>, std::convert::Infallible>;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        match self.project().state.project() {
-            Project::Called { future, after } => {
-                let Ok(mut response) = ready!(future.poll(cx));
-                if let Some(After { route, cors }) = after.take().map(|after| *after) {
-                    if let Some((cors, origin)) = cors {
-                        cors.leave(origin.as_ref(), response.headers_mut());
-                    }
-                    if let Some(route) = route {
-                        response.extensions_mut().insert(route);
-                    }
-                }
-                Poll::Ready(Ok(response.map(GatewayBody::new)))
-            }
-            Project::Answered { response } => {
-                response.take().map_or(Poll::Pending, |response| Poll::Ready(Ok(response)))
-            }
-        }
-    }
-}
-
-impl<B> fmt::Debug for ResponseFuture<B>
-where
-    Stack: Service<Request<B>>,
-{
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ResponseFuture").finish_non_exhaustive()
-    }
-}
-
-// === impl GatewayBody ===
-
-impl GatewayBody {
-    const fn new(inner: StackBody) -> Self {
-        Self { inner }
-    }
-
-    fn empty() -> Self {
-        Self::new(Body::refusal(Bytes::new()))
-    }
-}
-
-impl http_body::Body for GatewayBody {
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        self.project().inner.poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
-    }
-}
-
-impl fmt::Debug for GatewayBody {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("GatewayBody").finish()
-    }
-}

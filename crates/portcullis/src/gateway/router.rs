@@ -1,7 +1,7 @@
 //! From a request's head to a route.
 
 use std::cmp::Reverse;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use http::{HeaderMap, Method, Uri, header};
 use portcullis_core::Dialect;
@@ -43,6 +43,8 @@ struct Pattern<T> {
 
 #[derive(Clone)]
 struct Entry<T> {
+    /// Among all that were put in.
+    index: usize,
     matches: Matches,
     value: T,
 }
@@ -54,6 +56,9 @@ pub(super) struct Asked<'a> {
     pub(super) uri: &'a Uri,
     pub(super) headers: &'a HeaderMap,
 }
+
+/// Why some of those put in cannot be used, by their place among all.
+pub(super) type Misfits = BTreeMap<usize, Error>;
 
 /// Why nothing was found.
 #[derive(Debug, PartialEq, Eq)]
@@ -68,38 +73,45 @@ pub(super) enum Missing {
 
 impl<T: Clone> Router<T> {
     pub(super) fn new(routes: Vec<(String, Matches, T)>) -> Result<Self, Error> {
+        let mut misfits = Misfits::new();
+        let router = Self::of_those_that_fit(routes, &mut misfits);
+        misfits.into_values().next().map_or(Ok(router), Err)
+    }
+
+    /// Leaves out what cannot be used, and what does not go with those before it.
+    pub(super) fn of_those_that_fit(routes: Vec<(String, Matches, T)>, misfits: &mut Misfits) -> Self {
         let mut hosts: HashMap<Option<String>, Vec<(String, Entry<T>)>> = HashMap::new();
-        for (pattern, matches, value) in routes {
+        for (index, (pattern, matches, value)) in routes.into_iter().enumerate() {
             if !pattern.starts_with('/') {
-                return Err(Error::new(format!("the pattern {pattern:?} does not begin with a slash")));
+                misfits.insert(index, Error::new(format!("the pattern {pattern:?} does not begin with a slash")));
+                continue;
+            }
+            let mut wrong = matches.hosts.iter().filter(|host| !is_host(host));
+            if let Some(host) = wrong.next() {
+                let why = format!("{host:?} is no host: want `a.example` or `*.example`");
+                misfits.insert(index, Error::new(why));
+                continue;
             }
             let names: Vec<Option<String>> = match matches.hosts.as_slice() {
                 [] => vec![None],
                 names => names.iter().map(|name| Some(without_dot(name).to_ascii_lowercase())).collect(),
             };
             for host in names {
-                let entry = Entry { matches: matches.clone(), value: value.clone() };
+                let entry = Entry { index, matches: matches.clone(), value: value.clone() };
                 hosts.entry(host).or_default().push((pattern.clone(), entry));
             }
         }
-        let mut router = Self { exact: HashMap::new(), wildcards: Vec::new(), any: Paths::new(Vec::new())? };
+        let any = hosts.remove(&None).unwrap_or_default();
+        let mut router = Self { exact: HashMap::new(), wildcards: Vec::new(), any: Paths::new(any, misfits) };
         for (host, entries) in hosts {
-            let paths = Paths::new(entries)?;
-            match host {
-                None => router.any = paths,
-                Some(host) => match host.strip_prefix('*') {
-                    Some(suffix) if suffix.len() > 1 && suffix.starts_with('.') && !suffix.contains('*') => {
-                        router.wildcards.push((suffix.into(), paths));
-                    }
-                    None if !host.is_empty() && !host.contains(['*', ':', '/']) => {
-                        router.exact.insert(host.into(), paths);
-                    }
-                    _ => return Err(Error::new(format!("{host:?} is no host: want `a.example` or `*.example`"))),
-                },
+            let (Some(host), paths) = (host, Paths::new(entries, misfits)) else { continue };
+            match host.strip_prefix('*') {
+                Some(suffix) => router.wildcards.push((suffix.into(), paths)),
+                None => drop(router.exact.insert(host.into(), paths)),
             }
         }
         router.wildcards.sort_by_key(|(suffix, _)| Reverse(suffix.len()));
-        Ok(router)
+        router
     }
 
     /// What was put in for the most specific that matches. The path is taken as it is: no part of it is decoded.
@@ -128,29 +140,38 @@ impl<T: Clone> Router<T> {
 // === impl Paths ===
 
 impl<T: Clone> Paths<T> {
-    fn new(routes: Vec<(String, Entry<T>)>) -> Result<Self, Error> {
-        let mut grouped: Vec<(String, Vec<Entry<T>>)> = Vec::new();
+    fn new(routes: Vec<(String, Entry<T>)>, misfits: &mut Misfits) -> Self {
+        let mut by_pattern: HashMap<String, Vec<Entry<T>>> = HashMap::new();
         for (pattern, entry) in routes {
-            match grouped.iter_mut().find(|(have, _)| *have == pattern) {
-                Some((_, entries)) => {
-                    if entries.iter().any(|have| have.matches.is_alike(&entry.matches)) {
-                        return Err(Error::new(format!("two routes for {pattern:?} that take the same requests")));
-                    }
-                    entries.push(entry);
-                }
-                None => grouped.push((pattern, vec![entry])),
+            let why = format!("two routes for {pattern:?} that take the same requests");
+            let entries = by_pattern.entry(pattern).or_default();
+            if entries.iter().any(|have| have.matches.is_alike(&entry.matches)) {
+                misfits.insert(entry.index, Error::new(why));
+            } else {
+                entries.push(entry);
             }
         }
-        grouped.sort_by_key(|(pattern, _)| specificity(pattern));
+        let mut grouped: Vec<_> = by_pattern.into_iter().collect();
+        let first = |entries: &[Entry<T>]| entries.first().map_or(0, |entry| entry.index);
+        // Of two that take the same paths the later one is left out.
+        grouped.sort_by_key(|(pattern, entries)| (specificity(pattern), first(entries)));
         let (mut whole, mut rest) = (matchit::Router::new(), matchit::Router::new());
         let (mut apart, mut patterns, mut shapes) = (Vec::new(), Vec::new(), HashMap::new());
-        for (index, (pattern, mut entries)) in grouped.into_iter().enumerate() {
-            let cannot = |error| Error::new(format!("the pattern {pattern:?} cannot be used: {error}"));
+        for (pattern, mut entries) in grouped {
+            let index = patterns.len();
             let mut alone = matchit::Router::new();
-            alone.insert(pattern.clone(), ()).map_err(cannot)?;
-            if let Some(other) = shapes.insert(shape(&pattern), pattern.clone()) {
-                return Err(Error::new(format!("the patterns {other:?} and {pattern:?} take the same paths")));
+            let why = match alone.insert(pattern.clone(), ()) {
+                Err(error) => Some(format!("the pattern {pattern:?} cannot be used: {error}")),
+                Ok(()) => {
+                    let other = shapes.get(&shape(&pattern));
+                    other.map(|other| format!("the patterns {other:?} and {pattern:?} take the same paths"))
+                }
+            };
+            if let Some(why) = why {
+                misfits.extend(entries.iter().map(|entry| (entry.index, Error::new(why.as_str()))));
+                continue;
             }
+            shapes.insert(shape(&pattern), pattern.clone());
             let best = if pattern.contains("{*") { &mut rest } else { &mut whole };
             if best.insert(pattern.clone(), index).is_err() {
                 apart.push(index);
@@ -167,7 +188,7 @@ impl<T: Clone> Paths<T> {
                 let _ = rest.insert(shorter, index);
             }
         }
-        Ok(Self { whole, rest, apart, patterns: patterns.into_iter().map(|(_, pattern)| pattern).collect() })
+        Self { whole, rest, apart, patterns: patterns.into_iter().map(|(_, pattern)| pattern).collect() }
     }
 
     fn find(&self, asked: Asked<'_>, allowed: &mut Vec<Method>) -> Option<&T> {
@@ -213,6 +234,12 @@ fn specificity(pattern: &str) -> (bool, Vec<u8>, Reverse<usize>) {
         _ => 0,
     });
     (pattern.contains("{*"), kinds.chain([1]).collect(), Reverse(pattern.len()))
+}
+
+/// Whether it is a name without a port, or all below one.
+fn is_host(host: &str) -> bool {
+    let name = host.strip_prefix("*.").unwrap_or(host);
+    !without_dot(name).is_empty() && !name.contains(['*', ':', '/'])
 }
 
 /// A name that ends with the root's dot is the name without it.
