@@ -27,9 +27,9 @@ pub struct Watch<C: Classify> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 enum Stage {
-    /// Its head is not there.
+    /// Its head is not there, and that matters: it is timed, or a probe.
     Waiting,
-    /// The end of the body tells.
+    /// The end of the body tells. Where it does not matter a call begins here, and so need not be written again.
     AtEnd,
     /// The trailers tell.
     AtTrailers,
@@ -133,8 +133,10 @@ impl<C: Classify> Line<C> {
     #[inline]
     pub(crate) fn watch(self: &Arc<Self>, entered: Entered, started: Option<Moment>) -> Watch<C> {
         let time = started.map_or(0, Moment::as_nanos);
-        let watch = Watch { line: self.clone(), entered, time, stage: Stage::Waiting };
-        if watch.entered.is_rationed() {
+        let is_probe = entered.is_rationed();
+        let stage = if self.timed || is_probe { Stage::Waiting } else { Stage::AtEnd };
+        let watch = Watch { line: self.clone(), entered, time, stage };
+        if is_probe {
             watch.probe();
         }
         watch
@@ -168,10 +170,13 @@ impl<C: Classify> Watch<C> {
             let took = self.line.shared.now().since(Moment::from_nanos(self.time));
             self.time = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         }
-        let verdict = self.line.classify.head(Head::of(response));
-        self.stage = if verdict == Verdict::AtTrailers { Stage::AtTrailers } else { Stage::AtEnd };
-        if let Verdict::Decided(outcome) = verdict {
-            self.tell(outcome, Some(response.headers()));
+        if self.stage == Stage::Waiting {
+            self.stage = Stage::AtEnd;
+        }
+        match self.line.classify.head(Head::of(response)) {
+            Verdict::AtTrailers => self.stage = Stage::AtTrailers,
+            Verdict::Decided(outcome) => self.tell(outcome, Some(response.headers())),
+            _ => {}
         }
     }
 

@@ -144,37 +144,20 @@ where
                 let frame = ready!(body.as_mut().poll_frame(cx));
                 let Some(watch) = guard else { return Poll::Ready(frame) };
                 // Taken apart and put together again, a frame of data need not be written to memory to be looked at.
-                let (frame, over) = match frame {
+                let frame = match frame {
                     Some(Ok(frame)) => match frame.into_data() {
                         Ok(data) => {
                             watch.data(data.len());
-                            let over = body.is_end_stream();
-                            if over {
-                                watch.end();
+                            if body.is_end_stream() {
+                                arrived(guard);
                             }
-                            (Some(Ok(Frame::data(data))), over)
+                            return Poll::Ready(Some(Ok(Frame::data(data))));
                         }
-                        Err(frame) => {
-                            let over = frame.is_trailers() || body.is_end_stream();
-                            if let Some(trailers) = frame.trailers_ref() {
-                                watch.trailers(trailers);
-                            }
-                            if over {
-                                watch.end();
-                            }
-                            (Some(Ok(frame)), over)
-                        }
+                        Err(frame) => Some(Ok(frame)),
                     },
-                    Some(Err(error)) => {
-                        watch.error();
-                        (Some(Err(error)), true)
-                    }
-                    None => {
-                        watch.end();
-                        (None, true)
-                    }
+                    over => over,
                 };
-                if over {
+                if end(watch, frame.as_ref(), body.is_end_stream()) {
                     *guard = None;
                 }
                 Poll::Ready(frame)
@@ -194,6 +177,38 @@ where
         match &self.state {
             State::Inner { body, .. } => body.size_hint(),
             State::Refusal { bytes } => SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64)),
+        }
+    }
+}
+
+/// The body is whole. Apart, as what is above is small enough then to become part of whoever reads the body.
+#[inline(never)]
+fn arrived(guard: &mut Option<impl Guard>) {
+    guard.end();
+    *guard = None;
+}
+
+/// Tells of what is no data, and says whether nothing follows it.
+#[inline(never)]
+fn end<E>(watch: &mut impl Guard, frame: Option<&Result<Frame<Bytes>, E>>, is_last: bool) -> bool {
+    match frame {
+        Some(Ok(frame)) => {
+            if let Some(trailers) = frame.trailers_ref() {
+                watch.trailers(trailers);
+            }
+            let over = is_last || frame.is_trailers();
+            if over {
+                watch.end();
+            }
+            over
+        }
+        Some(Err(_)) => {
+            watch.error();
+            true
+        }
+        None => {
+            watch.end();
+            true
         }
     }
 }
