@@ -184,3 +184,10 @@ fn the_times_of_a_registry_that_is_never_the_first_are_refused() {
     let spans = "[traces]\npropagate = false\notlp = { endpoint = \"http://a\" }";
     all_say(&[(spans, "8:8: spans of no trace; set traces.propagate = true")]);
 }
+
+#[test]
+fn values_that_cannot_stand_in_a_header_are_named_and_not_shown() {
+    let route = "[[routes]]\npath = \"/x\"\nto = \"a\"\nrequest_headers.set = { x-key = \"sesame\\nopen\" }";
+    all_say(&[(route, "6:1: the value of x-key cannot stand in a header; one line of text")]);
+    assert!(!says(route).contains("sesame"));
+}

@@ -143,13 +143,13 @@ async fn callers_cannot_set_identity_headers_also_where_nobody_is_asked() {
 async fn what_a_route_sets_may_be_a_secret_and_is_not_shown() {
     let backend = Backend::start("one").await;
     let more = "[[routes]]\npath = \"/{*rest}\"\nto = \"a\"\n\
-         request_headers.set = { x-upstream = { file = \"secret\" }, authorization = \"Bearer sesame-2\", x-plain = \"plain\" }\n\
+         request_headers.set = { x-upstream = { file = \"secret\" }, authorization = \"Bearer sesame-2\", x-plain = \"plain\", x-empty = \"\" }\n\
          request_headers.add = { x-tenant-key = \"sesame-3\" }\n";
     let folder = scratch_folder("headers");
     std::fs::write(folder.join("secret"), "sesame-1\n").expect("a folder to write in");
     let program = Program::start_in(folder, &file(&[("a", &[backend.address()])], more));
     let seen = get(program.gateway, "/", &[]).await.expect("an answer").json()["headers"].to_string();
-    for sent in ["sesame-1", "Bearer sesame-2", "sesame-3", "plain"] {
+    for sent in ["sesame-1", "Bearer sesame-2", "sesame-3", "plain", "x-empty"] {
         assert!(seen.contains(sent), "{sent}: {seen}");
     }
     let shown = program.ask("/config").await.text();

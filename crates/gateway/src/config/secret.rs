@@ -102,6 +102,10 @@ impl Secret {
         &self.value
     }
 
+    fn literal(text: &str) -> Self {
+        Self { source: Source::Literal, value: text.to_owned() }
+    }
+
     /// Whether it stands in the file itself.
     #[must_use]
     pub fn is_literal(&self) -> bool {
@@ -122,7 +126,7 @@ impl Value for Secret {
                 reader.notes.push(&node.span(), "it is empty", "say what it is, or remove it");
                 return None;
             }
-            return Some(Self { source: Source::Literal, value: text.to_owned() });
+            return Some(Self::literal(text));
         }
         if !node.get_ref().is_table() {
             // Without what stands there: it may be one all the same.
@@ -179,7 +183,19 @@ fn is_telling(name: &str) -> bool {
 
 impl Value for HeaderValues {
     fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
-        Map::read(node, reader).map(Self)
+        let table = reader.table(node)?;
+        let read: Vec<_> = table
+            .iter()
+            .map(|(key, node)| {
+                let value = match node.get_ref().as_str() {
+                    // Here nothing is something.
+                    Some(text) => Some(Secret::literal(text)),
+                    None => Secret::read(node, reader),
+                };
+                value.map(|value| (key.get_ref().to_string(), value))
+            })
+            .collect();
+        read.into_iter().collect::<Option<_>>().map(Self)
     }
 
     fn absent() -> Option<Self> {
