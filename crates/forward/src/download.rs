@@ -161,8 +161,8 @@ impl Stream {
             }
         };
         Poll::Ready(match frame {
-            // An answer that was given early is whole (RFC 9113 §8.1).
-            Err(error) if error.reason() == Some(Reason::NO_ERROR) => None,
+            // An answer that was given early is whole (RFC 9113 §8.1), unless more of it was announced.
+            Err(error) if error.reason() == Some(Reason::NO_ERROR) && self.left.unwrap_or_default() == 0 => None,
             frame => frame.transpose(),
         })
     }

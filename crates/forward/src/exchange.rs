@@ -308,7 +308,6 @@ impl Exchange {
             self.poll_limits(&mut alarm, cx).map(Err)
         })
         .await;
-        let sent = place.written() > before;
         match polled {
             Ok(Ok(response)) => {
                 let (head, stream) = response.into_parts();
@@ -323,8 +322,9 @@ impl Exchange {
                 let (limits, permit) = (self.limits(), self.permit.take());
                 Tried::Answered(Response::from_parts(head, ResponseBody::h2(stream, place, limits, permit)))
             }
-            Ok(Err(error)) => failed(&error, self.flow.as_deref(), sent, reused),
-            Err(kind) => Tried::Failed(Failure { kind: self.whose_fault(kind), sent, cause: None }, Again::Never),
+            Ok(Err(error)) => failed(&error, self.flow.as_deref(), place.written() > before, reused),
+            // Even if nothing has left yet: the connection may be writing just now, or have it where it cannot be called back.
+            Err(kind) => Tried::Failed(Failure::sent(self.whose_fault(kind)), Again::Never),
         }
     }
 
