@@ -187,6 +187,8 @@ impl Future for ResponseFuture {
         watch.head = Some(Head::of(&response, watch.record.age()));
         watch.is_grpc = Dialect::of(response.headers()) == Dialect::Grpc;
         watch.trailers(response.headers());
+        // Of its body nothing is sent, and nobody asks for it.
+        watch.whole = watch.asked.method == Method::HEAD;
         Poll::Ready(Ok(response.map(|body| Body::guarded(body, watch))))
     }
 }

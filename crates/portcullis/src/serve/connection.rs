@@ -243,13 +243,15 @@ where
 impl<S, B> hyper::service::Service<Request<Incoming>> for Boxed<S>
 where
     S: hyper::service::Service<Request<Incoming>, Response = Response<B>>,
+    B: http_body::Body,
 {
     type Response = Response<Paced<B>>;
     type Error = S::Error;
     type Future = Pin<Box<pace::Answer<S::Future>>>;
 
     fn call(&self, request: Request<Incoming>) -> Self::Future {
-        Box::pin(pace::Answer::new(self.0.call(request)))
+        let method = request.method().clone();
+        Box::pin(pace::Answer::new(&method, self.0.call(request)))
     }
 }
 

@@ -11,7 +11,8 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::Response;
+use http::header::CONTENT_LENGTH;
+use http::{Method, Response};
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 
@@ -52,6 +53,8 @@ pin_project! {
     pub(super) struct Answer<F> {
         #[pin]
         inner: F,
+        // Asked with `HEAD`: the body stays here. Over HTTP/1.1 hyper sees to that.
+        bare: bool,
     }
 }
 
@@ -59,6 +62,7 @@ pin_project! {
     pub(super) struct Paced<B> {
         #[pin]
         inner: B,
+        bare: bool,
     }
 }
 
@@ -93,21 +97,27 @@ impl<F: Future<Output = ()>> Future for Stream<F> {
 }
 
 impl<F> Answer<F> {
-    pub(super) const fn new(inner: F) -> Self {
-        Self { inner }
+    pub(super) fn new(method: &Method, inner: F) -> Self {
+        Self { inner, bare: *method == Method::HEAD }
     }
 }
 
 impl<F, B, E> Future for Answer<F>
 where
     F: Future<Output = Result<Response<B>, E>>,
+    B: Body,
 {
     type Output = Result<Response<Paced<B>>, E>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let response = ready!(self.project().inner.poll(cx))?;
+        let this = self.project();
+        let mut response = ready!(this.inner.poll(cx))?;
+        let length = response.body().size_hint().exact().filter(|length| *this.bare && *length > 0);
+        if let Some(length) = length {
+            response.headers_mut().entry(CONTENT_LENGTH).or_insert(length.into());
+        }
         SEEN.set(Some(At::Reader));
-        Poll::Ready(Ok(response.map(|inner| Paced { inner })))
+        Poll::Ready(Ok(response.map(|inner| Paced { inner, bare: *this.bare })))
     }
 }
 
@@ -119,13 +129,17 @@ where
     type Error = B::Error;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        let frame = self.project().inner.poll_frame(cx);
+        let this = self.project();
+        if *this.bare {
+            return Poll::Ready(None);
+        }
+        let frame = this.inner.poll_frame(cx);
         SEEN.set(Some(if frame.is_pending() { At::Service } else { At::Reader }));
         frame
     }
 
     fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
+        self.bare || self.inner.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
