@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, Entry, HOST, TRANSFER_ENCODING, UPGRADE};
+use http::uri::{Authority, Parts, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body as _;
 use hyper::upgrade::OnUpgrade;
-use portcullis_core::{Endpoint, Permit, Scheme};
+use portcullis_core::{Endpoint, Permit};
 use tokio::time::Instant;
 
 use crate::alarm::{Alarm, after, earlier};
@@ -407,16 +408,14 @@ fn is_unprocessed(h2: &h2::Error) -> bool {
 
 impl Target {
     fn absolute(&self, endpoint: &Endpoint) -> Uri {
-        let scheme = match endpoint.instance().scheme {
-            Scheme::Https => "https",
-            _ => "http",
-        };
-        let path = self.path.path_and_query().map_or("/", |path| path.as_str());
-        Uri::builder()
-            .scheme(scheme)
-            .authority(self.authority.as_bytes())
-            .path_and_query(path)
-            .build()
-            .unwrap_or_else(|_| self.path.clone())
+        let mut parts = Parts::default();
+        parts.scheme = Some(match endpoint.instance().scheme {
+            portcullis_core::Scheme::Https => Scheme::HTTPS,
+            _ => Scheme::HTTP,
+        });
+        parts.authority = Authority::try_from(self.authority.as_bytes()).ok();
+        parts.path_and_query =
+            Some(self.path.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/")));
+        Uri::from_parts(parts).unwrap_or_else(|_| self.path.clone())
     }
 }

@@ -145,6 +145,10 @@ pub(crate) fn join_cookies(headers: &mut HeaderMap) {
 
 /// Leaves of `TE` what we can do.
 pub(crate) fn rewrite_te(headers: &mut HeaderMap) {
+    let mut lines = headers.get_all(TE).iter();
+    if lines.next().is_none_or(|first| first == "trailers") && lines.next().is_none() {
+        return;
+    }
     let trailers = takes_trailers(headers);
     headers.remove(TE);
     if trailers {

@@ -547,3 +547,18 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_request_on_its_way_fits_the_memory_that_allocators_keep_at_hand() {
+        let request = Request::get("http://a/").body(http_body_util::Empty::<Bytes>::new()).unwrap();
+        let ResponseFuture(State::Sending(future)) = Forward::to("127.0.0.1:1").unwrap().call(request) else {
+            panic!("refused");
+        };
+        // glibc's limit, which is the lowest.
+        assert!(size_of_val(&*future) <= 1032, "{}", size_of_val(&*future));
+    }
+}

@@ -328,24 +328,28 @@ impl Merged<'_> {
 // === impl Prepared ===
 
 impl Prepared {
-    /// Sends it, and makes of whatever comes back something that can be returned.
-    pub(crate) async fn run(mut self) -> Response<Body<ResponseBody>> {
-        let (shared, dialect) = (&self.shared, self.dialect);
-        let result = match &mut self.way {
-            Way::Exchange(exchange, body) => {
-                let body = std::mem::replace(body, Outgoing::Empty);
-                exchange.run(body).await.map(|response| {
-                    let route = self.route.as_ref().and_then(|route| route.policy());
-                    returned(response, &shared.via, &Merged { route, default: &shared.policy }).map(Body::new)
-                })
-            }
-            Way::Tunnel(opening) => opening.await,
-        };
-        match result {
-            Ok(response) => response,
-            Err(failure) => {
-                debug!(kind = ?failure.kind, sent = failure.sent, cause = failure.cause.as_deref(), "not forwarded");
-                failure.rejection().into_response(dialect)
+    /// Sends it, and makes of whatever comes back something that can be returned. An `async fn` would hold it twice, and be
+    /// too large for the memory that allocators keep at hand.
+    pub(crate) fn run(self) -> impl Future<Output = Response<Body<ResponseBody>>> + Send {
+        let mut prepared = self;
+        async move {
+            let result = match &mut prepared.way {
+                Way::Exchange(exchange, body) => {
+                    let body = std::mem::replace(body, Outgoing::Empty);
+                    exchange.run(body).await.map(|response| {
+                        let (route, shared) = (prepared.route.as_ref(), &prepared.shared);
+                        let policy = Merged { route: route.and_then(|route| route.policy()), default: &shared.policy };
+                        returned(response, &shared.via, &policy).map(Body::new)
+                    })
+                }
+                Way::Tunnel(opening) => opening.await,
+            };
+            match result {
+                Ok(response) => response,
+                Err(failure) => {
+                    debug!(kind = ?failure.kind, sent = failure.sent, cause = failure.cause.as_deref(), "not forwarded");
+                    failure.rejection().into_response(prepared.dialect)
+                }
             }
         }
     }
