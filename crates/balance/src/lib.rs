@@ -241,7 +241,7 @@ pub use watch::Watch;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -269,6 +269,9 @@ pub struct Balance<S, P> {
 /// How many may wait at a time.
 const WAITING: usize = 1024;
 
+/// Where the endpoints of a snapshot stand, whatever the layer.
+static IDS: LazyLock<SlotKey<HashMap<Arc<str>, u32>>> = LazyLock::new(SlotKey::new);
+
 struct Shared<P> {
     pick: Arc<P>,
     shape: Shape,
@@ -281,7 +284,6 @@ struct Shared<P> {
     clock: Clock,
     wall: WallClock,
     key: SlotKey<Viewed>,
-    ids: SlotKey<HashMap<Arc<str>, u32>>,
 }
 
 // === impl BalanceLayer ===
@@ -303,7 +305,6 @@ impl<P: Pick> BalanceLayer<P> {
                 clock: Clock::system(),
                 wall: WallClock::system(),
                 key: SlotKey::new(),
-                ids: SlotKey::new(),
             }),
         }
     }
@@ -479,7 +480,6 @@ impl<P> Clone for Shared<P> {
             clock: self.clock.clone(),
             wall: self.wall.clone(),
             key: self.key.clone(),
-            ids: self.ids.clone(),
         }
     }
 }
@@ -496,7 +496,7 @@ impl<P: Pick> Shared<P> {
         let whole = Choice { pick: &*self.pick, shape: &self.shape, subset: None, asked, tried, clock: &self.clock };
         if let Some(prefer) = asked.extensions.get::<Prefer>() {
             let ids = || (0..).zip(endpoints.iter()).map(|(i, endpoint)| (endpoint.id().clone(), i)).collect();
-            let position = endpoints.slot(&self.ids, ids).get(&prefer.id);
+            let position = endpoints.slot(&IDS, ids).get(&prefer.id);
             let chosen = position.and_then(|i| whole.enter(endpoints.get(*i as usize)?));
             match chosen {
                 Some(chosen) => return Ok(chosen),
@@ -510,8 +510,10 @@ impl<P: Pick> Shared<P> {
         if let Some(sticky) = &policy.sticky
             && let Some(token) = sticky.read(asked.headers)
             && let Some(i) = viewed.cookies(endpoints, sticky).get(&token)
-            && offered.holds(*i)
-            && let Some(chosen) = whole.enter(&endpoints[*i as usize])
+            && let endpoint = &endpoints[*i as usize]
+            && endpoint.weight() > 0
+            && (policy.subset.is_none() || offered.holds(*i))
+            && let Some(chosen) = whole.enter(endpoint)
         {
             return Ok(chosen);
         }

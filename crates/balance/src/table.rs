@@ -113,11 +113,16 @@ impl<T: Table> Tables<T> {
     pub(crate) fn find(&self, among: &Candidates<'_>, hash: u64, takes: impl Fn(usize) -> bool) -> Option<usize> {
         let laid = self.laid(among);
         let takes = |position: &usize| takes(*position);
-        let found = match laid.layout.table.get() {
-            Some(table) => table.walk(hash).take(STEPS).map(|position| position as usize).find(takes),
-            None => self.find_meanwhile(laid, among, hash, takes),
+        let Some(table) = laid.layout.table.get() else {
+            let found = self.find_meanwhile(laid, among, hash, takes);
+            return found.or_else(|| laid.layout.find(hash, takes));
         };
-        found.or_else(|| laid.layout.find(hash, takes))
+        for position in table.walk(hash).take(STEPS) {
+            if takes(&(position as usize)) {
+                return Some(position as usize);
+            }
+        }
+        laid.layout.find(hash, takes)
     }
 
     /// A table is built in a thread. Meanwhile that of the group before serves; before the first, a key goes to whoever
