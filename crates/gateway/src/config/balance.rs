@@ -18,7 +18,8 @@ section! {
     pub struct Balance {
         /// By what.
         policy: At<BalancePolicy> = At::of(BalancePolicy::PowerOfTwo),
-        /// When fewer than so many percent of the endpoints admit, all are used. 0 never does that.
+        /// When fewer than so many percent of the endpoints admit, all are used. 0 never does that; above 71 is as 71, unless
+        /// `overprovisioning` is less than 140.
         panic_threshold: At<u8> = At::of(50),
         /// How long to wait for an endpoint that admits before a request is refused. By default it is refused at once.
         wait: Option<Duration>,
@@ -127,7 +128,7 @@ words! {
         RoundRobin = "round-robin",
         /// Any, by weight.
         Random = "random",
-        /// The faster of two, by a moving average that jumps up at once.
+        /// The fastest of three, or as many as `choices` says, by a moving average that jumps up at once.
         PeakEwma = "peak-ewma",
         /// By what of the request `hash` names: the next on a ring.
         RingHash = "ring-hash",
