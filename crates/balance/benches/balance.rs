@@ -24,7 +24,7 @@ use portcullis_balance::{
     Asked, BalanceLayer, Call, HashKey, LeastConnections, Maglev, PeakEwma, Pick, Policy, PowerOfTwo, Random,
     Rendezvous, Replay, RingHash, RoundRobin,
 };
-use portcullis_core::{Carried, Clock, Endpoints, Instance, Moment, Outcome};
+use portcullis_core::{Carried, Clock, Endpoint, Endpoints, Instance, Moment, Outcome};
 use tower::balance::p2c::Balance;
 use tower::discover::ServiceList;
 use tower::load::{CompleteOnResponse, Constant, PeakEwmaDiscover};
@@ -106,6 +106,17 @@ fn picks(c: &mut Criterion) {
         with_clock(c, name, policy, sizes, &Clock::system());
     }
     fn with_clock<P: Pick>(c: &mut Criterion, name: &str, policy: impl Fn() -> P, sizes: &[usize], clock: &Clock) {
+        differing(c, name, policy, sizes, clock, false);
+    }
+    /// As if servers differed: one is up to four times slower than another and has up to three requests in flight.
+    fn differing<P: Pick>(
+        c: &mut Criterion,
+        name: &str,
+        policy: impl Fn() -> P,
+        sizes: &[usize],
+        clock: &Clock,
+        differ: bool,
+    ) {
         let mut group = c.benchmark_group(format!("pick/{name}"));
         for n in sizes {
             let (set, policy, request) = (endpoints(*n), Arc::new(policy()), request());
@@ -113,9 +124,14 @@ fn picks(c: &mut Criterion) {
             layer.prepare(&set);
             drop(layer.choose(&set, Asked::of(&request)).unwrap());
             if policy.observes() {
-                let call = Call::new(Duration::from_millis(20), Outcome::Success, None, clock.now());
-                set.iter().for_each(|endpoint| policy.observe(endpoint, &call));
+                for (i, endpoint) in set.iter().enumerate() {
+                    let latency = Duration::from_millis(if differ { 20 + i as u64 * 7919 % 61 } else { 20 });
+                    let call = Call::new(latency, Outcome::Success, None, clock.now());
+                    (0..9).for_each(|_| policy.observe(endpoint, &call));
+                }
             }
+            let busy = |(i, endpoint)| (0..i * 31 % 4).map(|_| Endpoint::begin(endpoint)).collect::<Vec<_>>();
+            let _busy: Vec<_> = set.iter().enumerate().filter(|_| differ).flat_map(busy).collect();
             group.bench_function(BenchmarkId::from_parameter(n), |b| {
                 best(b, || {
                     let permit = layer.choose(&set, Asked::of(&request)).unwrap();
@@ -131,6 +147,15 @@ fn picks(c: &mut Criterion) {
     one(c, "power-of-two", || PowerOfTwo, &sizes);
     one(c, "peak-ewma", PeakEwma::new, &sizes);
     with_clock(c, "peak-ewma, a clock that costs nothing", PeakEwma::new, &sizes, &Clock::manual().0);
+    differing(c, "power-of-two, servers that differ", || PowerOfTwo, &[1000], &Clock::system(), true);
+    differing(
+        c,
+        "peak-ewma, servers that differ, a clock that costs nothing",
+        PeakEwma::new,
+        &[1000],
+        &Clock::manual().0,
+        true,
+    );
     let sizes = [3, 100, 1000];
     let by_path = HashKey::path;
     one(c, "maglev", || Maglev::by(by_path()), &sizes);

@@ -155,7 +155,8 @@ mod tests {
     #[test]
     fn an_idle_service_is_shared_as_weights_say_at_any_number() {
         for n in [2_usize, 3, 4, 6, 10, 100] {
-            fastrand::seed(n as u64);
+            // Small seeds begin alike.
+            fastrand::seed(crate::pick::mix(n as u64));
             let mut weights = vec![2; n];
             weights[0] = 1;
             let set = Set::of(&weights);

@@ -295,6 +295,29 @@ impl<'a> Candidates<'a> {
         Some(other + usize::from(other >= than))
     }
 
+    /// One at random by weight, and two of the others, which may be the same; all the same when there is only one.
+    #[inline(always)]
+    pub(crate) fn sample_three(&self) -> [usize; 3] {
+        /// Of so many three fit into a random number.
+        const FITTING: usize = 1 << 20;
+        let len = self.len();
+        if self.is_weighted() || !(2..=FITTING).contains(&len) {
+            return self.sample_three_apart();
+        }
+        let random = self.random();
+        // Each of them by other bits, and none waits for the one before.
+        let (one, first, second) =
+            (scale(random, len), scale(random.rotate_left(21), len - 1), scale(random.rotate_left(42), len - 1));
+        [one, first + usize::from(first >= one), second + usize::from(second >= one)]
+    }
+
+    #[cold]
+    fn sample_three_apart(&self) -> [usize; 3] {
+        let one = self.sample();
+        let other = || self.sample_other(one).unwrap_or(one);
+        [one, other(), other()]
+    }
+
     /// A number below `bound`, each as likely; zero for zero.
     #[must_use]
     #[inline]
@@ -307,10 +330,14 @@ impl<'a> Candidates<'a> {
     #[inline]
     pub fn random(&self) -> u64 {
         let seed = match self.seed.get() {
-            0 => fastrand::u64(..) | 1,
-            seed => seed,
+            // The first is as good as it comes.
+            0 => {
+                let first = fastrand::u64(..);
+                self.seed.set(first | 1);
+                return first;
+            }
+            seed => seed.wrapping_add(0x9e37_79b9_7f4a_7c15),
         };
-        let seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
         self.seed.set(seed);
         mix(seed)
     }
@@ -344,7 +371,14 @@ impl<'a> Candidates<'a> {
         self.endpoints.slot(key, || derive(self.endpoints))
     }
 
+    /// The endpoint that stands there in the snapshot.
+    #[inline]
+    pub(crate) fn at(&self, position: usize) -> &'a Endpoint {
+        &self.endpoints[position]
+    }
+
     /// Where in the snapshot it stands.
+    #[inline]
     pub(crate) fn position(&self, index: usize) -> usize {
         self.group.position(index)
     }
