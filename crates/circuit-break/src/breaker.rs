@@ -20,7 +20,7 @@
 //! Which calls may enter is the gate's business alone, and so is how long a probe may stay away. A result counts only if
 //! its call entered in the present period, that is, at or after this breaker's last move.
 
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use portcullis_core::{Gate, Generation, Moment, Mover, Outcome};
@@ -77,7 +77,7 @@ pub(crate) struct Desk<'a> {
 pub(crate) enum Zeal {
     /// Opens.
     Acts,
-    /// Says that it would have opened, and begins anew.
+    /// Says that it would have opened, begins anew, and says no more while it would be open.
     Speaks,
     /// Nothing.
     Counts,
@@ -110,14 +110,14 @@ pub(crate) struct Call {
 pub(crate) struct Breaker {
     /// See [`Word`]. Counts are written by whoever has a result, everything else under `turning`.
     word: AtomicU64,
-    /// When the open time is over; while closed, since when it is.
+    /// When the open time is over, also one that was only spoken of; while closed, since when it is.
     edge: AtomicU64,
     turning: Mutex<()>,
     calls: Option<CallWindow>,
     time: Option<TimeWindow>,
-    failed: AtomicU32,
-    ignored: AtomicU32,
-    refused: AtomicU32,
+    failed: std::sync::atomic::AtomicU64,
+    ignored: std::sync::atomic::AtomicU64,
+    refused: std::sync::atomic::AtomicU64,
 }
 
 /// `state: 2 | last move: 31 | times opened: 7 | period: 8 | count: 16`. The count is of failures in a row while closed, of
@@ -175,9 +175,9 @@ impl Breaker {
                 Span::Time(time) => Some(TimeWindow::new(time)),
                 Span::Calls(_) => None,
             }),
-            failed: AtomicU32::new(0),
-            ignored: AtomicU32::new(0),
-            refused: AtomicU32::new(0),
+            failed: 0.into(),
+            ignored: 0.into(),
+            refused: 0.into(),
         }
     }
 
@@ -204,15 +204,15 @@ impl Breaker {
         Some(self.time.as_ref()?.sum(self.word().period(), now))
     }
 
-    pub(crate) fn failed(&self) -> u32 {
+    pub(crate) fn failed(&self) -> u64 {
         self.failed.load(Relaxed)
     }
 
-    pub(crate) fn ignored(&self) -> u32 {
+    pub(crate) fn ignored(&self) -> u64 {
         self.ignored.load(Relaxed)
     }
 
-    pub(crate) fn refused(&self) -> u32 {
+    pub(crate) fn refused(&self) -> u64 {
         self.refused.load(Relaxed)
     }
 
@@ -364,6 +364,9 @@ impl Breaker {
         now: Moment,
         random: f64,
     ) -> Option<Turn> {
+        if desk.zeal == Zeal::Speaks && seen.state() == State::Closed && now < self.edge() {
+            return None;
+        }
         let _turning = lock(&self.turning);
         let word = self.word();
         if word.last_move() != seen.last_move() || word.period() != seen.period() {
@@ -373,7 +376,7 @@ impl Breaker {
             State::Closed => desk.rules.open.forgive(word.times(), now.since(self.edge())),
             State::Open | State::HalfOpen => word.times(),
         };
-        let times = (times + 1).min(Word::TIMES);
+        let times = desk.rules.open.next(times).min(Word::TIMES);
         let until = now + desk.rules.open.for_the(times, random, asked);
         let (from, period) = (word.state(), word.period().next());
         let enforced = from != State::Closed || desk.zeal == Zeal::Acts;
@@ -381,7 +384,7 @@ impl Breaker {
             let moved = desk.gate.ration(desk.mover, word.last_move(), desk.rules.ration(until))?;
             self.turn(Word::new(State::Open, moved, times, period), until, now);
         } else {
-            self.turn(Word::new(State::Closed, word.last_move(), times, period), now, now);
+            self.turn(Word::new(State::Closed, word.last_move(), times, period), until, now);
         }
         Some(Turn { from, to: State::Open, reason, until: Some(until), enforced })
     }

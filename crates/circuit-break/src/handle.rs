@@ -69,11 +69,11 @@ pub struct Changes(tokio::sync::broadcast::Receiver<Change>);
 #[non_exhaustive]
 pub struct Counts {
     /// Calls that failed.
-    pub failed: u32,
+    pub failed: u64,
     /// Calls that said nothing about what is guarded, such as those the caller broke off.
-    pub ignored: u32,
+    pub ignored: u64,
     /// Requests refused by this layer. What a balancer avoids is not among them.
-    pub refused: u32,
+    pub refused: u64,
 }
 
 /// Shares in a window, as they are now.
@@ -110,7 +110,7 @@ impl Handle {
     }
 
     /// Says what all breakers may do that have not been told otherwise themselves. Where they must let everything pass, those
-    /// that were open close at once.
+    /// that were open close at once; those of keys at their next request.
     pub fn set_mode(&self, mode: Mode) {
         self.0.set_mode(mode);
     }
@@ -254,7 +254,8 @@ impl fmt::Debug for Guarding {
 // === impl Changes ===
 
 impl Changes {
-    /// The next change; `None` when the layer and its services are gone. Who falls far behind misses the oldest.
+    /// The next change; `None` when the layer, its services and their handles are gone. Who falls far behind misses the
+    /// oldest, and of two at the same moment either may come first: what counts is what [`Breaker::state`] says.
     pub async fn next(&mut self) -> Option<Change> {
         loop {
             match self.0.recv().await {

@@ -16,7 +16,6 @@ use arc_swap::ArcSwap;
 use http::Request;
 use portcullis_core::Moment;
 
-use crate::breaker::State;
 use crate::rules::Rules;
 use crate::shared::{Alone, Shared};
 
@@ -169,8 +168,8 @@ impl<T: Hash + Eq + Send + Sync + 'static> Keys<T> {
         let before = entries.len();
         entries.retain(|entry| !is_idle(entry, now));
         if entries.len() >= WAYS {
-            // Closed ones know less than open ones, and what somebody said is not ours to forget.
-            let order = |(_, entry): &(usize, &Arc<Alone>)| (entry.state() != State::Closed, entry.used());
+            // What refuses nobody knows less than what does, and what somebody said is not ours to forget.
+            let order = |(_, entry): &(usize, &Arc<Alone>)| (entry.refuses(now), entry.used());
             let free = entries.iter().enumerate().filter(|(_, entry)| !entry.is_told());
             if let Some((least, _)) = free.min_by_key(order) {
                 entries.swap_remove(least);
@@ -206,13 +205,16 @@ fn find<'a, T: Eq + 'static>(entries: &'a [Arc<Alone>], key: &T) -> Option<&'a A
 }
 
 fn is_idle(entry: &Alone, now: Moment) -> bool {
-    entry.state() == State::Closed && now.since(entry.used()) > IDLE && !entry.is_told()
+    // Whatever was not asked for since its open time was over would be probed by now.
+    !entry.refuses(now) && now.since(entry.used()) > IDLE && !entry.is_told()
 }
 
 #[cfg(all(test, not(portcullis_loom)))]
 #[expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 mod tests {
     use super::*;
+    use crate::breaker::{Call, Desk, Zeal};
+    use portcullis_core::{Generation, Outcome};
 
     fn at(seconds: u64) -> Moment {
         Moment::from_nanos(seconds * 1_000_000_000)
@@ -240,6 +242,26 @@ mod tests {
         let before = keys.len();
         (1000..1100).for_each(|key| _ = keys.of(key, &rules, at(601)));
         assert!(before > 190 && keys.len() <= 100, "{before} {}", keys.len());
+    }
+
+    #[test]
+    fn one_that_was_given_up_while_it_was_open_makes_room_when_its_time_is_over() {
+        let (keys, rules) = (keys(8), Rules::new());
+        let mover = portcullis_core::Mover::new();
+        for key in 0..7 {
+            let (alone, rules) = (keys.of(key, &rules, at(0)), Rules { failures: 1, ..rules });
+            let desk = Desk { rules: &rules, gate: &alone.gate, mover, zeal: Zeal::Acts };
+            let call = Call { entered: Generation::FIRST, outcome: Outcome::Failure, took: None, asked: None };
+            assert!(alone.guarded.breaker.record(desk, call, || at(0), || 0.0).is_some());
+        }
+        let open = || (0..7).filter(|key| keys.find(key).is_some()).count();
+        // While it is, what is closed makes room for what is new.
+        (10..12).for_each(|key| _ = keys.of(key, &rules, at(50)));
+        assert_eq!((open(), keys.find(&10).is_some()), (7, false));
+        (12..14).for_each(|key| _ = keys.of(key, &rules, at(61)));
+        assert_eq!((open(), keys.find(&12).is_some() && keys.find(&13).is_some()), (5, true));
+        keys.of(14, &rules, at(601 + 61));
+        assert_eq!(open(), 0);
     }
 
     #[test]

@@ -39,8 +39,12 @@
 //! **How a call went is known when its body has ended**: gRPC trailers count, and so does a body cut short. A call the
 //! caller broke off says nothing, and gives its place back. Replace [`Standard`] by [`with_classify`].
 //!
-//! **Nothing can stick.** A probe that does not come back is replaced after the [probe timeout], an ignored one at once; no
-//! timer or task has to run. One that streams for longer than that has succeeded, since long streams end with their callers.
+//! **Where impatience and sickness look alike, sickness is taken for it.** A deadline that ends while the endpoint is at it
+//! counts, also one that the caller set, and so does a body that the route's own limits cut; one that had ended before the
+//! endpoint was asked does not.
+//!
+//! **Nothing can stick.** A probe that does not come back is replaced after the [probe timeout], an ignored one when it has
+//! ended; no timer or task has to run. One that streams for longer than that has succeeded, since long streams end with their callers.
 //! A result counts only if its call entered in the present period.
 //!
 //! **A balancer that panics is believed**: a forced pass is let through, and its outcome changes nothing; otherwise the
@@ -277,9 +281,9 @@ impl<C, K: Fresh> CircuitBreakLayer<C, K> {
     /// Gives requests that have a key a breaker for each key, whatever they carry; where `key` returns `None` position
     /// decides, as it does without this.
     ///
-    /// There are at most `limit` of them, rounded up to a multiple of eight; when eight that share a place are full, the
-    /// least used that is closed makes room, and if none is, the least used. Closed ones not asked for in ten minutes go
-    /// when others come. Those that were told a [mode](Breaker::set_mode) of their own stay until told otherwise, beyond the
+    /// There are at most `limit` of them, rounded up to a multiple of eight; twice as many as are in use at a time leave room
+    /// enough. When eight that share a place are full, the least used makes room of those that are closed or whose open time
+    /// is over, and if there are none, of all. Such as were not asked for in ten minutes go when others come. Those that were told a [mode](Breaker::set_mode) of their own stay until told otherwise, beyond the
     /// limit if need be.
     ///
     /// ```

@@ -47,6 +47,7 @@ pub(crate) struct Tally {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Outlier {
     pub(crate) index: usize,
+    tally: Tally,
     rate: f64,
 }
 
@@ -111,14 +112,17 @@ impl Outliers {
 
     /// How many of so many endpoints may be open.
     pub(crate) fn room(&self, endpoints: usize) -> usize {
-        ((endpoints as f64 * self.most.as_f64()) as usize).max(1)
+        let about = (endpoints as f64 * self.most.as_f64()) as usize;
+        // The product may fall short of a whole number that the share says.
+        let whole = |n: usize| self.most.as_f64() >= n as f64 / endpoints as f64;
+        if about < endpoints && whole(about + 1) { about + 1 } else { about.max(1) }
     }
 
     /// Those that do worse, the worst first.
     pub(crate) fn find(&self, tallies: &[Tally]) -> Vec<Outlier> {
         let rated = tallies.iter().enumerate().filter(|(_, tally)| tally.calls >= self.calls);
-        let rated =
-            rated.map(|(index, tally)| Outlier { index, rate: 1.0 - f64::from(tally.failed) / f64::from(tally.calls) });
+        let rate = |tally: &Tally| 1.0 - f64::from(tally.failed) / f64::from(tally.calls);
+        let rated = rated.map(|(index, tally)| Outlier { index, tally: *tally, rate: rate(tally) });
         let mut rated: Vec<_> = rated.collect();
         if rated.is_empty() || rated.len() < self.endpoints {
             return Vec::new();
@@ -129,7 +133,7 @@ impl Outliers {
         let least = self.deviations.map(|deviations| mean - deviations * variance.sqrt());
         rated.retain(|one| {
             let far_below = least.is_some_and(|least| one.rate < least);
-            far_below || self.failed.is_some_and(|share| 1.0 - one.rate >= share.as_f64())
+            far_below || self.failed.is_some_and(|share| share.reached(one.tally.failed, one.tally.calls))
         });
         rated.sort_by(|a, b| a.rate.partial_cmp(&b.rate).unwrap_or(Ordering::Equal));
         rated
@@ -202,12 +206,19 @@ mod tests {
         let share = Share::new(0.85).ok();
         let outliers = Outliers::new().deviations(None).failure_rate(share);
         assert_eq!(found(outliers, &[850, 849, 900, 0, 1000]), [4, 2, 0], "the worst first");
+        for failed in 1..=1000 {
+            let share = Share::new(f64::from(failed) / 1000.0).ok();
+            let outliers = Outliers::new().deviations(None).failure_rate(share).endpoints(1);
+            assert_eq!((found(outliers, &[failed]), found(outliers, &[failed - 1])), (vec![0], vec![]), "{failed}");
+        }
     }
 
     #[test]
     fn a_tenth_may_be_open_but_one() {
         let rooms = [1, 5, 10, 19, 20, 100].map(|endpoints| Outliers::new().room(endpoints));
         assert_eq!(rooms, [1, 1, 1, 1, 2, 10]);
+        let exact = |share| Outliers::new().at_most(Share::new(share).unwrap()).room(100);
+        assert_eq!([0.29, 0.57, 0.58, 0.999, 1.0].map(exact), [29, 57, 58, 99, 100]);
     }
 
     #[test]

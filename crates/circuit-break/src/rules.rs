@@ -111,7 +111,8 @@ impl Window {
         self
     }
 
-    /// Opens when this share of the calls, or more, took `after` or longer until the head of their response.
+    /// Opens when this share of the calls, or more, took `after` or longer until the head of their response, or until
+    /// they broke off without one.
     pub const fn slow_rate(mut self, after: Duration, share: Share) -> Self {
         self.slow = Some((after, share));
         self
@@ -166,7 +167,8 @@ impl OpenTime {
 
     /// `first`, then twice as long each time, up to `limit`. With a jitter of a half: see [`jitter`](Self::jitter).
     pub fn growing(first: Duration, limit: Duration) -> Self {
-        Self { limit: limit.max(first), jitter: 0.5, ..Self::fixed(first) }
+        let fixed = Self::fixed(first);
+        Self { limit: limit.max(fixed.first), jitter: 0.5, ..fixed }
     }
 
     /// Adds up to this part of the time at random, so that those who stopped together do not come back together. `None`
@@ -190,6 +192,11 @@ impl OpenTime {
         let jittered = base.saturating_add(Duration::try_from_secs_f64(jitter).unwrap_or(Duration::MAX));
         // Jitter may exceed the limit, or all who reached it would come back together.
         jittered.max(asked.unwrap_or_default().min(self.asked))
+    }
+
+    /// One time more, unless that would be no longer.
+    pub(crate) fn next(&self, times: u32) -> u32 {
+        if times == 0 || self.base(times) < self.limit { times + 1 } else { times }
     }
 
     /// What is left of `times` after having been well for `well`.

@@ -328,8 +328,9 @@ impl Alone {
         self.key.is_some()
     }
 
-    pub(crate) fn state(&self) -> State {
-        self.guarded.breaker.state()
+    /// Whether its open time is not over.
+    pub(crate) fn refuses(&self, now: Moment) -> bool {
+        self.guarded.breaker.until().is_some_and(|until| now < until)
     }
 
     /// Whether it was told a mode itself.

@@ -33,6 +33,10 @@ enum Stage {
     AtEnd,
     /// The trailers tell.
     AtTrailers,
+    /// The end of the body tells, of which a probe has had some.
+    Streams,
+    /// The trailers tell, after a body of which a probe has had some.
+    StreamsToTrailers,
     /// It was told how it went.
     Told,
 }
@@ -202,7 +206,13 @@ impl<C: Classify> Watch<C> {
     #[inline(never)]
     fn tell_what_matters(&self, stage: Stage, outcome: Outcome, by: Option<&HeaderMap>) {
         let shared = &*self.line.shared;
-        let took = (self.line.timed && stage != Stage::Waiting).then(|| Duration::from_nanos(self.time));
+        let took = match stage {
+            _ if !self.line.timed => None,
+            // It took this long to break off.
+            Stage::Waiting if outcome == Outcome::Failure => Some(shared.now().since(Moment::from_nanos(self.time))),
+            Stage::Waiting => None,
+            _ => Some(Duration::from_nanos(self.time)),
+        };
         let asked = match outcome {
             Outcome::Failure => by.and_then(|headers| retry_after(headers, || shared.parts.wall.since_epoch())),
             _ => None,
@@ -226,14 +236,18 @@ impl<C: Classify> Watch<C> {
         }
     }
 
-    /// Whether it is a probe that began to answer well and has been at it for longer than a probe may take: a stream, whose
-    /// end says nothing more.
+    /// Whether it is a probe that answers well and has been at it for longer than a probe may take: a stream, whose end says
+    /// nothing more. A head alone is no stream.
     #[cold]
     fn has_streamed(&self) -> bool {
         let (gate, guarded) = self.gate();
-        matches!(self.stage, Stage::AtEnd | Stage::AtTrailers)
+        matches!(self.stage, Stage::Streams | Stage::StreamsToTrailers)
             && guarded.breaker.state() != State::Closed
             && gate.has_lost(self.entered.entry(), self.line.shared.now())
+    }
+
+    fn awaits_trailers(&self) -> bool {
+        matches!(self.stage, Stage::AtTrailers | Stage::StreamsToTrailers)
     }
 
     fn gate(&self) -> (&Gate, &Guarded) {
@@ -260,20 +274,26 @@ impl<C: Classify> Watch<C> {
 impl<C: Classify> Guard for Watch<C> {
     #[inline]
     fn data(&mut self, _: usize) {
-        if self.entered.is_rationed() && self.has_streamed() {
-            self.tell(Outcome::Success, None);
+        if self.entered.is_rationed() {
+            self.stage = match self.stage {
+                Stage::AtEnd => Stage::Streams,
+                Stage::AtTrailers => Stage::StreamsToTrailers,
+                stage => stage,
+            };
+            if self.has_streamed() {
+                self.tell(Outcome::Success, None);
+            }
         }
     }
 
     fn trailers(&mut self, trailers: &HeaderMap) {
-        if self.stage == Stage::AtTrailers {
+        if self.awaits_trailers() {
             self.tell(self.line.classify.trailers(trailers), Some(trailers));
         }
     }
 
     fn end(&mut self) {
-        let is_cut = self.stage == Stage::AtTrailers;
-        self.tell(if is_cut { Outcome::Failure } else { Outcome::Success }, None);
+        self.tell(if self.awaits_trailers() { Outcome::Failure } else { Outcome::Success }, None);
     }
 
     fn error(&mut self) {

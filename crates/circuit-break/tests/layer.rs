@@ -9,6 +9,7 @@ use std::num::{NonZeroU16, NonZeroU32};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::FutureExt;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full};
 use portcullis_circuit_break::{CircuitBreakLayer, Handle, Mode, OpenTime, Reason, Share, State, Window};
@@ -281,6 +282,33 @@ async fn slow_calls_open_it_though_they_succeed() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_call_that_ends_in_an_error_is_as_slow_as_that_was() {
+    let window = Window::of_calls(4).unwrap().slow_rate(2 * S, Share::new(1.0).unwrap());
+    let layer = CircuitBreakLayer::new().failures(0).window(window);
+    let hangs = tower::service_fn(async |_: Request<()>| {
+        tokio::time::sleep(5 * S).await;
+        Err::<Response<Full<Bytes>>, _>("no answer")
+    });
+    ask_times(&layer.layer(hangs), "", 4).await;
+    assert_eq!(layer.handle().whole().state(), State::Open);
+}
+
+/// Or the log would be of nothing else, and its first opening in earnest as long as its longest.
+#[tokio::test(start_paused = true)]
+async fn one_that_only_counts_speaks_as_often_as_it_would_open() {
+    let layer = CircuitBreakLayer::new().failures(1).open_for(OpenTime::growing(10 * S, 40 * S).jitter(None));
+    let (service, mut changes) = (layer.layer(tower::service_fn(by_path)), layer.handle().changes());
+    layer.handle().set_mode(Mode::MetricsOnly);
+    for _ in 0..90 {
+        ask_times(&service, "500", 10).await;
+        tokio::time::advance(S).await;
+    }
+    let said = || changes.next().now_or_never()?;
+    let open_for: Vec<_> = std::iter::from_fn(said).map(|change| (change.enforced, change.open_for)).collect();
+    assert_eq!(open_for, [10, 20, 40, 40].map(|seconds| (false, Some(seconds * S))));
+}
+
+#[tokio::test(start_paused = true)]
 async fn it_takes_as_many_successes_as_were_asked_for_to_close() {
     let layer = CircuitBreakLayer::new().failures(1).probes(two()).successes(two());
     let (service, whole) = (layer.layer(tower::service_fn(by_path)), layer.handle().whole());
@@ -454,10 +482,11 @@ async fn metrics_only_tells_when_it_would_open_and_refuses_nothing() {
     let service = layer.layer(tower::service_fn(by_path));
     let mut changes = layer.handle().changes();
     layer.handle().set_mode(Mode::MetricsOnly);
-    ask_times(&service, "500", 4).await;
     for _ in 0..2 {
+        ask_times(&service, "500", 4).await;
         let change = changes.next().await.unwrap();
         assert_eq!((change.to, change.enforced), (State::Open, false));
+        tokio::time::advance(60 * S).await;
     }
     assert_eq!(ask(&service, "200").await, 200);
     assert_eq!(layer.handle().whole().state(), State::Closed);

@@ -136,16 +136,12 @@ pub fn grpc_timeout_value(timeout: Duration) -> HeaderValue {
 }
 
 /// How long a server asks to be left alone: `grpc-retry-pushback-ms`, else `retry-after` in seconds. A negative pushback
-/// is [`Duration::MAX`]; a `retry-after` that is a date is counted from `wall`, the time since the epoch.
+/// forbids to repeat that call and says nothing of time; a `retry-after` that is a date is counted from `wall`, the time
+/// since the epoch.
 #[must_use]
 pub fn retry_after(headers: &HeaderMap, wall: impl FnOnce() -> Duration) -> Option<Duration> {
     if let Some(pushback) = headers.get(GRPC_RETRY_PUSHBACK) {
-        let text = pushback.to_str().ok()?.trim();
-        return text
-            .parse::<u64>()
-            .map(Duration::from_millis)
-            .ok()
-            .or_else(|| text.starts_with('-').then_some(Duration::MAX));
+        return pushback.to_str().ok()?.trim().parse().map(Duration::from_millis).ok();
     }
     let text = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
     if let Ok(seconds) = text.parse::<u64>() {
@@ -245,7 +241,7 @@ mod tests {
         assert_eq!(asked(header::RETRY_AFTER, "Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::from_secs(30)));
         assert_eq!(asked(header::RETRY_AFTER, "soon"), None);
         assert_eq!(asked(GRPC_RETRY_PUSHBACK, "250"), Some(Duration::from_millis(250)));
-        assert_eq!(asked(GRPC_RETRY_PUSHBACK, "-1"), Some(Duration::MAX));
+        assert_eq!(asked(GRPC_RETRY_PUSHBACK, "-1"), None);
     }
 
     #[test]

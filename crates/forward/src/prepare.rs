@@ -162,7 +162,7 @@ impl Shared {
         let is_grpc = dialect == Dialect::Grpc;
         let times = self.times(&policy, &mut parts, is_grpc);
         if times.end.is_some_and(|end| end <= times.start) {
-            return Err(rejected(Failure::unsent(Kind::Deadline).rejection()));
+            return Err(rejected(Failure::unsent(Kind::DeadlineInLine).rejection()));
         }
         let shard = endpoint.slot(&self.slot, || Pool::new(self.limits.clone())).shard().clone();
         let exchange = Exchange {

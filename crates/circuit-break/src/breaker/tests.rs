@@ -42,13 +42,17 @@ struct Inside {
 impl Naive {
     fn open(&mut self, now: u64, reason: Reason, zeal: Zeal) -> Option<(State, Reason)> {
         if self.state == State::Closed {
-            let mut well = now - self.closed_since;
+            if zeal == Zeal::Speaks && now < self.closed_since {
+                return None;
+            }
+            let mut well = now.saturating_sub(self.closed_since);
             while self.times > 0 && well >= self.open_time(self.times) {
                 well -= self.open_time(self.times);
                 self.times -= 1;
             }
         }
-        self.times += 1;
+        // As often as that makes it longer.
+        self.times += u32::from(self.times == 0 || self.open_time(self.times + 1) > self.open_time(self.times));
         (self.in_a_row, self.succeeded) = (0, 0);
         self.calls.clear();
         self.time.clear();
@@ -57,7 +61,8 @@ impl Naive {
             self.until = now + self.open_time(self.times);
             self.moves += 1;
         } else {
-            self.closed_since = now;
+            // When it would be closed again.
+            self.closed_since = now + self.open_time(self.times);
         }
         Some((State::Open, reason))
     }

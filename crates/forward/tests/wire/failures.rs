@@ -137,7 +137,10 @@ async fn a_deadline_ends_the_wait_and_the_body() {
         Deadline(Clock::system().now() + Duration::from_millis(millis)).attach(request.extensions_mut());
         request
     };
-    assert_eq!(rejection(&call(&forward, with(0)).await), (504, "deadline-exceeded", false));
+    let late = call(&forward, with(0)).await;
+    assert_eq!(rejection(&late), (504, "deadline-exceeded", false));
+    // Whoever has no time left must not get the endpoint avoided.
+    assert_eq!(late.extensions().get::<Rejection>().unwrap().side(), Side::Gateway);
     let (response, server) = tokio::join!(call(&forward, with(50)), async {
         let mut server = upstream.accept().await;
         server.head().await;

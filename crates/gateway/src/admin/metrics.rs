@@ -241,10 +241,10 @@ fn endpoints(running: &Running, page: &mut Page) {
         }
     });
     page.each(&all, "portcullis_breaker_failures_total", "counter", "Failures a breaker counted.", |one| {
-        one.breaker.counts().failed.into()
+        one.breaker.counts().failed
     });
     page.each(&all, "portcullis_breaker_refused_total", "counter", "Requests a breaker refused.", |one| {
-        one.breaker.counts().refused.into()
+        one.breaker.counts().refused
     });
     let name = "portcullis_pool_connections";
     page.family(name, "gauge", "Connections to an endpoint: all that are open, idle ones, HTTP/2 ones.");
