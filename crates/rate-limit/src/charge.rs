@@ -39,6 +39,8 @@ struct Link<'a> {
 enum Done {
     Charged {
         overflow: bool,
+        /// In nanoseconds, until its turn.
+        wait: u64,
     },
     Entered,
     /// The limit would have refused, but is a shadow.
@@ -174,7 +176,7 @@ impl Limiter {
                     if tell {
                         admission.kept().standings.push(ask.standing(charged.time, now));
                     }
-                    Done::Charged { overflow: charged.overflow }
+                    Done::Charged { overflow: charged.overflow, wait }
                 })
             }
         };
@@ -189,10 +191,11 @@ impl Limiter {
     fn remember(&self, ask: &Ask<'_>, done: Done, now: u64, admission: &mut Admission) {
         match (ask.what, done) {
             (_, Done::Nothing) => return self.counters.add(|counts| &counts.shadowed),
-            (What::Charge { cell, units, .. }, Done::Charged { overflow }) => {
-                let (mark, interval, settle) = (ask.mark, cell.interval, ask.limit.settlement().cloned());
+            (What::Charge { cell, units, .. }, Done::Charged { overflow, wait }) => {
+                let (mark, settle) = (ask.mark, ask.limit.settlement().cloned());
                 if settle.is_some() || admission.waits() {
-                    admission.kept().holdings.push(Holding::Charge { mark, interval, units, at: now, settle });
+                    let at = now.saturating_add(wait);
+                    admission.kept().holdings.push(Holding::Charge { mark, cell, units, at, settle });
                 }
                 if overflow {
                     self.counters.add(|counts| &counts.overflowed);

@@ -48,12 +48,13 @@ pub struct Stats {
 // === impl Handle ===
 
 impl Handle {
-    /// Gives the limit of that name another rate; its callers keep their debts, in time. `false` if there is none.
+    /// Gives the limit of that name another rate; its callers keep their debts, in time. `false` if there is none, or none
+    /// that has a rate.
     pub fn set_rate(&self, name: &str, rate: Rate) -> bool {
-        let found = self.limits().iter().any(|limit| limit.name() == name);
+        let found = self.limits().iter().any(|limit| limit.name() == name && limit.rate().is_some());
         self.limiter.limits.change(|limits| {
             let mut limits = limits.to_vec();
-            limits.iter_mut().filter(|limit| limit.name() == name).for_each(|limit| limit.set_rate(rate));
+            limits.iter_mut().filter(|limit| limit.name() == name).for_each(|limit| _ = limit.set_rate(rate));
             limits
         });
         if found {

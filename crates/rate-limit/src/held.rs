@@ -9,6 +9,7 @@ use portcullis_core::{Body, Guard};
 
 use crate::limit::Settle;
 use crate::limiter::Limiter;
+use crate::rate::Cell;
 use crate::table::Mark;
 
 /// Watches a response's body for the limits that count until its end. Dropping it gives back what it holds.
@@ -36,8 +37,8 @@ pub struct Settlement<'a> {
 pub(crate) enum Holding {
     /// A place of a concurrency limit.
     Place(Mark),
-    /// A charge, at that time, of so many units.
-    Charge { mark: Mark, interval: u64, units: u32, at: u64, settle: Option<Settle> },
+    /// A charge of so many units, whose turn was or is at that time.
+    Charge { mark: Mark, cell: Cell, units: u32, at: u64, settle: Option<Settle> },
     /// A charge in the store, or to a lease.
     #[cfg(feature = "redis")]
     Stored {
@@ -122,13 +123,13 @@ impl Drop for Inner {
         for holding in &self.holdings {
             match holding {
                 Holding::Place(mark) => self.limiter.in_flight().leave(*mark),
-                &Holding::Charge { mark, interval, units, at, ref settle } => {
+                &Holding::Charge { mark, cell, units, at, ref settle } => {
                     let cost = match (self.started, settle, &self.response) {
                         (false, ..) => 0,
                         (true, Some(settle), Some(seen)) => settle(&seen.settlement()),
                         (true, ..) => units,
                     };
-                    self.limiter.settle(mark, interval, units, cost, at);
+                    self.limiter.settle(mark, cell, units, cost, at);
                 }
                 #[cfg(feature = "redis")]
                 Holding::Stored { store, mark, key, interval, units, lease, settle } => {

@@ -110,7 +110,8 @@ pub struct Or<A, B> {
     second: B,
 }
 
-const SHORT: usize = 96;
+/// Enough for a subject, the longest of the usual issuers, and a route.
+const SHORT: usize = 192;
 
 // === impl Key ===
 

@@ -213,7 +213,22 @@ impl RateLimitLayer {
     /// Admits each caller as often as `rate` says.
     #[must_use]
     pub fn new(rate: Rate) -> Self {
-        Self { limiter: Arc::new(Limiter::new(rate)) }
+        Self::limits([Limit::new("default", rate)])
+    }
+
+    /// Admits what all of these limits admit: where a single rate does not say enough.
+    ///
+    /// ```
+    /// use std::num::NonZeroU32;
+    /// use portcullis_rate_limit::{Limit, Rate, RateLimitLayer};
+    ///
+    /// let megabyte = Rate::per_second(NonZeroU32::new(1_000_000).unwrap());
+    /// let bytes = Limit::new("bytes", megabyte).settle(|seen| u32::try_from(seen.bytes).unwrap_or(u32::MAX));
+    /// let _layer = RateLimitLayer::limits([bytes, Limit::concurrent("at once", NonZeroU32::new(20).unwrap())]);
+    /// ```
+    #[must_use]
+    pub fn limits(limits: impl IntoIterator<Item = Limit>) -> Self {
+        Self { limiter: Arc::new(Limiter::new(limits.into_iter().collect())) }
     }
 
     /// How many may come at once after a long rest, for every limit so far.

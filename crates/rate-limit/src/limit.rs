@@ -96,10 +96,15 @@ impl Limit {
     /// this limit's counters from those of others.
     #[must_use]
     pub fn new(name: impl Into<Arc<str>>, rate: Rate) -> Self {
-        Self::of(name.into(), Quantity::Rate(rate, rate.cell()))
+        Self::of(name.into(), Quantity::rate(rate))
     }
 
-    /// So many requests of each caller at the same time, each until its response's body has ended or was dropped.
+    /// So many requests of each caller at the same time, each until its response's body has ended or was dropped: a
+    /// connection that was upgraded no longer counts once its response is out.
+    ///
+    /// Callers are counted in two rows of as many counters as the [capacity](crate::RateLimitLayer::capacity) has keys. With n
+    /// requests in flight, one in about (capacity / n)² callers meets others in both rows, and may be refused because of
+    /// them; nobody ever has more than `max`.
     #[must_use]
     pub fn concurrent(name: impl Into<Arc<str>>, max: NonZeroU32) -> Self {
         Self::of(name.into(), Quantity::Concurrent(max))
@@ -124,7 +129,8 @@ impl Limit {
     /// difference to its [cost](Self::cost) before is charged, as debt if need be, or given back. What would have come
     /// back by itself meanwhile is not given back a second time, so that no window sees more than it should.
     ///
-    /// A request without a response keeps its cost.
+    /// A request without a response keeps its cost. Where the table is full and a caller shares a bucket with others, the
+    /// debt on it goes no further than one window, so that others do not wait longer for what one of them cost.
     #[must_use]
     pub fn settle(mut self, settle: impl Fn(&Settlement<'_>) -> u32 + Send + Sync + 'static) -> Self {
         self.inner().settle = Some(Arc::new(settle));
@@ -132,7 +138,8 @@ impl Limit {
     }
 
     /// Finds the rate of a request's caller; this limit's own where there is none. A caller who changes plans keeps the
-    /// debt.
+    /// debt. All plans count where the limit's own rate does: give it a window of about their length, else the debts of
+    /// strangers with longer ones can [hold others up](crate::RateLimitLayer::capacity). A concurrency limit has no plans.
     #[must_use]
     pub fn plan(mut self, plan: impl Fn(&RequestHead<'_>) -> Option<Rate> + Send + Sync + 'static) -> Self {
         self.inner().plan = Some(Arc::new(plan));
@@ -168,19 +175,17 @@ impl Limit {
         }
     }
 
-    /// The same limit with another rate.
+    /// The same limit with another rate; a concurrency limit stays what it is.
     #[must_use]
     pub fn with_rate(mut self, rate: Rate) -> Self {
         self.set_rate(rate);
+        self.inner().span = self.0.quantity.span();
         self
     }
 
     fn of(name: Arc<str>, quantity: Quantity) -> Self {
         let (key, cost, plan, priority, settle) = (None, None, None, None, None);
-        let span = match quantity {
-            Quantity::Rate(_, cell) => Span::of(cell.window),
-            Quantity::Concurrent(_) => Span::default(),
-        };
+        let span = quantity.span();
         let prefix = SipHasher13::new().hash(name.as_bytes()) & !1;
         Self(Arc::new(Inner { name, prefix, quantity, span, key, cost, plan, priority, settle, shadow: false }))
     }
@@ -195,8 +200,13 @@ impl Limit {
         self
     }
 
-    pub(crate) fn set_rate(&mut self, rate: Rate) {
-        self.inner().quantity = Quantity::Rate(rate, rate.cell());
+    /// Another rate, counted where the one before was. Whether it has a rate at all.
+    pub(crate) fn set_rate(&mut self, rate: Rate) -> bool {
+        let has_one = self.rate().is_some();
+        if has_one {
+            self.inner().quantity = Quantity::rate(rate);
+        }
+        has_one
     }
 
     pub(crate) fn burst(self, burst: NonZeroU32) -> Self {
@@ -223,9 +233,9 @@ impl Limit {
     }
 
     pub(crate) fn quantity(&self, request: &RequestHead<'_>) -> Quantity {
-        match self.0.plan.as_ref().and_then(|plan| plan(request)) {
-            Some(rate) => Quantity::Rate(rate, rate.cell()),
-            None => self.0.quantity,
+        match (self.0.quantity, &self.0.plan) {
+            (Quantity::Rate(..), Some(plan)) => plan(request).map_or(self.0.quantity, Quantity::rate),
+            (quantity, _) => quantity,
         }
     }
 
@@ -265,6 +275,21 @@ impl Limit {
 impl fmt::Debug for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Limit").field("name", &self.0.name).field("counts", &self.0.quantity).finish_non_exhaustive()
+    }
+}
+
+// === impl Quantity ===
+
+impl Quantity {
+    fn rate(rate: Rate) -> Self {
+        Self::Rate(rate, rate.cell())
+    }
+
+    fn span(self) -> Span {
+        match self {
+            Self::Rate(_, cell) => Span::of(cell.window),
+            Self::Concurrent(_) => Span::default(),
+        }
     }
 }
 
@@ -331,5 +356,30 @@ impl Policy {
 
     pub(crate) fn is_beside_default(&self) -> bool {
         self.beside_default
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_counts_among_those_of_its_window_and_stays_there_while_it_is_in_use() {
+        let second = Rate::per_second(NonZeroU32::MIN);
+        let day = second.burst(NonZeroU32::new(86_400).unwrap());
+        let span = |limit: &Limit| limit.span();
+        let mut limit = Limit::new("a", second);
+        assert_eq!(span(&limit), Span::of(1_000_000_000));
+        assert!(limit.set_rate(day));
+        assert_eq!(span(&limit), Span::of(1_000_000_000), "its counters are there");
+        assert_eq!(span(&limit.clone().with_rate(day)), Span::of(86_400_000_000_000));
+        assert_eq!(span(&limit.burst(NonZeroU32::new(86_400).unwrap())), Span::of(86_400_000_000_000));
+    }
+
+    #[test]
+    fn a_concurrency_limit_has_no_rate() {
+        let mut limit = Limit::concurrent("a", NonZeroU32::MIN);
+        assert!(!limit.set_rate(Rate::per_second(NonZeroU32::MIN)));
+        assert!(limit.with_rate(Rate::per_second(NonZeroU32::MIN)).rate().is_none());
     }
 }

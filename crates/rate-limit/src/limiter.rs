@@ -15,7 +15,7 @@ use crate::held::Holding;
 use crate::in_flight::InFlight;
 use crate::key::{Caller, Key, KeyBytes, RequestHead};
 use crate::limit::{Limit, Policy};
-use crate::rate::{Rate, nanos};
+use crate::rate::{Cell, nanos};
 use crate::table::{Mark, Table};
 
 /// What all services of one layer share.
@@ -87,9 +87,9 @@ pub(crate) struct Limits<'a> {
 // === impl Limiter ===
 
 impl Limiter {
-    pub(crate) fn new(rate: Rate) -> Self {
+    pub(crate) fn new(limits: Vec<Limit>) -> Self {
         Self {
-            limits: Current::new(vec![Limit::new("default", rate)]),
+            limits: Current::new(limits),
             table: Table::new(crate::DEFAULT_CAPACITY),
             capacity: crate::DEFAULT_CAPACITY,
             key: Arc::new(Caller::new()),
@@ -156,12 +156,14 @@ impl Limiter {
         refusal.into_rejection(self.fields)
     }
 
-    /// Corrects a charge of so many units, made at that time, to `cost`.
-    pub(crate) fn settle(&self, mark: Mark, interval: u64, units: u32, cost: u32, at: u64) {
+    /// Corrects a charge of so many units, whose turn was at that time, to `cost`. Those who share a bucket with the key wait
+    /// no longer than a window for it.
+    pub(crate) fn settle(&self, mark: Mark, cell: Cell, units: u32, cost: u32, at: u64) {
         let now = self.clock.now().as_nanos();
-        let difference = interval.saturating_mul(u64::from(units.abs_diff(cost)));
+        let difference = cell.cost(units.abs_diff(cost));
         if cost > units {
-            let _ = self.table.charge(mark, now, |time| Some(time.max(now).saturating_add(difference)));
+            let more = |time: u64| Some(time.max(now).saturating_add(difference));
+            let _ = self.table.charge_up_to(now.saturating_add(cell.window), mark, now, more);
         } else if cost < units {
             // What would have come back since is back already.
             self.table.refund(mark, difference.saturating_sub(now.saturating_sub(at)));

@@ -122,9 +122,21 @@ impl Table {
     ///
     /// The arrival time for which `decide` had no later one.
     pub(crate) fn charge(&self, mark: Mark, now: u64, decide: impl Fn(u64) -> Option<u64>) -> Result<Charged, u64> {
+        self.charge_up_to(END, mark, now, decide)
+    }
+
+    /// As [`charge`](Self::charge), but does not take the bucket that newcomers share further than `ceiling`: where a key that
+    /// has no entry ran into much debt, others would pay for it.
+    pub(crate) fn charge_up_to(
+        &self,
+        ceiling: u64,
+        mark: Mark,
+        now: u64,
+        decide: impl Fn(u64) -> Option<u64>,
+    ) -> Result<Charged, u64> {
         let set = self.set(mark);
         loop {
-            if let Some(done) = set.charge(mark, now, &decide).or_else(|| set.admit(mark, now, &decide)) {
+            if let Some(done) = set.charge(mark, now, &decide).or_else(|| set.admit(mark, now, ceiling, &decide)) {
                 return done;
             }
         }
@@ -198,9 +210,9 @@ impl Mark {
         (self.0 as u32, (self.0 >> 32) as u16)
     }
 
-    /// Two halves that have nothing to do with each other.
+    /// Two numbers of 32 bits of which the upper ones have nothing to do with each other; without the span.
     pub(crate) fn halves(self) -> [u64; 2] {
-        [self.0 >> 32, self.0 & 0xffff_ffff]
+        [self.0 << 2 >> 32, self.0 & 0xffff_ffff]
     }
 
     #[cfg(test)]

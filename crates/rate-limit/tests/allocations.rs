@@ -33,12 +33,20 @@ fn an_admitted_request_allocates_nothing() {
     Identity::new("auth0|5f7c8ec7c33c6c004bbafe82", Proof::Jwt)
         .with_issuer("https://issuer.example.com/")
         .attach(called.extensions_mut());
+    let mut long = from([192, 0, 2, 4]);
+    let tenant = "https://login.microsoftonline.com/9188040d-6c67-4c5b-b112-36a304b66dad/v2.0";
+    Identity::new("AAAAAAAAAAAAAAAAAAAAAIkzqFVrSaSaFHy782bbtaQ", Proof::Jwt)
+        .with_issuer(tenant)
+        .attach(long.extensions_mut());
+    Route::new("/tenants/{tenant}/orders/{id}")
+        .with_policy(Policy::new(Rate::per_second(n(10))))
+        .attach(long.extensions_mut());
     let mut routed = from([192, 0, 2, 3]);
     let policy = Policy::new(Rate::per_second(n(10))).beside_default();
     Route::new("/orders/{id}").with_policy(policy).attach(routed.extensions_mut());
     // What the first call of a thread sets up is not counted.
     assert!(matches!(poll(&mut service, from([192, 0, 2, 9])), 200));
-    for request in [from([192, 0, 2, 1]), called, routed] {
+    for request in [from([192, 0, 2, 1]), called, long, routed] {
         let mut request = Some(request);
         let mut status = 0;
         let made = allocation_counter::measure(|| status = poll(&mut service, request.take().unwrap()));

@@ -196,8 +196,8 @@ async fn requests_cost_what_they_cost_and_some_are_exempt() {
         request.headers_mut().insert("x-size", size.into());
         request
     };
-    let layer = RateLimitLayer::new(per_second(1000)).exempt(|request| request.uri().path() == "/health");
-    layer.handle().set_limits([Limit::new("size", per_second(10)).cost(size)]);
+    let layer = RateLimitLayer::limits([Limit::new("size", per_second(10)).cost(size)]);
+    let layer = layer.exempt(|request| request.uri().path() == "/health");
     let service = layer.layer(Ok200);
     assert_eq!(status(&service, sized(7)).await, 200);
     assert_eq!(status(&service, sized(4)).await, 429);
@@ -217,8 +217,7 @@ async fn plans_give_callers_different_rates() {
     let limit = Limit::new("plan", per_second(1))
         .with_key(key)
         .plan(|request| (request.headers().get("x-key")? == "gold").then(|| per_second(3)));
-    let layer = RateLimitLayer::new(per_second(1));
-    layer.handle().set_limits([limit]);
+    let layer = RateLimitLayer::limits([limit]);
     let service = layer.layer(Ok200);
     let keyed = |key: &str| {
         let mut request = from("192.0.2.1");
@@ -239,8 +238,7 @@ async fn a_claim_says_how_often() {
         let quota = request.identity()?.claim("quota")?.as_u64()?;
         Some(per_second(NonZeroU32::new(u32::try_from(quota).ok()?)?.get()))
     };
-    let layer = RateLimitLayer::new(per_second(1));
-    layer.handle().set_limits([Limit::new("quota", per_second(1)).plan(quota)]);
+    let layer = RateLimitLayer::limits([Limit::new("quota", per_second(1)).plan(quota)]);
     let service = layer.layer(Ok200);
     let called = |subject: &str, claims: serde_json::Value| {
         let mut request = from("192.0.2.1");
@@ -513,16 +511,14 @@ async fn a_shadow_counts_and_refuses_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn the_least_important_are_refused_first() {
-    let layer = RateLimitLayer::new(per_second(1));
-    layer.handle().set_limits([Limit::new("all", per_second(10)).with_key(Everyone).priority(|request| match request
-        .headers()
-        .get("x-priority")
-        .map(|value| value.as_bytes())
-    {
-        Some(b"critical") => Priority::CRITICAL,
-        Some(b"low") => Priority::LOW,
-        _ => Priority::NORMAL,
-    })]);
+    let layer =
+        RateLimitLayer::limits([Limit::new("all", per_second(10)).with_key(Everyone).priority(
+            |request| match request.headers().get("x-priority").map(|value| value.as_bytes()) {
+                Some(b"critical") => Priority::CRITICAL,
+                Some(b"low") => Priority::LOW,
+                _ => Priority::NORMAL,
+            },
+        )]);
     let service = layer.layer(Ok200);
     let with = |priority: &str| {
         let mut request = from("192.0.2.1");
@@ -538,4 +534,45 @@ async fn the_least_important_are_refused_first() {
         admitted.push(count);
     }
     assert_eq!(admitted, [5, 3, 2]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_leaves_while_it_waits_is_given_back_what_its_turn_would_have_cost() {
+    let layer = RateLimitLayer::new(per_second(1)).delay(Duration::from_secs(10), 8);
+    let service = layer.layer(Ok200);
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    let mut calls: Vec<_> = (0..2).map(|_| Box::pin(status(&service, from("192.0.2.1")))).collect();
+    for call in &mut calls {
+        assert!(futures::poll!(call).is_pending());
+    }
+    tokio::time::advance(Duration::from_millis(1500)).await;
+    assert_eq!(calls.remove(0).await, 200, "its turn was a second after the first");
+    drop(calls);
+    let start = tokio::time::Instant::now();
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
+    assert_eq!(start.elapsed(), Duration::from_millis(500), "the turn of the one who left");
+}
+
+#[tokio::test(start_paused = true)]
+async fn newcomers_wait_no_longer_than_a_window_for_what_one_of_them_cost() {
+    let limit = Limit::new("cost", Rate::per_minute(n(1))).settle(|_| 1_000_000_000);
+    let layer = RateLimitLayer::limits([limit]).capacity(1);
+    let service = layer.layer(Ok200);
+    let caller = |number: usize| from(&format!("192.0.2.{number}"));
+    let _responses = futures::future::join_all((0..16).map(|number| call(&service, caller(number)))).await;
+    assert_eq!(status(&service, caller(16)).await, 200, "on the bucket that newcomers share");
+    let refused = call(&service, caller(17)).await;
+    assert_eq!(refused.headers()[header::RETRY_AFTER], "60");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_concurrency_limit_is_given_no_rate() {
+    let plan = Limit::concurrent("at once", n(1)).plan(|_| Some(per_second(5)));
+    let layer = RateLimitLayer::limits([plan]);
+    assert!(!layer.handle().set_rate("at once", per_second(5)));
+    let service = layer.layer(Ok200);
+    let held = service.clone().oneshot(from("192.0.2.1")).await.unwrap();
+    assert_eq!(status(&service, from("192.0.2.1")).await, 429);
+    drop(held);
+    assert_eq!(status(&service, from("192.0.2.1")).await, 200);
 }

@@ -193,8 +193,7 @@ async fn layers_on_one_store_charge_the_debts_of_a_key_before_they_ask_about_it(
     let redis = Redis::start().await;
     let store = store(&redis).lease(Duration::ZERO);
     let layer = || {
-        let layer = RateLimitLayer::new(Rate::per_second(n(1)));
-        layer.handle().set_limits([Limit::new("cost", Rate::per_hour(n(1000))).settle(|_| 2)]);
+        let layer = RateLimitLayer::limits([Limit::new("cost", Rate::per_hour(n(1000))).settle(|_| 2)]);
         layer.store(store.clone()).layer(Ok200)
     };
     let (one, other) = (layer(), layer());
@@ -308,14 +307,15 @@ async fn what_costs_more_than_the_burst_is_never_admitted() {
 #[tokio::test]
 async fn keys_expire_and_tell_nothing_of_the_caller() {
     let redis = Redis::start().await;
-    let service = RateLimitLayer::new(Rate::per_second(n(100))).store(store(&redis).prefix("{p}")).layer(Ok200);
-    assert_eq!(status(&service, "192.0.2.77").await, 200);
+    let service = |rate| RateLimitLayer::new(rate).store(store(&redis).prefix("{p}")).layer(Ok200);
     let client = redis::Client::open(redis.url()).unwrap();
     let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+    assert_eq!(status(&service(Rate::per_hour(n(1))), "192.0.2.77").await, 200);
     let keys: Vec<String> = redis::cmd("KEYS").arg("*").query_async(&mut connection).await.unwrap();
-    if let [key] = &keys[..] {
-        assert!(key.starts_with("{p}:") && key.len() == 4 + 32, "{key}");
-    }
+    let [key] = &keys[..] else { panic!("{keys:?}") };
+    assert!(key.starts_with("{p}:") && key.len() == 4 + 32, "{key}");
+    redis::cmd("FLUSHALL").exec_async(&mut connection).await.unwrap();
+    assert_eq!(status(&service(Rate::per_second(n(100))), "192.0.2.77").await, 200);
     let start = Instant::now();
     loop {
         let left: u64 = redis::cmd("DBSIZE").query_async(&mut connection).await.unwrap();

@@ -48,13 +48,12 @@ pub(super) fn limiter(
         }
         return Ok(limiter);
     }
-    let rate = portcullis::rate_limit::Rate::per_second(std::num::NonZeroU32::MIN);
     let says = match config.limiter.fields {
         LimitFields::Refusals => Fields::on_refusals(),
         LimitFields::Always => Fields::always(),
         LimitFields::Never => Fields::never(),
     };
-    let mut layer = RateLimitLayer::new(rate)
+    let mut layer = RateLimitLayer::limits(defaults)
         .capacity(config.limiter.capacity.get())
         .trusted_proxies(proxies.clone())
         .fields(if config.limiter.legacy_fields { says.with_legacy() } else { says });
@@ -69,7 +68,6 @@ pub(super) fn limiter(
         layer = layer.store(store.clone());
     }
     let handle = layer.handle();
-    handle.set_limits(defaults);
     Ok(Limiter { layer, handle, store })
 }
 

@@ -47,7 +47,7 @@ pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
 ///
 /// What is leased is never more than an eighth of the burst and a quarter of a second of the rate, so a burst below eight
 /// knows no leases. What a process has left when its lease expires counts as used. A refusal is remembered until it would
-/// end, so that a caller who is over the limit costs no round trips.
+/// end, so that a caller who is over the limit costs no round trips. Of 65,536 keys that much is known at a time.
 ///
 /// # When it fails
 ///
@@ -104,8 +104,9 @@ pub const DEFAULT_LEASE: Duration = Duration::from_secs(1);
 /// an error tells nothing, and what it should have told goes with the next one; of one that is not answered in time the store
 /// may yet hear, so that this counts as told.
 ///
-/// Keys are `{prefix}:` and a SHA-256 digest cut to 128 bits, so that nothing of a caller can be read in the store, and all
-/// live in one slot of a cluster.
+/// Keys are `{prefix}:` and a SHA-256 digest cut to 128 bits, so that callers do not stand in the store in the clear, and all
+/// live in one slot of a cluster. The digest has no secret: whoever reads the store can try out which address or subject a
+/// key belongs to.
 #[derive(Clone)]
 pub struct RedisStore {
     settings: Settings,

@@ -183,7 +183,7 @@ impl Taken {
                     count(&self.store.shared.counts.leased);
                     // As far as this process knows.
                     let ahead = ask.cell.window.saturating_sub(ask.cell.cost(left));
-                    (Some(lease), Duration::from_nanos(ahead), Duration::ZERO)
+                    (Some(lease), Some(Duration::from_nanos(ahead)), Duration::ZERO)
                 }
                 // A shadow that refused.
                 Local::Refused { .. } => {
@@ -194,16 +194,17 @@ impl Taken {
                     Some(reply) if reply.refuses => continue,
                     Some(reply) => {
                         let wait = reply.ahead.saturating_sub(ask.window_ticks());
-                        (None, from_ticks(reply.ahead), from_ticks(wait))
+                        (None, Some(from_ticks(reply.ahead)), from_ticks(wait))
                     }
-                    None => (None, Duration::ZERO, Duration::ZERO),
+                    // Nobody knows how it stands.
+                    None => (None, None, Duration::ZERO),
                 },
             };
             limiter.counters.add(|counts| &counts.admitted);
             if !wait.is_zero() && !ask.limit.is_shadow() {
                 admission.wait(wait, || ask.refusal(wait));
             }
-            if limiter.fields.are_on_every_response() {
+            if let (Some(ahead), true) = (ahead, limiter.fields.are_on_every_response()) {
                 let remaining = ask.cell.remaining((now + ahead).as_nanos(), now.as_nanos());
                 admission.kept().standings.push(Standing::of_rate(ask.limit.shared_name(), ask.rate, remaining, ahead));
             }

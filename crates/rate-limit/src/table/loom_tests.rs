@@ -18,7 +18,7 @@ fn model(preemptions: usize, check: impl Fn() + Sync + Send + 'static) {
 fn take(set: Set<'_>, key: u64, now: u64, burst: u64) -> bool {
     let decide = |time| Cell::charge(time, now, COST, burst * COST);
     loop {
-        if let Some(done) = set.charge(Mark(key), now, &decide).or_else(|| set.admit(Mark(key), now, &decide)) {
+        if let Some(done) = set.charge(Mark(key), now, &decide).or_else(|| set.admit(Mark(key), now, END, &decide)) {
             return done.is_ok();
         }
         loom::thread::yield_now();

@@ -144,11 +144,12 @@ impl<'a> Set<'a> {
         entry.replace(word, started.at(time)).then_some(Ok(Charged { time, overflow: false }))
     }
 
-    /// Charges a key that has no entry: gives it one, else charges the floor.
+    /// Charges a key that has no entry: gives it one, else charges the floor, up to `ceiling`.
     pub(super) fn admit(
         self,
         mark: Mark,
         now: u64,
+        ceiling: u64,
         decide: &impl Fn(u64) -> Option<u64>,
     ) -> Option<Result<Charged, u64>> {
         let floor = self.floor();
@@ -173,13 +174,14 @@ impl<'a> Set<'a> {
                 return done;
             }
         }
-        if self.find(mark).is_some() { None } else { self.overflow(mark, decide) }
+        if self.find(mark).is_some() { None } else { self.overflow(mark, ceiling, decide) }
     }
 
     /// Charges the floor, unless that cannot be told from a charge the key's entry does not know of.
-    fn overflow(self, mark: Mark, decide: &impl Fn(u64) -> Option<u64>) -> Option<Result<Charged, u64>> {
+    fn overflow(self, mark: Mark, ceiling: u64, decide: &impl Fn(u64) -> Option<u64>) -> Option<Result<Charged, u64>> {
         let floor = self.floor();
         let Some(time) = decide(floor.time()) else { return Some(Err(floor.time())) };
+        let time = time.min(ceiling.max(floor.time()));
         let charged = floor.at(time);
         if !self.replace_floor(floor, charged) {
             return None;
