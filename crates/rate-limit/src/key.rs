@@ -110,8 +110,8 @@ pub struct Or<A, B> {
     second: B,
 }
 
-/// Enough for a subject, the longest of the usual issuers, and a route.
-const SHORT: usize = 192;
+/// Enough for a subject, the longest of the usual issuers, and a short route.
+const SHORT: usize = 160;
 
 // === impl Key ===
 

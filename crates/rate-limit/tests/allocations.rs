@@ -38,9 +38,7 @@ fn an_admitted_request_allocates_nothing() {
     Identity::new("AAAAAAAAAAAAAAAAAAAAAIkzqFVrSaSaFHy782bbtaQ", Proof::Jwt)
         .with_issuer(tenant)
         .attach(long.extensions_mut());
-    Route::new("/tenants/{tenant}/orders/{id}")
-        .with_policy(Policy::new(Rate::per_second(n(10))))
-        .attach(long.extensions_mut());
+    Route::new("/orders/{id}").with_policy(Policy::new(Rate::per_second(n(10)))).attach(long.extensions_mut());
     let mut routed = from([192, 0, 2, 3]);
     let policy = Policy::new(Rate::per_second(n(10))).beside_default();
     Route::new("/orders/{id}").with_policy(policy).attach(routed.extensions_mut());
