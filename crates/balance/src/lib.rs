@@ -73,11 +73,11 @@
 //! requests: with 20 balancers the p99 at load 0.9 is 15 to 18 for all that look at load, with 100 it is 25 to 26, near
 //! round robin.
 //!
-//! Weights: an endpoint of weight 1 among others of 2 gets its share within the noise, 1.4 %, from every policy as long as
+//! Weights: an endpoint of weight 1 among others of 2 gets its share within the noise, 0.4 %, from every policy as long as
 //! nobody is busy, whatever their number. Policies that look at load depart from it when loads differ: where all are as
-//! fast, power of two stays within 1.5 % (5 % of two endpoints), least connections gives the light up to 7 % more, peak EWMA
+//! fast, power of two stays within 1.6 % (5 % of two endpoints), least connections gives the light up to 7 % more, peak EWMA
 //! up to 11 %; where servers are only as fast as their weights, the light are the slow ones and get less, up to 12 % with
-//! power of two and 26 % with peak EWMA, which knows how slow they are.
+//! power of two and 28 % with peak EWMA, which knows how slow they are.
 //!
 //! `cargo run --release --example sick_backends`, in the workspace, asks the same of three real backends behind the
 //! gateway, with 16 callers: the share of the sick, and what part of the calls callers saw fail, in percent. Well is an
@@ -100,39 +100,40 @@
 //!
 //! # What it costs
 //!
-//! From `cargo bench -p portcullis-balance`, nanoseconds on two cores of a Xeon (Sapphire Rapids). A pick includes entering
-//! the gate, counting the request and counting it back; none allocates.
+//! From `cargo bench -p portcullis-balance`, nanoseconds on two cores of an EPYC with 1 MiB of cache each. A pick includes
+//! entering the gate, counting the request and counting it back; none allocates.
 //!
 //! | pick among | 3 | 1000 | 100,000 |
 //! |---|---|---|---|
-//! | random | 57 | 56 | 73–76 |
-//! | power of two | 58 | 58 | 73–77 |
-//! | round robin | 64 | 64 | 64 |
-//! | least connections | 63 | 70 | 125–131 |
-//! | peak EWMA | 78 | 81 | 151–165 |
-//! | the same, reading the clock (36) | 123 | 125 | 222–256 |
-//! | Maglev | 68–73 | 69 | |
-//! | ring hash | 96 | 112–114 | |
+//! | random | 44 | 44 | 44–50 |
+//! | power of two | 45 | 46 | 49–89 |
+//! | round robin | 51 | 50 | 50 |
+//! | least connections | 50 | 59 | 81–96 |
+//! | peak EWMA | 57 | 59 | 77–129 |
+//! | the same, reading the clock (33) | 98 | 96 | 111–139 |
+//! | Maglev | 59 | 59 | |
+//! | ring hash | 77 | 89 | |
 //!
 //! What a pick touches of an endpoint is its place in the list and what it is counted by, 56 bytes that are one line of
-//! memory or lie across two; peak EWMA reads 16 bytes more, and each choice costs that once. For 1000 endpoints it makes no
-//! difference. Those of 100,000 take 6.4 MB, more than what a core here has for itself, and picks at random wait for them:
-//! the longer, the more other work there is (random 120, peak EWMA 290 on a busy machine). Round robin takes them in their
-//! order and does not.
+//! memory or lie across two; peak EWMA reads a word more, which stand side by side, and each choice costs that once. For
+//! 1000 endpoints it makes no difference. Those of 100,000 take 6.4 MB, more than what a core here has for itself, and picks
+//! at random wait for them: the longer, the more other work there is (power of two 165, peak EWMA 265 on a busy machine).
+//! Round robin takes them in their order and does not.
 //!
-//! Two threads that pick among the same endpoints at random or by power of two get as many picks done as one alone, or up to
-//! a third more: each takes 106 to 123 of 100 endpoints, 83 to 111 of 1000. Round robin, which has one cursor, takes 215 to
-//! 284. Through the same layer, but each among endpoints of its own, they hold each other up by nothing: 56 to 60. So it is
-//! what endpoints are counted by that travels between the cores, as it must if one is to see the load that the other makes.
+//! Two threads that pick among the same endpoints at random or by power of two take 47 to 55 each in some runs, nearly as
+//! one alone, and 110 to 125 in others; peak EWMA, with its clock, 116 to 126 or 210 to 276, round robin, which has one
+//! cursor, 92 to 98. Through the same layer, but each among endpoints of its own, they hold each other up by nothing. So it
+//! is what endpoints are counted by that travels between the cores, as it must if one is to see the load that the other
+//! makes.
 //!
 //! The table of a hashing policy is laid out in a thread, 65,537 slots for 1000 endpoints in 1.7 ms, while the one before
 //! serves. Before the first, for that long, a key goes to whoever stands where its hash points to in the list, unless
-//! [`BalanceLayer::prepare`] had been called. The pick that begins it takes 0.2 ms, of which 0.04 are any policy's first
+//! [`BalanceLayer::prepare`] had been called. The pick that begins it takes 0.1 ms, of which 0.03 are any policy's first
 //! look at the endpoints. Balancers that know the same endpoints, in whatever order, have the same table.
 //!
-//! A whole call among 100 endpoints, with a request of five headers whose making is not counted: 205 without a second
-//! attempt, 320 with one made possible, 377 with [`Served`]; 590 by peak EWMA. In the same run `tower`'s `Buffer` + `Balance`
-//! takes 830, 1159 with its peak EWMA: a pick by power of two costs a fourteenth of that, a call less than half.
+//! A whole call among 100 endpoints, with a request of five headers whose making is not counted: 139 without a second
+//! attempt, 232 with one made possible, 278 with [`Served`]; 446 by peak EWMA. In the same run `tower`'s `Buffer` + `Balance`
+//! takes 652, 945 with its peak EWMA: a pick by power of two costs a fourteenth of that, a call less than half.
 //!
 //! # Gates
 //!
