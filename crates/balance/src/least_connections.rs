@@ -179,7 +179,8 @@ mod tests {
     fn another_attempt_goes_to_the_least_busy_of_the_others() {
         let set = Set::of(&[1; 3]);
         let _busy: Vec<_> = [1; 5].into_iter().chain([2; 50]).map(|i: usize| set[i].begin()).collect();
-        let policies: [&dyn Pick; 3] = [&PowerOfTwo, &LeastConnections::new(), &LeastConnections::new().scan_up_to(0)];
+        let (few, ewma) = (LeastConnections::new().scan_up_to(0), crate::PeakEwma::new());
+        let policies: [&dyn Pick; 4] = [&PowerOfTwo, &LeastConnections::new(), &few, &ewma];
         for policy in policies {
             assert!((0..100).all(|_| set.pick_after(policy, &[0]) == 1));
             assert!((0..100).all(|_| set.pick_after(policy, &[0, 1]) == 2));

@@ -295,13 +295,14 @@ impl<'a> Candidates<'a> {
         Some(other + usize::from(other >= than))
     }
 
-    /// One at random by weight, and two of the others, which may be the same; all the same when there is only one.
+    /// One at random by weight, and two of the others, which may be the same; all the same when there is only one. When some
+    /// have failed this request, of those that are [usable](Self::usable).
     #[inline(always)]
     pub(crate) fn sample_three(&self) -> [usize; 3] {
         /// Of so many three fit into a random number.
         const FITTING: usize = 1 << 20;
         let len = self.len();
-        if self.is_weighted() || !(2..=FITTING).contains(&len) {
+        if self.fewer.get() || self.is_weighted() || !(2..=FITTING).contains(&len) {
             return self.sample_three_apart();
         }
         let random = self.random();
