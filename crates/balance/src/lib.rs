@@ -197,6 +197,7 @@
 #![doc = include_str!("../simulation.md")]
 
 mod budget;
+mod estimate;
 mod few;
 mod future;
 mod group;
