@@ -360,12 +360,9 @@ where
         Some(next)
     }
 
-    /// Takes the request's body over from the attempt before, and the repetition from the budget, if both are still there.
+    /// Takes the repetition from the budget, if it is still there, and the request's body over from the attempt before.
     fn take_over(&self) -> Option<Replay<B>> {
         let failed = self.trouble.as_ref()?.failed.last()?;
-        if !self.keeper.is_whole() {
-            return None;
-        }
         if failed.reason != Reason::Unsent && !self.shared.budget.withdraw(self.shared.clock.now()) {
             tracing::debug!(endpoint = &**failed.endpoint.id(), reason = ?failed.reason, "the retry budget is used up");
             return None;
@@ -375,7 +372,7 @@ where
         self.keeper.again()
     }
 
-    /// Makes the head of the next attempt's request, if there is to be one.
+    /// Makes the head of the next attempt's request, if there is to be one, and holds its body.
     fn again(&mut self, reason: Reason, failed: &Endpoint, pushback: Option<Duration>) -> Option<NextOf<S, P, R, B>> {
         let spare = self.spare.as_ref()?;
         let policy = policy_of(self.route.as_ref(), &self.shared);
@@ -392,7 +389,7 @@ where
             None => policy.wait(attempts, mix(fastrand::u64(..))),
         };
         let deadline = spare.baggage.get().map(|Deadline(moment)| *moment);
-        if deadline.is_some_and(|deadline| self.shared.clock.now() + wait >= deadline) || !self.keeper.is_whole() {
+        if deadline.is_some_and(|deadline| self.shared.clock.now() + wait >= deadline) || !self.keeper.hold() {
             return None;
         }
         // Nothing is taken yet: there may be nobody to repeat it to.
@@ -423,7 +420,6 @@ where
         result: Result<Response<R>, S::Error>,
         mut attempt: Attempt<P>,
     ) -> Result<Answer<R, P>, S::Error> {
-        self.keeper.release();
         match result {
             Ok(mut response) => {
                 if let Some(sticky) = &policy_of(self.route.as_ref(), &self.shared).sticky

@@ -153,7 +153,7 @@
 //! layer share, after a jittered back-off, and never after its deadline: what `grpc-timeout` says is counted once, for all
 //! attempts. An endpoint that failed a request is not tried
 //! again for it while another admits. Request bodies stream; what has passed is kept up to a limit, until the response
-//! begins.
+//! begins. While another attempt is planned, nothing passes.
 //!
 //! # Defaults
 //!

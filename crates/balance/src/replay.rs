@@ -39,7 +39,9 @@ struct Kept<B> {
     over: bool,
     /// Which attempt may read.
     attempt: u32,
-    /// Woken when it may not any more: it holds a connection until it is told.
+    /// It has failed, and reads nothing new until it is known whether another takes the body over.
+    held: bool,
+    /// Woken when it may read again, or never more: it holds a connection until it is told.
     reader: Option<Waker>,
     /// What was read, copied: a piece of a buffer would keep all of it.
     data: Vec<u8>,
@@ -86,6 +88,7 @@ impl<B: Body<Data = Bytes>> Replay<B> {
             body: Box::pin(body),
             over: false,
             attempt: 0,
+            held: false,
             reader: None,
             data: Vec::new(),
             trailers: None,
@@ -95,11 +98,7 @@ impl<B: Body<Data = Bytes>> Replay<B> {
             whole: true,
             last: false,
         }));
-        (Self::of(kept.clone(), 0), Keeper(Some(kept)))
-    }
-
-    fn of(kept: Arc<Mutex<Kept<B>>>, attempt: u32) -> Self {
-        Self { state: State::Kept { kept, attempt } }
+        (Self { state: State::Kept { kept: kept.clone(), attempt: 0 } }, Keeper(Some(kept)))
     }
 }
 
@@ -177,7 +176,8 @@ where
         if self.over {
             return Poll::Ready(None);
         }
-        let Poll::Ready(frame) = self.body.as_mut().poll_frame(cx) else {
+        let frame = if self.held { Poll::Pending } else { self.body.as_mut().poll_frame(cx) };
+        let Poll::Ready(frame) = frame else {
             match &mut self.reader {
                 Some(reader) => reader.clone_from(cx.waker()),
                 None => self.reader = Some(cx.waker().clone()),
@@ -237,6 +237,16 @@ impl<B> Kept<B> {
         }
     }
 
+    /// Tells who reads that it may go on, or was given up.
+    fn let_go(mut this: MutexGuard<'_, Self>) {
+        this.held = false;
+        let reader = this.reader.take();
+        drop(this);
+        if let Some(reader) = reader {
+            reader.wake();
+        }
+    }
+
     fn forget(&mut self) {
         (self.data, self.trailers) = (Vec::new(), None);
         (self.position, self.has_trailers, self.whole) = (0, false, false);
@@ -245,10 +255,19 @@ impl<B> Kept<B> {
 
 // === impl Keeper ===
 
-impl<B: Body<Data = Bytes>> Keeper<B> {
-    /// Whether all that was read is kept.
-    pub(crate) fn is_whole(&self) -> bool {
-        self.0.as_ref().is_none_or(|shared| lock(shared).whole)
+impl<B> Keeper<B> {
+    /// For a request that is sent once.
+    pub(crate) const fn none() -> Self {
+        Self(None)
+    }
+
+    /// Keeps the attempt that has failed from reading on, so that another can [have the body again](Self::again). `false`
+    /// when more was read than is kept.
+    pub(crate) fn hold(&self) -> bool {
+        let Some(shared) = &self.0 else { return true };
+        let mut kept = lock(shared);
+        kept.held = kept.whole;
+        kept.held
     }
 
     /// The body from its beginning, for another attempt; the one before can read no more. `None` when more was read than
@@ -261,27 +280,22 @@ impl<B: Body<Data = Bytes>> Keeper<B> {
         }
         kept.attempt += 1;
         (kept.position, kept.has_trailers) = (0, false);
-        let (attempt, reader) = (kept.attempt, kept.reader.take());
-        drop(kept);
-        if let Some(reader) = reader {
-            reader.wake();
-        }
-        Some(Replay::of(shared.clone(), attempt))
+        let state = State::Kept { kept: shared.clone(), attempt: kept.attempt };
+        Kept::let_go(kept);
+        Some(Replay { state })
     }
 }
 
-impl<B> Keeper<B> {
-    /// For a request that is sent once.
-    pub(crate) const fn none() -> Self {
-        Self(None)
-    }
-
-    /// No other attempt will be made: what is kept can go.
-    pub(crate) fn release(&mut self) {
-        if let Some(shared) = self.0.take() {
-            let mut kept = lock(&shared);
+/// No other attempt will be made: what is kept can go, and who was held reads on.
+impl<B> Drop for Keeper<B> {
+    fn drop(&mut self) {
+        if let Some(shared) = &self.0 {
+            let mut kept = lock(shared);
             kept.last = true;
             kept.forget_what_was_read();
+            if kept.held {
+                Kept::let_go(kept);
+            }
         }
     }
 }
@@ -393,11 +407,38 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn who_is_held_reads_nothing_new_until_it_is_let_go_or_given_up() {
+        for taken_over in [false, true] {
+            let (mut first, keeper) = Replay::keep(abc(), 1);
+            first.frame().await.unwrap().unwrap();
+            assert!(keeper.hold());
+            let reading = tokio::spawn(async move { first.frame().await.unwrap() });
+            tokio::task::yield_now().await;
+            assert!(!reading.is_finished());
+            let again = taken_over.then(|| keeper.again().unwrap());
+            drop(keeper);
+            let frame = tokio::time::timeout(std::time::Duration::from_secs(5), reading).await.unwrap().unwrap();
+            match again {
+                None => assert_eq!(frame.unwrap().into_data().unwrap(), "bc"),
+                Some(again) => assert!(frame.is_err() && again.collect().await.unwrap().to_bytes() == "abc"),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn who_has_read_too_much_is_not_held() {
+        let (mut first, keeper) = Replay::keep(abc(), 0);
+        first.frame().await.unwrap().unwrap();
+        assert!(!keeper.hold());
+        assert_eq!(first.frame().await.unwrap().unwrap().into_data().unwrap(), "bc");
+    }
+
+    #[tokio::test]
     async fn after_the_last_attempt_nothing_is_kept() {
-        let (mut first, mut keeper) = Replay::keep(abc(), 1000);
+        let (mut first, keeper) = Replay::keep(abc(), 1000);
         first.frame().await.unwrap().unwrap();
         let again = keeper.again().unwrap();
-        keeper.release();
+        drop(keeper);
         assert_eq!(again.collect().await.unwrap().to_bytes(), "abc");
     }
 

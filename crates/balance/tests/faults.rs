@@ -206,6 +206,38 @@ async fn an_upload_goes_on_when_the_budget_denies_another_attempt() {
     assert_eq!(request.into_body().collect().await.unwrap().to_bytes(), "body");
 }
 
+/// More than is kept must not pass to the attempt that has failed: its answer would be the caller's, after the wait.
+#[tokio::test(start_paused = true)]
+async fn an_upload_waits_while_another_attempt_does() {
+    let wait = Duration::from_secs(10);
+    let policy = Policy::new().on_statuses([StatusCode::SERVICE_UNAVAILABLE]).replay(4).backoff(wait, wait);
+    let layer = BalanceLayer::new(RoundRobin::new()).policy(policy);
+    for goes_on in [true, false] {
+        let (set, (inner, mut calls), (mut feed, upload)) = (endpoints(2), probe(), body());
+        feed.try_send(Frame::data("body".into())).unwrap();
+        let mut call = Box::pin(layer.layer(inner).oneshot(request_of(Method::PUT, &set, "").map(|_| upload)));
+        assert!(futures::poll!(&mut call).is_pending());
+        let first = calls.next().await.answer(Response::builder().status(503).body(full("")).unwrap());
+        let mut first = first.into_body();
+        first.frame().await.unwrap().unwrap();
+        assert!(futures::poll!(&mut call).is_pending());
+        feed.try_send(Frame::data("and more".into())).unwrap();
+        drop(feed);
+        let mut reading = first.frame();
+        assert!(futures::poll!(&mut reading).is_pending());
+        if goes_on {
+            let answer = async { calls.next().await.answer(Response::new(full(""))) };
+            let (response, second) = futures::join!(call, answer);
+            assert_eq!(response.unwrap().status(), 200);
+            assert_eq!(second.into_body().collect().await.unwrap().to_bytes(), "bodyand more");
+            assert!(reading.await.unwrap().is_err());
+        } else {
+            drop(call);
+            assert_eq!(reading.await.unwrap().unwrap().into_data().unwrap(), "and more");
+        }
+    }
+}
+
 /// An attempt that read the field itself would begin anew.
 #[tokio::test(start_paused = true)]
 async fn a_grpc_timeout_is_for_all_attempts_together() {
