@@ -166,7 +166,7 @@ async fn who_waits_for_a_lease_waits_no_longer_than_who_asks_for_it() {
     let deadline = Duration::from_millis(500);
     let store = RedisStore::new(&redis.url()).unwrap().deadline(deadline);
     let service = RateLimitLayer::new(Rate::per_second(n(100))).store(store.clone()).layer(Ok200);
-    for _ in 0..3 {
+    while store.stats().leased == 0 {
         status(&service, "192.0.2.1").await;
     }
     redis.pause();
@@ -174,7 +174,6 @@ async fn who_waits_for_a_lease_waits_no_longer_than_who_asks_for_it() {
     let start = Instant::now();
     futures::future::join_all((0..20).map(|_| status(&service, "192.0.2.1"))).await;
     assert!((deadline..deadline * 3 / 2).contains(&start.elapsed()), "{:?}", start.elapsed());
-    assert!(store.stats().leased > 0, "{:?}", store.stats());
 }
 
 #[tokio::test]

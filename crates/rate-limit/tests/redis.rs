@@ -286,7 +286,8 @@ async fn who_has_no_place_to_wait_is_not_charged() {
     }
     let refused = limit().layer(Ok200);
     let answer = call(&refused, "192.0.2.1").await;
-    assert_eq!(answer.headers()[header::RETRY_AFTER], "120", "one was admitted, and one waits");
+    let after: u64 = answer.headers()[header::RETRY_AFTER].to_str().unwrap().parse().unwrap();
+    assert!((61..=120).contains(&after), "one was admitted, and one waits: {after}");
 }
 
 #[tokio::test]
