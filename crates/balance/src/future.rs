@@ -406,12 +406,14 @@ where
     /// Whether an endpoint admits that was not tried.
     fn is_another(&self, endpoints: &Endpoints, policy: &Policy, failed: &Endpoint) -> bool {
         let tried = self.trouble.as_ref().map_or(&[][..], |trouble| &trouble.failed);
-        endpoints.iter().any(|endpoint| {
+        let offered = || endpoints.iter().filter(|endpoint| endpoint.weight() > 0);
+        let subset = policy.subset.as_ref();
+        let subset = subset.filter(|subset| !subset.falls_back(offered().map(Endpoint::instance)));
+        offered().any(|endpoint| {
             endpoint.gate().admits()
-                && endpoint.weight() > 0
                 && endpoint != failed
                 && tried.iter().all(|failed| failed.endpoint != *endpoint)
-                && policy.subset.as_ref().is_none_or(|subset| subset.holds(&endpoint.instance()))
+                && subset.is_none_or(|subset| subset.holds(&endpoint.instance()))
         })
     }
 

@@ -283,8 +283,9 @@ impl Subset {
         Self { terms: [term].into(), or_any: false }
     }
 
-    pub(crate) fn is_optional(&self) -> bool {
-        self.or_any
+    /// Whether it stands for all, none of these being in it.
+    pub(crate) fn falls_back(&self, mut instances: impl Iterator<Item = Arc<Instance>>) -> bool {
+        self.or_any && !instances.any(|instance| self.holds(&instance))
     }
 
     pub(crate) fn holds(&self, instance: &Instance) -> bool {

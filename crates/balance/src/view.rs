@@ -248,11 +248,10 @@ impl View {
         let mut instances: Vec<_> =
             (0_u32..).zip(endpoints.iter()).map(|(index, endpoint)| (index, endpoint, endpoint.instance())).collect();
         instances.retain(|(_, endpoint, _)| endpoint.weight() > 0);
-        if let Some(subset) = choice.subset {
-            let holds = |instance: &_| subset.holds(instance);
-            if !subset.is_optional() || instances.iter().any(|(_, _, instance)| holds(instance)) {
-                instances.retain(|(_, _, instance)| holds(instance));
-            }
+        if let Some(subset) = choice.subset
+            && !subset.falls_back(instances.iter().map(|(_, _, instance)| instance.clone()))
+        {
+            instances.retain(|(_, _, instance)| subset.holds(instance));
         }
         instances.sort_by_key(|(_, _, instance)| instance.priority);
         let start = choice.shape.slow_start.filter(|_| !wants_all);

@@ -260,7 +260,10 @@ async fn nothing_is_waited_for_only_when_another_endpoint_admits() {
     // Half of 25 ms in the mean.
     assert!(waited(one_closed, Policy::new()).await > Duration::from_millis(200));
     let one_tagged = described(|i, instance| instance.tags.extend((i == 0).then(|| "a".to_owned())), 2);
-    assert!(waited(one_tagged, Policy::new().subset(Subset::tag("a"))).await > Duration::from_millis(200));
+    let waited_in = async |subset| waited(one_tagged.clone(), Policy::new().subset(subset)).await;
+    assert!(waited_in(Subset::tag("a")).await > Duration::from_millis(200));
+    assert!(waited_in(Subset::tag("a").or_any()).await > Duration::from_millis(200));
+    assert_eq!(waited_in(Subset::tag("b").or_any()).await, Duration::ZERO, "all stand for a subset of none");
 }
 
 #[tokio::test(start_paused = true)]
