@@ -514,7 +514,7 @@ impl<P: Pick> Shared<P> {
             && let Some(i) = viewed.cookies(endpoints, sticky).get(&token)
             && let endpoint = &endpoints[*i as usize]
             && endpoint.weight() > 0
-            && (policy.subset.is_none() || offered.holds(*i))
+            && offered.holds(endpoint, &choice)
             && let Some(chosen) = whole.enter(endpoint)
         {
             return Ok(chosen);

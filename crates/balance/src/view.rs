@@ -38,6 +38,8 @@ struct View {
     parts: Box<[Part]>,
     /// Every endpoint there is, the lowest priority first.
     all: Box<[u32]>,
+    /// None is in the subset, and all stand for it.
+    fell_back: bool,
     /// Whose gates do not let everybody in, and whom no policy gets to see.
     unseen: Box<[u32]>,
     /// Nobody admitted when it was last looked.
@@ -165,9 +167,9 @@ impl Viewed {
         }
     }
 
-    /// Whether the endpoint there is one of those that can be picked.
-    pub(crate) fn holds(&self, position: u32) -> bool {
-        self.first.all.contains(&position)
+    /// Whether the endpoint is in the subset of `choice`, or in what stands for it.
+    pub(crate) fn holds<P: ?Sized>(&self, endpoint: &Endpoint, choice: &Choice<'_, P>) -> bool {
+        choice.subset.is_none_or(|subset| self.first.fell_back || subset.holds(&endpoint.instance()))
     }
 
     /// Where the endpoint of each cookie stands in the snapshot.
@@ -248,9 +250,9 @@ impl View {
         let mut instances: Vec<_> =
             (0_u32..).zip(endpoints.iter()).map(|(index, endpoint)| (index, endpoint, endpoint.instance())).collect();
         instances.retain(|(_, endpoint, _)| endpoint.weight() > 0);
-        if let Some(subset) = choice.subset
-            && !subset.falls_back(instances.iter().map(|(_, _, instance)| instance.clone()))
-        {
+        let all = || instances.iter().map(|(_, _, instance)| instance.clone());
+        let fell_back = choice.subset.is_some_and(|subset| subset.falls_back(all()));
+        if let Some(subset) = choice.subset.filter(|_| !fell_back) {
             instances.retain(|(_, _, instance)| subset.holds(instance));
         }
         instances.sort_by_key(|(_, _, instance)| instance.priority);
@@ -285,6 +287,7 @@ impl View {
             expires,
             parts: Self::parts(endpoints, &members, splits, old),
             all: members.iter().map(|member| member.index).collect(),
+            fell_back,
             unseen: rationed().filter(|index| !seen[*index as usize]).collect(),
             closed: ArcSwapOption::empty(),
         };
