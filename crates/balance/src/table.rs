@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::iter::successors;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
@@ -212,18 +213,21 @@ impl<T: Table> Shelf<T> {
             }
         }
         let shelf = Arc::downgrade(self);
-        let started = std::thread::Builder::new().name(THREAD.into()).spawn(move || {
-            while let Some(shelf) = shelf.upgrade()
-                && let Some(layout) = shelf.next()
-            {
-                shelf.build(&layout);
-            }
-        });
+        let started = std::thread::Builder::new()
+            .name(THREAD.into())
+            .spawn(move || while shelf.upgrade().is_some_and(|shelf| shelf.build_next()) {});
         if started.is_err() {
-            while let Some(layout) = self.next() {
-                self.build(&layout);
-            }
+            while self.build_next() {}
         }
+    }
+
+    /// Builds what is wanted next, if anything is. What cannot be built keeps nothing else from it.
+    fn build_next(&self) -> bool {
+        let Some(layout) = self.next() else { return false };
+        if catch_unwind(AssertUnwindSafe(|| self.build(&layout))).is_err() {
+            tracing::error!(service = &*layout.kind.service, "a table could not be built, requests do without");
+        }
+        true
     }
 
     fn next(&self) -> Option<Arc<Layout<T>>> {
@@ -297,7 +301,8 @@ mod tests {
     use crate::testing::Set;
     use http::Request;
     use std::collections::HashSet;
-    use std::sync::Barrier;
+    use std::sync::{Barrier, mpsc};
+    use std::time::Duration;
 
     /// Sends everything to the seventh, and is not built before somebody else comes to the barrier.
     struct Seventh;
@@ -372,6 +377,35 @@ mod tests {
         third.among(&Random, &request, |among| tables.prepare(among));
         assert_eq!(*turns.1.lock().unwrap(), [3, 5]);
         assert_eq!(first.among(&Random, &request, |among| tables.find(among, 1, |_| true)), Some(2));
+    }
+
+    /// Fails for three, and says for how many it is asked.
+    struct NoneForThree;
+
+    impl Table for NoneForThree {
+        type Settings = mpsc::Sender<usize>;
+
+        fn build(placed: &[Placed], asked: &Self::Settings) -> Self {
+            asked.send(placed.len()).unwrap();
+            assert_ne!(placed.len(), 3);
+            Self
+        }
+
+        fn walk(&self, _: u64) -> impl Iterator<Item = u32> {
+            std::iter::repeat(0)
+        }
+    }
+
+    #[test]
+    fn a_table_that_cannot_be_built_keeps_no_other_from_being_built() {
+        let (asking, asked) = mpsc::channel();
+        let tables = Tables::<NoneForThree>::new(asking);
+        let sets = [3, 4].map(|n| Set::of(&vec![1; n]));
+        for set in &sets {
+            let found = set.among(&Random, &Request::default(), |among| tables.find(among, 1, |_| true));
+            assert!(found.is_some());
+            assert_eq!(asked.recv_timeout(Duration::from_secs(10)), Ok(set.endpoints.len()));
+        }
     }
 
     #[test]
