@@ -48,23 +48,23 @@
 //!
 //! Time over the bare service in one run beside others (`cargo bench -p portcullis-rate-limit --bench limit -- --warm-up-time
 //! 0.5 --measurement-time 2`), on two cores of a virtual machine; the second column has a clock that stands still, since ours
-//! takes 38 ns to read:
+//! takes 34 ns to read:
 //!
 //! | | this layer | clock not read | `tower_governor` | `governor` alone |
 //! |---|---|---|---|---|
-//! | one key, by address | 96 ns | 62 ns | 69 ns | 51 ns |
-//! | one key, by identity | 122 ns | | | |
-//! | two limits | 145 ns | | | |
-//! | 100,000 keys at random | 142 ns | 94 ns | 115 ns | 297 ns (text) |
-//! | 1,000,000 keys at random | 369 ns | 254 ns | 450 ns | 1,570 ns (text) |
-//! | two threads beside one, distinct keys | 1.78 × | | 0.91 × | |
+//! | one key, by address | 87 ns | 49 ns | 39 ns | 4 ns |
+//! | one key, by identity | 102 ns | | | |
+//! | two limits | 133 ns | | | |
+//! | 100,000 keys at random | 121 ns | 72 ns | 73 ns | 158 ns (text) |
+//! | 1,000,000 keys at random | 227 ns | 214 ns | 277 ns | 545 ns (text) |
+//! | two threads beside one, distinct keys | 1.81 × | | 1.33 × | |
 //!
 //! No allocation for address and identity keys; 64 bytes for each key of the capacity.
 //!
 //! With many keys the memory decides, and the machine's other tenants with it. The same run shows what memory takes by
 //! itself, by reads of which each says where the next one is: over as much as the fronts of the table's sets have, which is
-//! all that about four charges of five look at, 9 ns for 100,000 keys and 130 ns for 1,000,000; over the whole table 46 ns
-//! and 214 ns. A charge among a million keys costs that much beside what it costs with a warm one.
+//! all that about four charges of five look at, 10 ns for 100,000 keys and 121 ns for 1,000,000; over the whole table 13 ns
+//! and 159 ns. A charge among a million keys costs that much beside what it costs with a warm one.
 //!
 //! # Defaults
 //!
