@@ -268,7 +268,13 @@ where
 
     /// Picks for the request that waits.
     fn go_on(&mut self) -> Option<NextOf<S, P, R, B>> {
-        let (parts, body) = self.trouble.as_mut()?.next.take()?;
+        let trouble = self.trouble.as_mut()?;
+        let (parts, body) = trouble.next.take()?;
+        // The service may have taken its time to be ready.
+        let is_over = |Deadline(end): &Deadline| self.shared.clock.now() >= *end;
+        if trouble.last.is_some() && Deadline::of(&parts.extensions).is_some_and(is_over) {
+            return Some(self.nobody(Nobody::Empty, parts, body));
+        }
         Some(self.pick(parts, body))
     }
 

@@ -206,6 +206,30 @@ async fn an_upload_goes_on_when_the_budget_denies_another_attempt() {
     assert_eq!(request.into_body().collect().await.unwrap().to_bytes(), "body");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_service_that_is_ready_only_after_the_deadline_is_not_called_again() {
+    for (late, status) in [(false, StatusCode::OK), (true, StatusCode::BAD_GATEWAY)] {
+        let (inner, mut calls) = probe::<Replay<ProbeBody>>();
+        let mut request = request_of(Method::GET, &endpoints(2), "");
+        Deadline(Clock::system().now() + Duration::from_secs(1)).attach(request.extensions_mut());
+        let call = BalanceLayer::new(RoundRobin::new()).layer(inner).oneshot(request);
+        let answers = async {
+            let first = calls.next().await;
+            calls.be_pending();
+            first.answer(rejected(StatusCode::BAD_GATEWAY, false));
+            // The other attempt is planned.
+            tokio::task::yield_now().await;
+            tokio::time::advance(Duration::from_millis(if late { 1000 } else { 999 })).await;
+            calls.be_ready();
+            calls.next().await.answer(Response::new(full("")));
+            std::future::pending().await
+        };
+        let response = tokio::select! { biased; response = call => response.unwrap(), () = answers => unreachable!() };
+        let attempts = response.extensions().get::<Served>().unwrap().attempts();
+        assert_eq!((response.status(), attempts), (status, 2 - usize::from(late)));
+    }
+}
+
 /// More than is kept must not pass to the attempt that has failed: its answer would be the caller's, after the wait.
 #[tokio::test(start_paused = true)]
 async fn an_upload_waits_while_another_attempt_does() {
