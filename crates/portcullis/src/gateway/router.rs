@@ -1,7 +1,8 @@
 //! From a request's head to a route.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::hash_map::Entry as Place;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use http::{HeaderMap, Method, Uri, header};
 use portcullis_core::Dialect;
@@ -37,6 +38,7 @@ struct Paths<T> {
 
 #[derive(Clone)]
 struct Pattern<T> {
+    text: String,
     alone: matchit::Router<()>,
     entries: Vec<Entry<T>>,
 }
@@ -92,8 +94,9 @@ impl<T: Clone> Router<T> {
                 misfits.insert(index, Error::new(why));
                 continue;
             }
-            let names: Vec<Option<String>> = match matches.hosts.as_slice() {
-                [] => vec![None],
+            // A name that is said twice is one.
+            let names: BTreeSet<Option<String>> = match matches.hosts.as_slice() {
+                [] => BTreeSet::from([None]),
                 names => names.iter().map(|name| Some(without_dot(name).to_ascii_lowercase())).collect(),
             };
             for host in names {
@@ -140,50 +143,51 @@ impl<T: Clone> Router<T> {
 // === impl Paths ===
 
 impl<T: Clone> Paths<T> {
+    /// The routes in the order they were put in.
     fn new(routes: Vec<(String, Entry<T>)>, misfits: &mut Misfits) -> Self {
-        let mut by_pattern: HashMap<String, Vec<Entry<T>>> = HashMap::new();
-        for (pattern, entry) in routes {
-            let why = format!("two routes for {pattern:?} that take the same requests");
-            let entries = by_pattern.entry(pattern).or_default();
-            if entries.iter().any(|have| have.matches.is_alike(&entry.matches)) {
-                misfits.insert(entry.index, Error::new(why));
-            } else {
-                entries.push(entry);
-            }
-        }
-        let mut grouped: Vec<_> = by_pattern.into_iter().collect();
-        let first = |entries: &[Entry<T>]| entries.first().map_or(0, |entry| entry.index);
-        // Of two that take the same paths the later one is left out.
-        grouped.sort_by_key(|(pattern, entries)| (specificity(pattern), first(entries)));
-        let (mut whole, mut rest) = (matchit::Router::new(), matchit::Router::new());
-        let (mut apart, mut patterns, mut shapes) = (Vec::new(), Vec::new(), HashMap::new());
-        for (pattern, mut entries) in grouped {
-            let index = patterns.len();
-            let mut alone = matchit::Router::new();
-            let why = match alone.insert(pattern.clone(), ()) {
-                Err(error) => Some(format!("the pattern {pattern:?} cannot be used: {error}")),
-                Ok(()) => {
-                    let other = shapes.get(&shape(&pattern));
-                    other.map(|other| format!("the patterns {other:?} and {pattern:?} take the same paths"))
+        let mut by_shape: HashMap<String, Pattern<T>> = HashMap::new();
+        for (text, entry) in routes {
+            let index = entry.index;
+            let why = match by_shape.entry(shape(&text)) {
+                Place::Vacant(place) => {
+                    let mut alone = matchit::Router::new();
+                    match alone.insert(text.clone(), ()) {
+                        Ok(()) => {
+                            place.insert(Pattern { text, alone, entries: vec![entry] });
+                            continue;
+                        }
+                        Err(error) => format!("the pattern {text:?} cannot be used: {error}"),
+                    }
+                }
+                Place::Occupied(place) => {
+                    let Pattern { text: other, entries, .. } = place.into_mut();
+                    if *other != text {
+                        format!("the patterns {other:?} and {text:?} take the same paths")
+                    } else if entries.iter().any(|have| have.matches.is_alike(&entry.matches)) {
+                        format!("two routes for {text:?} that take the same requests")
+                    } else {
+                        entries.push(entry);
+                        continue;
+                    }
                 }
             };
-            if let Some(why) = why {
-                misfits.extend(entries.iter().map(|entry| (entry.index, Error::new(why.as_str()))));
-                continue;
-            }
-            shapes.insert(shape(&pattern), pattern.clone());
-            let best = if pattern.contains("{*") { &mut rest } else { &mut whole };
-            if best.insert(pattern.clone(), index).is_err() {
+            misfits.insert(index, Error::new(why));
+        }
+        let mut patterns: Vec<_> = by_shape.into_iter().collect();
+        patterns.sort_by_cached_key(|(shape, pattern)| {
+            (specificity(shape), pattern.entries.first().map_or(0, |entry| entry.index))
+        });
+        let (mut whole, mut rest, mut apart) = (matchit::Router::new(), matchit::Router::new(), Vec::new());
+        for (index, (shape, pattern)) in patterns.iter_mut().enumerate() {
+            let best = if has_rest(shape) { &mut rest } else { &mut whole };
+            if best.insert(pattern.text.clone(), index).is_err() {
                 apart.push(index);
             }
-            for shorter in without_rest(&pattern) {
-                let _ = alone.insert(shorter, ());
-            }
-            entries.sort_by_key(|entry| entry.matches.rank());
-            patterns.push((pattern, Pattern { alone, entries }));
+            pattern.entries.sort_by_key(|entry| entry.matches.rank());
         }
-        for (index, (pattern, _)) in patterns.iter().enumerate() {
-            for shorter in without_rest(pattern) {
+        for (index, (_, pattern)) in patterns.iter_mut().enumerate().filter(|(_, (shape, _))| has_rest(shape)) {
+            for shorter in without_rest(&pattern.text) {
+                let _ = pattern.alone.insert(shorter.clone(), ());
                 // What was put in by itself goes first.
                 let _ = rest.insert(shorter, index);
             }
@@ -226,14 +230,18 @@ impl<T> Pattern<T> {
     }
 }
 
-/// Sorts the most specific pattern first: the whole path, then segment by segment literal, parameter, rest.
-fn specificity(pattern: &str) -> (bool, Vec<u8>, Reverse<usize>) {
-    let kinds = pattern.split('/').skip(1).map(|segment| match segment {
+/// Sorts the [shape] of the most specific pattern first: the whole path, then segment by segment literal, parameter, rest.
+fn specificity(shape: &str) -> (bool, Vec<u8>, Reverse<usize>) {
+    let kinds = shape.split('/').skip(1).map(|segment| match segment {
         rest if rest.starts_with("{*") => 2,
         parameter if parameter.contains('{') => 1,
         _ => 0,
     });
-    (pattern.contains("{*"), kinds.chain([1]).collect(), Reverse(pattern.len()))
+    (has_rest(shape), kinds.chain([1]).collect(), Reverse(shape.len()))
+}
+
+fn has_rest(shape: &str) -> bool {
+    shape.contains("{*")
 }
 
 /// Whether it is a name without a port, or all below one.
@@ -247,18 +255,27 @@ fn without_dot(host: &str) -> &str {
     host.strip_suffix('.').unwrap_or(host)
 }
 
-/// The pattern with no names in its parameters.
+/// The pattern with no names in its parameters, and other characters for braces that are meant, which it has doubled.
 fn shape(pattern: &str) -> String {
-    if pattern.contains("{{") || pattern.contains("}}") {
-        // Braces that are meant.
-        return pattern.to_owned();
-    }
-    let mut parts = pattern.split('{');
-    let mut shape = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        let (name, after) = part.split_once('}').unwrap_or((part, ""));
-        shape.push_str(if name.starts_with('*') { "{*}" } else { "{}" });
-        shape.push_str(after);
+    let (mut shape, mut is_name) = (String::new(), false);
+    let mut rest = pattern.chars().peekable();
+    while let Some(one) = rest.next() {
+        let is_meant = matches!(one, '{' | '}') && rest.next_if_eq(&one).is_some();
+        match one {
+            '}' if is_name && !is_meant => {
+                is_name = false;
+                shape.push(one);
+            }
+            _ if is_name => {}
+            '{' if is_meant => shape.push('\u{1}'),
+            '}' if is_meant => shape.push('\u{2}'),
+            '{' => {
+                is_name = true;
+                shape.push(one);
+                shape.extend(rest.next_if_eq(&'*'));
+            }
+            _ => shape.push(one),
+        }
     }
     shape
 }
@@ -514,5 +531,33 @@ mod tests {
             assert!(Router::new(vec![(pattern.to_owned(), any(), ())]).is_err(), "{pattern:?}");
         }
         assert!(Router::new(vec![("/{a}".to_owned(), any(), ()), ("/{b}".to_owned(), any(), ())]).is_err());
+    }
+
+    /// The one with the shorter names was, and of those with braces in them none.
+    #[test]
+    fn the_later_of_two_for_the_same_paths_is_left_out() {
+        for two in [["/{a}", "/{longer}"], ["/{longer}", "/{a}"], ["/{{a}}/{x}", "/{{a}}/{y}"], ["/{a}}b}", "/{c}"]] {
+            let mut misfits = Misfits::new();
+            let routes = two.map(|pattern| (pattern.to_owned(), any(), pattern)).to_vec();
+            let router = Router::of_those_that_fit(routes, &mut misfits);
+            assert_eq!(misfits.into_keys().collect::<Vec<_>>(), [1], "{two:?}");
+            assert_eq!(get(&router, if two[0].contains("{{") { "/{a}/1" } else { "/1" }), Ok(two[0]));
+        }
+        let router = router(&["/{a}/{*rest}", "/{{a}}/{b}", "/{{*}}", "/{c}"]);
+        for (path, expected) in [("/{a}/1", "/{{a}}/{b}"), ("/a/1", "/{a}/{*rest}"), ("/{*}", "/{{*}}"), ("/{", "/{c}")]
+        {
+            assert_eq!(get(&router, path), Ok(expected), "{path}");
+        }
+    }
+
+    /// It was refused as one that takes the same requests as itself.
+    #[test]
+    fn a_host_may_be_named_twice() {
+        let hosts = ["a.example", "A.example", "a.example.", "*.b.example", "*.B.example."];
+        let matches = Matches { hosts: hosts.map(str::to_owned).to_vec(), ..any() };
+        let router = Router::new(vec![("/".to_owned(), matches, "here")]).unwrap();
+        for host in ["a.example", "x.b.example"] {
+            assert_eq!(ask(&router, &Method::GET, "/", &[("host", host)]), Ok("here"), "{host}");
+        }
     }
 }
