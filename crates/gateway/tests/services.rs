@@ -166,6 +166,31 @@ async fn the_total_time_is_for_all_attempts_together() {
     }
 }
 
+/// The longest counted for all, and none where one service had none.
+#[tokio::test]
+async fn the_total_time_of_a_service_is_its_own_in_a_split() {
+    // Takes connections and never answers.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let (at, other) = (silent.local_addr().expect("a bound socket"), Backend::start("other").await);
+    for time in ["", ", timeouts.total = \"1h\"", ", timeouts.total = \"never\""] {
+        let program = Program::start(&file(
+            &[],
+            &format!(
+                "services.a = {{ endpoints = \"{at}\", timeouts.total = \"100ms\", retry.attempts = 1 }}\n\
+                 services.b = {{ endpoints = \"{}\"{time} }}\n\
+                 [[routes]]\npath = \"/{{*rest}}\"\nto = [{{ service = \"a\", weight = 1 }}, {{ service = \"b\", weight = 1 }}]\n",
+                other.address()
+            ),
+        ));
+        let mut answered = std::collections::BTreeSet::new();
+        while answered.len() < 2 {
+            let answer = tokio::time::timeout(Duration::from_secs(10), program.get("/")).await.expect("an answer");
+            answered.insert(answer.status.as_u16());
+        }
+        assert_eq!(answered.into_iter().collect::<Vec<_>>(), [200, 504], "{time}");
+    }
+}
+
 #[tokio::test]
 async fn who_does_worse_than_the_others_is_left_alone() {
     let well = [Backend::start("one").await, Backend::start("two").await];

@@ -95,12 +95,12 @@ pub(super) fn route(
     for method in &route.methods {
         built = built.method(method.clone());
     }
-    for (name, matches) in &route.headers {
+    for (name, matches) in route.headers.iter() {
         for is in conditions(matches) {
             built = built.header(header(name)?, is);
         }
     }
-    for (name, matches) in &route.query {
+    for (name, matches) in route.query.iter() {
         for is in conditions(matches) {
             built = built.query(name, is);
         }
@@ -139,9 +139,7 @@ pub(super) fn route(
         let policy = rate_limit::Policy::limits(limits);
         built = built.rate_limit(if route.default_limits { policy.beside_default() } else { policy });
     }
-    if let Some(timeout) = whole_time(route, config) {
-        built = built.timeout(timeout);
-    }
+    built = with_whole_time(built, route, config);
     if route.retry.is_some() || route.subset.is_some() || !route.hash.is_empty() {
         for backend in &route.to {
             if let Some(service) = config.services.get(&*backend.0.service) {
@@ -161,13 +159,24 @@ pub(super) fn route(
     Ok((pattern, built.forward(forwarding(route)?)))
 }
 
-/// How long a request may take, other attempts included; in a split, as long as any of its services gives it.
-fn whole_time(route: &config::Route, config: &Config) -> Option<Duration> {
+/// The route with how long a request may take, other attempts included: as it says itself, else as each of its services does.
+fn with_whole_time(mut built: Route, route: &config::Route, config: &Config) -> Route {
     let total = |timeouts: &config::Timeouts| timeouts.total.map(|time| time.0);
-    let of_service = |to: &config::Backend| config.services.get(&*to.0.service).and_then(|to| total(&to.timeouts));
-    let of_services = || route.to.iter().map(of_service).collect::<Option<Vec<_>>>()?.into_iter().max();
-    let total = total(&route.timeouts).or_else(of_services).filter(|total| *total != Duration::MAX);
-    route.timeout.into_iter().chain(total).min()
+    let is_some_time = |time: &Duration| *time != Duration::MAX;
+    let own = total(&route.timeouts);
+    if let Some(time) = route.timeout.into_iter().chain(own.filter(is_some_time)).min() {
+        built = built.timeout(time);
+    }
+    if own.is_some() {
+        return built;
+    }
+    for name in route.to.iter().map(|backend| &backend.0.service) {
+        let of_service = config.services.get(&**name).and_then(|service| total(&service.timeouts));
+        if let Some(time) = of_service.filter(is_some_time) {
+            built = built.timeout_of(name, time);
+        }
+    }
+    built
 }
 
 /// Whether a claim is this, or is a list that holds it.

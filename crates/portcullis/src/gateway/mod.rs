@@ -170,7 +170,7 @@ impl Gateway {
         if let Some(part) = part {
             part.service.clone().attach(extensions);
         }
-        if let Some(timeout) = target.timeout {
+        if let Some(timeout) = target.timeout.into_iter().chain(part.and_then(|part| part.timeout)).min() {
             Deadline(self.clock.now() + timeout).attach_if_earlier(extensions);
         }
         Ok(after)
@@ -357,7 +357,7 @@ impl Builder {
     /// What is wrong with single routes, by their place in the order they were put in, each beside those before it.
     /// Nothing is built.
     #[must_use]
-    pub fn misfits(self) -> Vec<(usize, Error)> {
+    pub fn misfits(&self) -> Vec<(usize, Error)> {
         let mut misfits = Misfits::new();
         let routes = self.routes.iter().map(|(pattern, route)| (pattern.clone(), route.matches.clone(), ()));
         Router::of_those_that_fit(routes.collect(), &mut misfits);

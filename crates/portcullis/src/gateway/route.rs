@@ -31,6 +31,8 @@ pub struct Route {
     policies: Matched,
     /// How endpoints of single services are tried.
     own: Vec<(Destination, portcullis_balance::Policy)>,
+    /// How long requests to single services may take.
+    times: Vec<(Destination, Duration)>,
     edits: Vec<Edit>,
 }
 
@@ -56,6 +58,8 @@ pub(super) struct Part {
     sum: u64,
     /// The route as its requests have it, where that is not as those of others have it.
     pub(super) route: Option<Matched>,
+    /// How long its requests may take.
+    pub(super) timeout: Option<Duration>,
 }
 
 /// A route in the router.
@@ -84,7 +88,7 @@ impl Route {
         let mut sum = 0;
         let mut add = |(service, weight): (&str, u32)| {
             sum += u64::from(weight);
-            Part { service: Destination::new(service), sum, route: None }
+            Part { service: Destination::new(service), sum, route: None, timeout: None }
         };
         Self::new(Action::Send(Split { services: services.into_iter().map(&mut add).collect() }))
     }
@@ -103,7 +107,8 @@ impl Route {
 
     fn new(action: Action) -> Self {
         let (matches, policies) = (Matches::default(), Matched::new(""));
-        Self { matches, action, timeout: None, cors: None, name: None, policies, own: Vec::new(), edits: Vec::new() }
+        let (own, times, edits) = (Vec::new(), Vec::new(), Vec::new());
+        Self { matches, action, timeout: None, cors: None, name: None, policies, own, times, edits }
     }
 
     /// Is called so in logs and metrics, instead of by its pattern.
@@ -114,7 +119,7 @@ impl Route {
     }
 
     /// Takes requests for this host, and for no other that is not named as well: `api.example.com`, or `*.example.com`
-    /// for all below it. Case and port do not matter.
+    /// for all below it. Case, port and a final dot do not matter.
     #[must_use]
     pub fn host(mut self, host: &str) -> Self {
         self.matches.hosts.push(host.to_owned());
@@ -164,6 +169,14 @@ impl Route {
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
+        self
+    }
+
+    /// Answers with 504 what takes longer at one of its services, as [`timeout`](Self::timeout) does for all of them; of the
+    /// two the shorter counts.
+    #[must_use]
+    pub fn timeout_of(mut self, service: &str, timeout: Duration) -> Self {
+        self.times.push((Destination::new(service), timeout));
         self
     }
 
@@ -222,6 +235,11 @@ impl Route {
                     part.route = Some(route.clone().with_policy(policy.clone()));
                 }
             }
+            for (service, timeout) in &self.times {
+                for part in split.services.iter_mut().filter(|part| part.service == *service) {
+                    part.timeout = Some(*timeout);
+                }
+            }
         }
         Target { route, action, timeout: self.timeout, cors: self.cors.clone(), edits: self.edits.clone() }
     }
@@ -237,6 +255,10 @@ impl Route {
 
     pub(super) fn check(&self) -> Result<(), Error> {
         self.cors.as_ref().map_or(Ok(()), Cors::check)?;
+        let mut own = self.own.iter().map(|(service, _)| service).chain(self.times.iter().map(|(service, _)| service));
+        if let Some(other) = own.find(|own| self.services().all(|service| service != *own)) {
+            return Err(Error::new(format!("it says something of {:?} and does not lead there", other.as_str())));
+        }
         match &self.action {
             Action::Send(split) if split.sum() == 0 => Err(Error::new("a route to services without a weight")),
             Action::Send(_) | Action::Respond(_) => Ok(()),
@@ -274,5 +296,15 @@ mod tests {
         assert_eq!(picked, ["a", "a", "a", "b"]);
         assert!(Route::split([("a", 0), ("b", 0)]).check().is_err());
         assert!(Route::split([]).check().is_err());
+    }
+
+    #[test]
+    fn what_is_said_of_one_service_is_said_of_one_it_leads_to() {
+        let policy = portcullis_balance::Policy::new();
+        let route = Route::split([("a", 1), ("b", 1)]).balance_of("a", policy.clone()).timeout_of("b", Duration::ZERO);
+        assert!(route.check().is_ok());
+        for wrong in [route.clone().balance_of("c", policy), route.timeout_of("c", Duration::ZERO)] {
+            assert!(wrong.check().unwrap_err().to_string().contains("\"c\""));
+        }
     }
 }
