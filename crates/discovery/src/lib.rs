@@ -134,7 +134,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use pin_project_lite::pin_project;
-use portcullis_core::{Body, Carried, Clock, Destination, Dialect, Endpoints, Layer as Where, Rejection};
+use portcullis_core::{Body, Carried, Clock, Destination, Dialect, Endpoints, Instance, Layer as Where, Rejection};
 use tower_layer::Layer;
 use tower_service::Service;
 
@@ -332,8 +332,14 @@ impl<N> DiscoveryLayer<N> {
     /// # }
     /// ```
     pub fn take_over<M>(&self, old: &DiscoveryLayer<M>) {
+        self.take_over_telling(old, |_| {});
+    }
+
+    /// Goes on with what another layer knows, as [`take_over`](Self::take_over) does, and has `tell` change what is known of
+    /// each instance before: that they speak another protocol, for instance. One whose id or address it changes is another.
+    pub fn take_over_telling<M>(&self, old: &DiscoveryLayer<M>, tell: impl Fn(&mut Instance)) {
         if !Arc::ptr_eq(&self.watches, &old.watches) {
-            self.watches.take_over(&old.watches, &self.limits);
+            self.watches.take_over(&old.watches, &self.limits, &tell);
         }
     }
 

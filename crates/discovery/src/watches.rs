@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use portcullis_core::{Clock, Endpoints, Moment};
+use portcullis_core::{Clock, Endpoints, Instance, Moment};
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tokio::time::MissedTickBehavior;
@@ -133,14 +133,20 @@ impl Watches {
         Lookup::Waiting(watched)
     }
 
-    /// Goes on with what `old` knows, which follows nothing any more.
-    pub(crate) fn take_over(self: &Arc<Self>, old: &Self, limits: &Limits) {
+    /// Goes on with what `old` knows, as `tell` changes it; the old one follows nothing any more.
+    pub(crate) fn take_over(self: &Arc<Self>, old: &Self, limits: &Limits, tell: &dyn Fn(&mut Instance)) {
         let Ok(runtime) = Handle::try_current() else { return };
         let _writing = self.lock();
         let mut table = Table::clone(&self.table.load());
         for watched in old.all() {
             let Some((known, progress)) = watched.hand_over() else { continue };
             let (name, now) = (watched.state.service.clone(), limits.clock.now());
+            let told = known.iter().map(|endpoint| {
+                let mut instance = (*endpoint.instance()).clone();
+                tell(&mut instance);
+                instance
+            });
+            let known = known.reconcile(told, now);
             if let Some(begun) = table.get(&name) {
                 begun.state.adopt(&known, progress, now);
                 continue;

@@ -18,8 +18,8 @@
 //! On `HUP`, on `POST /reload` at the operators' side, and with `server.watch` when the file changes, or a secret, key or
 //! certificate that it names, the file is read again. What it says is built beside what runs and put in force in one step, or refused whole. Layers that it says nothing
 //! new of are taken over with all they know: counters, breakers, latencies, limits, connections. What a registry said is last
-//! known good for the one that takes its place, with another token or at another address, until that answers; and listeners
-//! are registered there before they leave the other. Four clients without a pause
+//! known good for the one that takes its place, with another token or at another address, until that answers, and for
+//! services that are to be talked to otherwise; and listeners are registered there before they leave the other. Four clients without a pause
 //! lose none of some 1,300 requests during thirty reloads
 //! (`cargo test -p portcullis-gateway --test reload nothing_is_lost -- --nocapture`). Requests under way end by
 //! the layers they began with. Listeners show new certificates to whoever connects from then on, and connections go on with
@@ -40,7 +40,7 @@
 //! | `GET /endpoints`, `/state` | services and endpoints; everything the page shows |
 //! | `POST /reload` | reads the file again |
 //! | `POST /drain` | ends it, as `TERM` does |
-//! | `POST /breaker` | `{"service": …, "endpoint": …, "state": "open" \| "closed" \| "auto"}`; without an endpoint, all of the service, whatever single ones were told. Other files leave what is held so |
+//! | `POST /breaker` | `{"service": …, "endpoint": …, "state": "open" \| "closed" \| "auto"}`; without an endpoint, all of the service, whatever single ones were told and also those still to come. Other files leave what is held so |
 //! | `POST /register` | `{"service": …, "address": "host:port"}`, and perhaps `id`, `weight`, `zone`, `tags`, `metadata`, `https`: an instance in the embedded registry; with `"ttl": "30s"` until that is over, unless it comes again. `registry` names one of several |
 //! | `POST /deregister` | `{"service": …, "id": …}` |
 //! | `POST /log` | `{"level": "warn,portcullis_forward=debug"}` until the next start or reload of another level |

@@ -21,8 +21,8 @@ use crate::config::{self, Config, RegistryKind};
 pub(crate) struct Registries {
     named: BTreeMap<String, (config::Registry, Arc<dyn Registry>)>,
     sources: BTreeMap<String, Source>,
-    /// Layers, and those before them that know the same services.
-    succeeding: Vec<(DiscoveryLayer, DiscoveryLayer)>,
+    /// Layers, those before them that know the same services, and how these are talked to now.
+    succeeding: Vec<(DiscoveryLayer, DiscoveryLayer, Speaks)>,
 }
 
 /// Where one service's instances come from.
@@ -115,9 +115,8 @@ impl Registries {
             return old.clone();
         }
         let layer = place.layer(&registered);
-        // What is known by the one before would be talked to as it was told to.
-        if let Some((old, _)) = before.filter(|(_, before)| before.speaks == speaks) {
-            self.succeeding.push((layer.clone(), old.clone()));
+        if let Some((old, _)) = before {
+            self.succeeding.push((layer.clone(), old.clone(), speaks));
         }
         self.sources.insert(name.to_owned(), Source::Named(place, registered));
         layer
@@ -136,8 +135,8 @@ impl Registries {
 
     /// When the file takes effect, has the lists changed, and layers begin with what those before them know.
     pub(super) fn commit(&mut self, commit: &mut Vec<Change>) {
-        for (new, old) in self.succeeding.drain(..) {
-            commit.push(Box::new(move || new.take_over(&old)));
+        for (new, old, speaks) in self.succeeding.drain(..) {
+            commit.push(Box::new(move || new.take_over_telling(&old, |instance| speaks.tell(instance))));
         }
         for source in self.sources.values() {
             if let Source::Listed(Listed(list), instances) = source
@@ -376,6 +375,34 @@ impl Registry for Told {
 mod tests {
     use super::*;
     use std::path::Path;
+
+    /// It began with nothing known, so that requests were refused until the registry answered.
+    #[tokio::test]
+    async fn what_is_known_is_talked_to_otherwise_when_the_file_says_so() {
+        let config = |says: &str| {
+            let text = format!(
+                "registries.r.kind = \"embedded\"\nservices.a = {{ registry = \"r\"{says} }}\n[[routes]]\npath = \"/\"\nto = \"a\"\n"
+            );
+            Config::parse("gateway.toml", &text, Path::new("/"), &|_| None).unwrap()
+        };
+        let (plain, other) = (config(""), config(", https = true, protocol = \"http1\""));
+        let mut before = Registries::build(&plain, None).unwrap();
+        let old = before.discovery("a", &plain.services["a"], None);
+        let address: portcullis_core::Address = "127.0.0.1:9".parse().unwrap();
+        let _registration =
+            before.named("r").unwrap().register(ServiceDefinition::new("a", "1", address)).await.unwrap();
+        old.follow("a");
+        old.ready().await;
+        let mut after = Registries::build(&other, Some(&before)).unwrap();
+        let new = after.discovery("a", &other.services["a"], Some(&old));
+        let mut commit = Vec::new();
+        after.commit(&mut commit);
+        commit.into_iter().for_each(|change| change());
+        let [status] = new.status().try_into().unwrap();
+        let [endpoint] = status.endpoints.as_deref().unwrap() else { panic!("it is not known any more") };
+        let instance = endpoint.instance();
+        assert_eq!((instance.scheme, instance.protocol), (Scheme::Https, Protocol::Http1));
+    }
 
     #[test]
     fn a_service_that_is_gone_keeps_no_registry() {
