@@ -73,7 +73,7 @@ impl Running {
         let mut services = BTreeMap::new();
         for (name, service) in &config.services {
             let old = before.and_then(|before| before.services.get(name));
-            let built = Service::build(name, service, &config, &mut registries, &proxies, old)
+            let built = Service::build(name, service, &config, &mut registries, &proxies, old, &mut commit)
                 .map_err(|Error(why)| Error::of(format_args!("the service {name:?}"), why))?;
             if let Some(old) = old
                 && old.config.breaker != service.breaker
@@ -161,6 +161,22 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    /// Checks of a file that is refused later would move what runs.
+    #[tokio::test]
+    async fn nobody_is_asked_how_he_is_before_the_file_is_in_force() {
+        let text = "[services.a]\nendpoints = [\"127.0.0.1:9\"]\nhealth = { kind = \"tcp\" }\n[[routes]]\npath = \"/\"\nto = \"a\"\n";
+        let config = |text: &str| Config::parse("gateway.toml", text, Path::new("."), &|_| None).unwrap();
+        let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        let mut running = Running::build(config(text), None).unwrap();
+        let before = tasks();
+        running.commit();
+        assert_eq!(tasks(), before + 1);
+        let other = config(&text.replace("\"tcp\"", "\"tcp\", interval = \"1s\""));
+        let next = Running::build(other, Some(&running)).unwrap();
+        assert_eq!(tasks(), before + 1);
+        drop(next);
+    }
 
     #[tokio::test(start_paused = true)]
     async fn what_nobody_asks_for_stays_known() {

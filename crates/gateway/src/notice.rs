@@ -38,7 +38,7 @@ pub(crate) async fn watch(state: Arc<State>) {
 fn see(running: &Running) -> Seen {
     let one = |service: &crate::build::Service| {
         let Some(status) = service.status() else { return Service::default() };
-        let health = |endpoint| service.health.as_ref().and_then(|checker| checker.health(endpoint));
+        let health = |endpoint| service.health(endpoint);
         let sick = |endpoint| health(endpoint).filter(|health| !health.is_well);
         let endpoints = status.endpoints.iter().flat_map(|endpoints| endpoints.iter());
         Service {

@@ -82,6 +82,25 @@ async fn breakers_of_what_did_not_change_stay_as_they_are() {
     assert_eq!(program.get("/a").await.status, 503);
     assert_eq!(program.order("/breaker", &single("auto")).await.status, 200);
     assert_eq!(program.get("/a").await.status, 200);
+    // The gate of one that was told the same as all stayed closed, with nobody left to open it.
+    let all = |state: &str| json!({ "service": "a", "state": state });
+    for order in [all("open"), single("open")] {
+        assert_eq!(program.order("/breaker", &order).await.status, 200);
+    }
+    reload(&program, &text.replace("failures = 3", "failures = 4")).await;
+    assert_eq!(program.get("/a").await.status, 503);
+    assert_eq!(program.order("/breaker", &all("auto")).await.status, 200);
+    assert_eq!(program.get("/a").await.status, 200);
+    // Let go where all are held, one is, and whoever comes later is held.
+    for order in [all("open"), single("auto")] {
+        assert_eq!(program.order("/breaker", &order).await.status, 200);
+    }
+    assert_eq!(program.get("/a").await.status, 200);
+    let three = Backend::start("three").await;
+    let others = format!("[\"{}\"]", three.address());
+    reload(&program, &text.replacen(&format!("[\"{}\"]", one.address()), &others, 1)).await;
+    program.until("/endpoints", |answer| answer.text().contains(&three.address().to_string())).await;
+    assert_eq!(program.get("/a").await.status, 503);
 }
 
 #[tokio::test]
@@ -128,6 +147,8 @@ async fn what_a_registry_said_stays_when_it_is_asked_in_another_way_and_does_not
     let nowhere = format!("http://127.0.0.1:{}", free_port());
     for text in [
         text(&consul.url(), ", token = \"another\""),
+        text(&consul.url(), ", token = \"another\"")
+            .replace("registry = \"r\"", "registry = \"r\", protocol = \"http1\""),
         text(&nowhere, ", token = \"another\""),
         text(&nowhere, ", max_age = \"1h\""),
     ] {
@@ -136,7 +157,7 @@ async fn what_a_registry_said_stays_when_it_is_asked_in_another_way_and_does_not
         assert_eq!(program.ask("/ready").await.status, 200);
     }
     let known = program.ask("/endpoints").await.json();
-    assert_eq!(known["a"]["endpoints"][0]["requests"], 4, "it is the same endpoint: {known}");
+    assert_eq!(known["a"]["endpoints"][0]["requests"], 5, "it is the same endpoint: {known}");
     // What it says when it answers again counts.
     consul.restart().await;
     let instance = json!({ "Name": "a", "ID": "a-2", "Address": "127.0.0.1", "Port": port });

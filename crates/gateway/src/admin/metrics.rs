@@ -257,7 +257,7 @@ fn endpoints(running: &Running, page: &mut Page) {
         }
     }
     page.each(&all, "portcullis_health_well", "gauge", "What checks say; 1 also where there are none.", |one| {
-        let health = one.service.health.as_ref().and_then(|checker| checker.health(&one.endpoint));
+        let health = one.service.health(&one.endpoint);
         u64::from(health.is_none_or(|health| health.is_well))
     });
 }

@@ -137,7 +137,7 @@ pub(super) const CONDITIONS: [&str; 6] = ["held", "sick", "open", "half-open", "
 
 pub(super) fn condition(endpoint: &Endpoint, service: &Service) -> &'static str {
     let breaker = service.circuit_break.handle().endpoint(endpoint);
-    let health = service.health.as_ref().and_then(|checker| checker.health(endpoint));
+    let health = service.health(endpoint);
     match (breaker.mode(), breaker.state()) {
         (Mode::ForcedOpen, _) => "held",
         _ if health.is_some_and(|health| !health.is_well) => "sick",
@@ -155,7 +155,7 @@ fn endpoint(endpoint: &Endpoint, service: &Service) -> Json {
     let (idle, http2) = service.forward.connections(endpoint);
     let breaker = service.circuit_break.handle().endpoint(endpoint);
     let counts = breaker.counts();
-    let health = service.health.as_ref().and_then(|checker| checker.health(endpoint));
+    let health = service.health(endpoint);
     let instance = endpoint.instance();
     json!({
         "id": **endpoint.id(),

@@ -1,6 +1,6 @@
 //! A service as it runs: its layers, those of before where the file says nothing new of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use portcullis::balance::{BalanceLayer, Budget, Pick};
@@ -8,11 +8,11 @@ use portcullis::circuit_break::{CircuitBreakLayer, Mode, OpenTime, Outliers, Sha
 use portcullis::discovery::DiscoveryLayer;
 use portcullis::forward::{self, ClientTls, Forward};
 use portcullis::gateway::Upstream;
-use portcullis::health::{self, Checker};
+use portcullis::health::{self, Checker, Health};
 use portcullis_core::{Endpoint, Endpoints, Outcome, Standard, TrustedProxies};
 
 use super::registries::Registries;
-use super::{Error, balance};
+use super::{Change, Error, balance};
 use crate::config::{self, Config, Counts, HealthKind};
 
 /// Over what time repeated requests are compared with all.
@@ -31,7 +31,8 @@ pub(crate) struct Service {
     pub(crate) budget: Budget,
     pub(crate) circuit_break: CircuitBreakLayer,
     pub(crate) forward: Forward,
-    pub(crate) health: Option<Checker>,
+    /// There once it is in force, if the file wants it.
+    health: Arc<OnceLock<Checker>>,
 }
 
 // === impl Service ===
@@ -44,6 +45,7 @@ impl Service {
         registries: &mut Registries,
         proxies: &TrustedProxies,
         old: Option<&Self>,
+        commit: &mut Vec<Change>,
     ) -> Result<Self, Error> {
         let discovery = registries.discovery(name, service, old.map(|old| &old.discovery));
         let same = |part: fn(&config::Service, &config::Service) -> bool| old.filter(|old| part(&old.config, service));
@@ -78,14 +80,20 @@ impl Service {
             old.config.health == service.health && Arc::ptr_eq(old.discovery.registry(), discovery.registry())
         };
         let health = match (&service.health, connects_as.filter(asks_the_same)) {
-            (None, _) => None,
+            (None, _) => Arc::default(),
             (Some(_), Some(old)) => old.health.clone(),
             (Some(health), None) => {
+                let started = Arc::<OnceLock<Checker>>::default();
                 let (check, discovery, forward) = (checker(health), discovery.clone(), forward.clone());
-                Some(match old.and_then(|old| old.health.as_ref()) {
-                    Some(old) => check.start_after(old, discovery, name, forward),
-                    None => check.start(discovery, name, forward),
-                })
+                let (lock, name, old) = (started.clone(), name.to_owned(), old.map(|old| old.health.clone()));
+                // Not before: it has a say at the gates of endpoints that those before it may share.
+                commit.push(Box::new(move || {
+                    let _ = lock.set(match old.as_ref().and_then(|old| old.get()) {
+                        Some(old) => check.start_after(old, discovery, &name, forward),
+                        None => check.start(discovery, &name, forward),
+                    });
+                }));
+                started
             }
         };
         let (config, trusted) = (service.clone(), config.trusted_proxies.clone());
@@ -99,6 +107,11 @@ impl Service {
             .with_balance(self.balance.clone())
             .with_circuit_break(self.circuit_break.clone())
             .with_forward(self.forward.clone())
+    }
+
+    /// How an endpoint answered its checks; `None` before it was asked.
+    pub(crate) fn health(&self, endpoint: &Endpoint) -> Option<Health> {
+        self.health.get()?.health(endpoint)
     }
 
     /// What is known of its endpoints.
@@ -129,18 +142,12 @@ impl Service {
         }
     }
 
-    /// Has the breaker of one endpoint do this by hand. Let go where all are held, it alone is: the others stay held, each
-    /// by itself.
+    /// Has the breaker of one endpoint do this by hand. Let go where all are held, it alone is: the others stay held, and so
+    /// do those still to come.
     pub(crate) fn force(&self, endpoint: &Endpoint, mode: Option<Mode>) {
         let handle = self.circuit_break.handle();
-        if mode.is_none() && handle.mode() != Mode::Normal {
-            for other in self.endpoints().iter().flat_map(|endpoints| endpoints.iter()) {
-                let breaker = handle.endpoint(other);
-                breaker.set_mode(Some(breaker.mode()));
-            }
-            handle.set_mode(Mode::Normal);
-        }
-        handle.endpoint(endpoint).set_mode(mode);
+        let let_go = Some(Mode::Normal).filter(|_| handle.mode() != Mode::Normal);
+        handle.endpoint(endpoint).set_mode(mode.or(let_go));
     }
 
     /// Has the breakers of `next` hold what is held by hand here, and those here object to nothing any more: nobody would
@@ -154,8 +161,9 @@ impl Service {
             let own = Some(breaker.mode()).filter(|mode| *mode != all);
             if own.is_some() {
                 next.endpoint(endpoint).set_mode(own);
-                breaker.set_mode(None);
             }
+            // Also where it was told what all were: what it was told itself closes its gate.
+            breaker.set_mode(None);
             breaker.reset();
         }
     }
