@@ -419,6 +419,19 @@ fn secrets_are_masked_wherever_they_come_from() {
     assert!(!debug.contains("this is a secret") && !debug.contains("long enough"), "{debug}");
 }
 
+/// What a route asks of headers and parameters was shown, and so were headers with these names that it sets.
+#[test]
+fn values_are_masked_where_their_name_says_that_they_are_secrets() {
+    let part = "headers = { x-jwt = \"sesame\", x-session-id = { prefix = \"sesame\" }, x-canary = \"yes\" }\n\
+                query = { api_key = \"sesame\", v = { prefix = \"2\" } }\n\
+                request_headers.set = { x-origin-verify = \"sesame\", x-signature = \"sesame\", x-plain = \"plain\" }";
+    let shown = parse(&with(part)).unwrap().masked().to_string();
+    assert!(!shown.contains("sesame") && shown.contains(r#""x-session-id":{"prefix":"***"}"#), "{shown}");
+    for plain in [r#""x-canary":{"exact":"yes"}"#, r#""v":{"prefix":"2"}"#, r#""x-plain":"plain""#] {
+        assert!(shown.contains(plain), "{shown}");
+    }
+}
+
 #[test]
 fn nothing_that_is_not_text_panics() {
     for text in [

@@ -81,6 +81,10 @@ async fn secrets_that_stand_where_a_table_belongs_are_not_shown() {
         "auth.providers.p.users = \"ada:sesame-is-secret\"",
         "auth.providers.p = \"sesame-is-secret\"",
         "limiter.redis = \"redis://:sesame-is-secret@127.0.0.1\"",
+        "auth.providers.p.api_keys = { sesame-is-secret = \"ada\" }",
+        "auth.providers.p.users = [{ name = \"ada\", sesame-is-secret = 1 }]",
+        "auth.providers.p.users = [{ name = \"ada\", password = { sesame-is-secret = \"\" } }]",
+        "auth.providers.p = { sesame-is-secret = 1 }",
     ] {
         program_at_work.write(&format!("{wrong}\n{sound}"));
         let answer = program_at_work.order("/reload", &json!(null)).await;

@@ -49,6 +49,9 @@ pub struct At<T> {
     pub(crate) span: Range<usize>,
 }
 
+/// Keys of tables that hold secrets, or say where they are.
+const SECRET: [&str; 4] = ["env", "key", "password", "secret"];
+
 // === impl Reader ===
 
 impl Reader<'_> {
@@ -78,12 +81,16 @@ impl Reader<'_> {
             if !known.contains(&key.get_ref().as_ref()) {
                 let name: &str = key.get_ref();
                 let is_at_the_top = super::Config::KEYS.contains(&name);
-                let help = if is_at_the_top && mistake::suggest(name, known.iter().copied()).is_none() {
+                let is_nearly_known = mistake::suggest(name, known.iter().copied()).is_some();
+                let help = if is_at_the_top && !is_nearly_known {
                     format!("it stands at the top: as [{name}] or before the first table")
                 } else {
                     mistake::help(name, known.iter().copied())
                 };
-                self.notes.push(&key.span(), format!("unknown key {:?}", key.get_ref()), help);
+                // Where a secret belongs, what is unknown may be one.
+                let is_shown = is_at_the_top || is_nearly_known || !known.iter().any(|known| SECRET.contains(known));
+                let name = if is_shown { format!(" {name:?}") } else { String::new() };
+                self.notes.push(&key.span(), format!("unknown key{name}"), help);
             }
         }
     }

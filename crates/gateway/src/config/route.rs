@@ -1,9 +1,10 @@
 //! Which requests go where.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode};
+use serde_json::Value as Json;
 
 use super::auth::{AuthMode, RouteAuth};
 use super::balance::{Retry, Subset};
@@ -11,8 +12,8 @@ use super::by::{Alternatives, HashBy, has_hole};
 use super::mistake::Notes;
 use super::model::{Config, each_once, known};
 use super::plain::{Bytes, Map};
-use super::read::At;
-use super::secret::HeaderValues;
+use super::read::{At, Node, Reader, Value};
+use super::secret::{HeaderValues, is_telling};
 use super::section::{section, shorthand, words};
 use super::service::{Timeouts, is_path};
 
@@ -30,9 +31,9 @@ section! {
         /// Methods; any, by default. GET takes HEAD along.
         methods: Vec<Method>,
         /// Headers a request must have: a value, or a table that says what of it.
-        headers: Map<Matches>,
+        headers: MatchesByName,
         /// Query parameters a request must have.
-        query: Map<Matches>,
+        query: MatchesByName,
         /// The service, or several with weights.
         to: Vec<Backend>,
         /// Sends the caller elsewhere instead.
@@ -92,6 +93,41 @@ shorthand! {
     /// What of a value must be so: text must be equal.
     pub struct Matches(MatchesTable);
     String, |text| MatchesTable { exact: Some(text), prefix: None, present: None }
+}
+
+/// What of values must be so, by name. They are not shown where the name says that they are secrets.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MatchesByName(Map<Matches>);
+
+impl Deref for MatchesByName {
+    type Target = Map<Matches>;
+
+    fn deref(&self) -> &Map<Matches> {
+        &self.0
+    }
+}
+
+impl Value for MatchesByName {
+    fn read(node: &Node<'_>, reader: &mut Reader<'_>) -> Option<Self> {
+        Map::read(node, reader).map(Self)
+    }
+
+    fn absent() -> Option<Self> {
+        Map::absent().map(Self)
+    }
+
+    fn schema() -> Json {
+        Map::<Matches>::schema()
+    }
+
+    fn show(&self) -> Json {
+        let mut shown = self.0.show();
+        for (_, matches) in shown.as_object_mut().into_iter().flatten().filter(|(name, _)| is_telling(name)) {
+            let texts = matches.as_object_mut().into_iter().flat_map(|keys| keys.values_mut());
+            texts.filter(|value| value.is_string()).for_each(|value| *value = "***".into());
+        }
+        shown
+    }
 }
 
 section! {

@@ -175,10 +175,12 @@ impl Deref for HeaderValues {
     }
 }
 
-/// Whether what a header of this name holds is likely a secret.
-fn is_telling(name: &str) -> bool {
+/// Whether what a header or parameter of this name holds is likely a secret.
+pub(super) fn is_telling(name: &str) -> bool {
+    const WORDS: [&str; 11] =
+        ["auth", "cookie", "credential", "jwt", "key", "password", "secret", "session", "signature", "token", "verify"];
     let name = name.to_ascii_lowercase();
-    ["auth", "cookie", "credential", "key", "password", "secret", "token"].iter().any(|word| name.contains(word))
+    WORDS.iter().any(|word| name.contains(word))
 }
 
 impl Value for HeaderValues {
