@@ -103,7 +103,7 @@ async fn an_instance_that_deregisters_before_its_listener_stops_fails_nobody() {
         let _ = stopped.await;
         registration.deregister().await.unwrap();
     };
-    let answer = tower::service_fn(async |_: http::Request<hyper::body::Incoming>| {
+    let answer = tower::service_fn(async |_: http::Request<portcullis::serve::Incoming>| {
         let response = http::Response::builder().header("x-backend", "leaves");
         Ok::<_, std::convert::Infallible>(response.body(http_body_util::Full::<bytes::Bytes>::from("x")).unwrap())
     });

@@ -22,7 +22,7 @@ use portcullis::core::{Address, Carried, Destination};
 use portcullis::discovery::{DiscoveryLayer, FixedRegistry};
 use portcullis::forward::Forward;
 use portcullis::rate_limit::{Rate, RateLimitLayer};
-use portcullis::serve::Server;
+use portcullis::serve::{Incoming, Server};
 use tower::ServiceBuilder;
 
 #[cfg(feature = "mimalloc")]
@@ -50,7 +50,7 @@ async fn main() {
     discovery.follow("bench");
     discovery.ready().await;
     let destination = Destination::new("bench");
-    let to_bench = move |mut request: Request<hyper::body::Incoming>| {
+    let to_bench = move |mut request: Request<Incoming>| {
         destination.clone().attach(request.extensions_mut());
         request
     };

@@ -20,6 +20,7 @@ use crate::h1::H1;
 use crate::h2::StreamPlace;
 use crate::headers::clean_trailers;
 use crate::pool::Shard;
+use crate::tunnel::Heard;
 
 /// The upstream's body, streamed as it arrives. A body that was cut short ends in an error, so that nobody takes it for
 /// whole.
@@ -37,6 +38,7 @@ enum Source {
     /// This body drives the connection.
     H1(Box<H1>, Arc<Shard>, Endpoint),
     H2(Stream, #[expect(dead_code, reason = "held until the body ends")] StreamPlace),
+    Tunnel(Heard),
 }
 
 /// The body of an answer in a stream of HTTP/2.
@@ -94,11 +96,16 @@ impl ResponseBody {
         Self { source: Source::H2(stream, place), limits, permit, over: false }
     }
 
+    pub(crate) fn tunnel(heard: Heard) -> Self {
+        Self { source: Source::Tunnel(heard), limits: None, permit: None, over: false }
+    }
+
     fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         Poll::Ready(match &mut self.source {
             Source::Whole(bytes) => Some(Ok(Frame::data(std::mem::take(bytes)))),
             Source::H1(h1, ..) => ready!(h1.poll_frame(cx)).map(|frame| frame.map_err(Into::into)),
             Source::H2(stream, _) => ready!(stream.poll_frame(cx)).map(|frame| frame.map_err(Into::into)),
+            Source::Tunnel(heard) => ready!(heard.poll_data(cx)).map(|data| data.map(Frame::data).map_err(Into::into)),
         })
     }
 
@@ -107,6 +114,7 @@ impl ResponseBody {
             Source::Whole(bytes) => bytes.is_empty(),
             Source::H1(h1, ..) => h1.is_over(),
             Source::H2(stream, _) => stream.stream.is_end_stream(),
+            Source::Tunnel(_) => false,
         }
     }
 
@@ -265,6 +273,7 @@ impl Body for ResponseBody {
             Source::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Source::H1(h1, ..) => h1.size_hint(),
             Source::H2(stream, _) => stream.left.map_or_else(SizeHint::default, SizeHint::with_exact),
+            Source::Tunnel(_) => SizeHint::default(),
         }
     }
 }

@@ -284,17 +284,16 @@ impl Upload {
             let sent = match frame.map(|frame| frame.map(http_body::Frame::into_data)) {
                 Some(Ok(Ok(data))) => {
                     let last = self.body.is_end_stream();
-                    let waits = if last { data.len() > SMALL } else { !data.is_empty() };
-                    if waits {
-                        self.stream.reserve_capacity(1);
-                        self.held = Some((data, last));
+                    if last && data.len() <= SMALL {
+                        self.stream.send_data(data, true)
+                    } else {
+                        // What is empty says nothing.
+                        if !data.is_empty() {
+                            self.stream.reserve_capacity(1);
+                            self.held = Some((data, last));
+                        }
                         continue;
                     }
-                    let sent = self.stream.send_data(data, last);
-                    if !last && sent.is_ok() {
-                        continue;
-                    }
-                    sent
                 }
                 Some(Ok(Err(frame))) => self.stream.send_trailers(frame.into_trailers().unwrap_or_default()),
                 Some(Err(error)) => {

@@ -128,7 +128,7 @@ impl Policy {
 
     /// Whether `CONNECT` opens a tunnel (RFC 9110 §9.3.6), which leads to the endpoint, whatever authority the caller
     /// named: bytes go both ways until both sides have closed or nothing moved for the idle timeout. What they are no
-    /// layer sees. Default no: 405.
+    /// layer sees, but of a stream of HTTP/2, which the server may leave to the bodies. Default no: 405.
     #[must_use]
     pub fn tunnels(mut self, tunnels: bool) -> Self {
         self.tunnels = Some(tunnels);

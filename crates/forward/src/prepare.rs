@@ -26,7 +26,7 @@ use crate::headers::{
 };
 use crate::lease::Want;
 use crate::pool::Pool;
-use crate::tunnel::Opening;
+use crate::tunnel::{Caller, Opening};
 use crate::upload::Outgoing;
 use crate::{BoxError, Host, Paths, Policy, Shared, Upstream};
 
@@ -76,7 +76,7 @@ impl Shared {
         }
         let authority = authority(&parts)?;
         if parts.method == Method::CONNECT {
-            let opening = self.opening(parts, authority.as_ref(), &policy)?;
+            let opening = self.opening(parts, body, authority.as_ref(), &policy)?;
             return Ok(Prepared { way: Way::Tunnel(Box::pin(opening.run())), dialect, route, shared: self.clone() });
         }
         if found.hop_by_hop && has_other_codings(&parts.headers) {
@@ -184,12 +184,17 @@ impl Shared {
         Ok(Prepared { way: Way::Exchange(exchange, body), dialect, route, shared: self.clone() })
     }
 
-    fn opening(
+    fn opening<B>(
         &self,
         mut parts: http::request::Parts,
+        body: B,
         authority: Option<&HeaderValue>,
         policy: &Merged<'_>,
-    ) -> Result<Opening, Refusal> {
+    ) -> Result<Opening, Refusal>
+    where
+        B: http_body::Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
         if parts.uri.port_u16().is_none() {
             return refuse(StatusCode::BAD_REQUEST, "connect", "the target of CONNECT names no port");
         }
@@ -198,8 +203,12 @@ impl Shared {
         }
         let permit = Permit::take(&mut parts.extensions);
         let endpoint = self.endpoint(permit.as_ref(), &parts.uri, authority)?;
-        let Some(caller) = parts.extensions.remove::<hyper::upgrade::OnUpgrade>() else {
-            return refuse(StatusCode::NOT_IMPLEMENTED, "connect", "the server does not let go of its connections");
+        let caller = match parts.extensions.remove::<hyper::upgrade::OnUpgrade>() {
+            Some(caller) => Caller::Connection(caller),
+            None if parts.version == Version::HTTP_2 => Caller::Stream(Outgoing::new(body, None, None).0),
+            None => {
+                return refuse(StatusCode::NOT_IMPLEMENTED, "connect", "the server does not let go of its connections");
+            }
         };
         let times = self.times(policy, &mut parts, false);
         let shard = endpoint.slot(&self.slot, || Pool::new(self.limits.clone())).shard().clone();

@@ -1,16 +1,20 @@
 //! Two connections that have become one, after an upgrade or a `CONNECT`.
 
+use std::future::Future;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::{Bytes, BytesMut};
 use http::Response;
-use hyper::upgrade::{OnUpgrade, Upgraded};
+use http_body::Body as _;
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use portcullis_core::{Body, Endpoint, Permit};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::time::Instant;
 use tracing::debug;
 
@@ -19,16 +23,41 @@ use crate::download::ResponseBody;
 use crate::exchange::Times;
 use crate::failure::Failure;
 use crate::pool::Shard;
+use crate::upload::Outgoing;
 
 const BUFFER: usize = 16 * 1024;
 
 /// A tunnel that was asked for by `CONNECT`.
 pub(crate) struct Opening {
-    pub(crate) caller: OnUpgrade,
+    pub(crate) caller: Caller,
     pub(crate) endpoint: Endpoint,
     pub(crate) shard: Arc<Shard>,
     pub(crate) permit: Option<Permit>,
     pub(crate) times: Times,
+}
+
+/// What a tunnel is dug from.
+pub(crate) enum Caller {
+    /// A connection that the server lets go of.
+    Connection(OnUpgrade),
+    /// A stream of HTTP/2: its body is what is said, the answer's is what is heard.
+    Stream(Outgoing),
+}
+
+/// The caller's end of a tunnel in a stream: what is read comes from a body, what is written goes to another.
+struct Bodies {
+    said: Outgoing,
+    rest: Bytes,
+    heard: DuplexStream,
+    whole: Arc<AtomicBool>,
+}
+
+/// The body of an answer that is the end of a tunnel.
+pub(crate) struct Heard {
+    stream: DuplexStream,
+    buffer: BytesMut,
+    /// Whether the upstream has closed its half, and not broken off.
+    whole: Arc<AtomicBool>,
 }
 
 impl Opening {
@@ -37,17 +66,31 @@ impl Opening {
         let Self { caller, endpoint, shard, permit, times } = self;
         let deadline = earlier(after(times.start, times.connect), times.head);
         let (stream, place) = shard.open(&endpoint, deadline).await?;
-        let busy = endpoint.busy();
-        tokio::spawn(async move {
-            let _held = (place, permit, busy);
-            run(caller, stream, &[], times.idle).await;
-        });
-        Ok(Response::new(Body::default()))
+        let held = (place, permit, endpoint.busy());
+        let body = match caller {
+            Caller::Connection(caller) => {
+                tokio::spawn(async move {
+                    run(caller, stream, &[], times.idle).await;
+                    drop(held);
+                });
+                Body::default()
+            }
+            Caller::Stream(said) => {
+                let (heard, ours) = tokio::io::duplex(BUFFER);
+                let whole = Arc::new(AtomicBool::new(false));
+                let caller = Bodies { said, rest: Bytes::new(), heard: ours, whole: whole.clone() };
+                tokio::spawn(async move {
+                    carry(caller, stream, &[], times.idle).await;
+                    drop(held);
+                });
+                Body::new(ResponseBody::tunnel(Heard { stream: heard, buffer: BytesMut::new(), whole }))
+            }
+        };
+        Ok(Response::new(body))
     }
 }
 
-/// Carries bytes both ways until both ends have closed, one half at a time, or nothing moved for `idle`. What the
-/// upstream said before is in `early`.
+/// Carries bytes both ways once the caller's connection is let go of. What the upstream said before is in `early`.
 pub(crate) async fn run<U>(caller: OnUpgrade, upstream: U, early: &[u8], idle: Duration)
 where
     U: AsyncRead + AsyncWrite + Unpin,
@@ -56,8 +99,17 @@ where
         Ok(caller) => caller,
         Err(error) => return debug!(%error, "a connection was not let go of"),
     };
+    carry(TokioIo::new(caller), upstream, early, idle).await;
+}
+
+/// Carries bytes both ways until both ends have closed, one half at a time, or nothing moved for `idle`.
+async fn carry<A, U>(caller: A, upstream: U, early: &[u8], idle: Duration)
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    U: AsyncRead + AsyncWrite + Unpin,
+{
     let mut tunnel = Tunnel {
-        a: TokioIo::new(caller),
+        a: caller,
         b: upstream,
         up: Half::new(&[]),
         down: Half::new(early),
@@ -70,8 +122,8 @@ where
     }
 }
 
-struct Tunnel<U> {
-    a: TokioIo<Upgraded>,
+struct Tunnel<A, U> {
+    a: A,
     b: U,
     up: Half,
     down: Half,
@@ -97,7 +149,11 @@ enum State {
     Closed,
 }
 
-impl<U: AsyncRead + AsyncWrite + Unpin> Tunnel<U> {
+impl<A, U> Tunnel<A, U>
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    U: AsyncRead + AsyncWrite + Unpin,
+{
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let before = self.up.moves + self.down.moves;
         let up = self.up.poll(cx, &mut self.a, &mut self.b)?;
@@ -171,5 +227,54 @@ impl Half {
                 }
             }
         }
+    }
+}
+
+// === impl Bodies ===
+
+impl AsyncRead for Bodies {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        while this.rest.is_empty() {
+            match ready!(Pin::new(&mut this.said).poll_frame(cx)) {
+                // Trailers say nothing to the other end.
+                Some(Ok(frame)) => this.rest = frame.into_data().unwrap_or_default(),
+                Some(Err(error)) => return Poll::Ready(Err(io::Error::other(error))),
+                None => return Poll::Ready(Ok(())),
+            }
+        }
+        let count = this.rest.len().min(buffer.remaining());
+        buffer.put_slice(&this.rest.split_to(count));
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Bodies {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.heard).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.heard).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.whole.store(true, Ordering::Release);
+        Pin::new(&mut self.heard).poll_shutdown(cx)
+    }
+}
+
+// === impl Heard ===
+
+impl Heard {
+    pub(crate) fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        self.buffer.reserve(BUFFER);
+        let read = ready!(pin!(self.stream.read_buf(&mut self.buffer)).poll(cx));
+        Poll::Ready(match read {
+            Ok(0) if self.whole.load(Ordering::Acquire) => None,
+            Ok(0) => Some(Err(io::ErrorKind::ConnectionReset.into())),
+            Ok(_) => Some(Ok(self.buffer.split().freeze())),
+            Err(error) => Some(Err(error)),
+        })
     }
 }

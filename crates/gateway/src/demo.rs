@@ -9,9 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::Full;
-use hyper::body::Incoming;
 use jsonwebtoken::{EncodingKey, Header};
-use portcullis::serve::Server;
+use portcullis::serve::{Incoming, Server};
 use portcullis_core::WallClock;
 use serde_json::json;
 

@@ -12,9 +12,9 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
-use hyper::body::Incoming;
 use pin_project_lite::pin_project;
 use portcullis::gateway::{self, GatewayBody, Observer};
+use portcullis::serve::Incoming;
 use portcullis_core::{Body, Carried, Clock, Dialect, GrpcCode, Guard, PeerAddress, PeerTls, Rejection, Route};
 use tower_service::Service;
 

@@ -332,7 +332,7 @@ async fn keys_that_are_fetched_have_an_age_and_tokens_that_come_again_are_hits()
     let public = base64_url(key.public_key_raw());
     let jwks =
         json!({ "keys": [{ "kty": "OKP", "crv": "Ed25519", "alg": "EdDSA", "kid": "1", "use": "sig", "x": public }] });
-    let service = tower::service_fn(move |_: Request<hyper::body::Incoming>| {
+    let service = tower::service_fn(move |_: Request<portcullis::serve::Incoming>| {
         let response = http::Response::new(Full::new(Bytes::from(jwks.to_string())));
         async { Ok::<_, std::convert::Infallible>(response) }
     });

@@ -8,9 +8,9 @@
 //! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! use std::{convert::Infallible, time::Duration};
 //! use portcullis::core::{Carried, PeerAddress};
-//! use portcullis::serve::Server;
+//! use portcullis::serve::{Incoming, Server};
 //!
-//! let hello = tower::service_fn(|request: http::Request<hyper::body::Incoming>| async move {
+//! let hello = tower::service_fn(|request: http::Request<Incoming>| async move {
 //!     let PeerAddress(peer) = PeerAddress::of(request.extensions()).unwrap();
 //!     Ok::<_, Infallible>(http::Response::new(format!("hello, {peer}")))
 //! });
@@ -53,14 +53,18 @@
 //!
 //! # What it does not do
 //!
-//! A `CONNECT` reaches the service like any other request. An HTTP/2 connection without requests stays open as long as
+//! A `CONNECT` reaches the service like any other request; over HTTP/2 what goes through the tunnel is its body and the
+//! answer's. An HTTP/2 connection without requests stays open as long as
 //! its other end answers pings. There is no HTTP/3 and no PROXY protocol.
 //!
-//! The request body's type is hyper's `Incoming`: a decision to show it, rather than to wrap every frame once more.
+//! HTTP/1 is hyper's; HTTP/2 is h2's without hyper around it, which was worth 4 % of a gRPC call and 3 % of a request that goes
+//! on by HTTP/1.1. So the request's body is [a type of our own](Incoming).
 
 mod connection;
-mod pace;
+mod h2;
+mod incoming;
 mod phase;
+mod stream;
 mod tls;
 mod transport;
 mod worker;
@@ -75,7 +79,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response};
-use hyper::body::Incoming;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, mpsc};
@@ -83,6 +86,7 @@ use tokio::time::timeout;
 use tower_service::Service;
 use tracing::{info, warn};
 
+pub use incoming::Incoming;
 pub use tls::{ClientCertificates, ServerTls};
 
 use phase::{Phase, Tell};

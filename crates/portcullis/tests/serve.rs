@@ -15,10 +15,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Request, Response};
 use http_body_util::{BodyExt, Empty, Full};
-use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use portcullis::core::{Carried, PeerAddress, PeerTls};
-use portcullis::serve::{Server, ServerTls};
+use portcullis::serve::{Incoming, Server, ServerTls};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, oneshot};
@@ -416,6 +415,44 @@ async fn a_reader_who_does_not_read_is_let_go() {
     let (mut io, dropped) = endless().await;
     send(&mut io, "/").await;
     within(dropped.notified()).await;
+}
+
+#[cfg(feature = "forward")]
+#[tokio::test]
+async fn a_stream_of_http_2_can_be_a_tunnel() {
+    let upstream = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let policy = portcullis::forward::Policy::new().tunnels(true);
+    let forward = portcullis::forward::Forward::to(&upstream.local_addr().unwrap().to_string()).unwrap();
+    let server = local();
+    let address = server.local_addr().unwrap();
+    let _served = tokio::spawn(server.serve(forward.policy(policy)));
+    let mut sender = h2(TcpStream::connect(address).await.unwrap()).await;
+    let request = Request::connect("elsewhere.test:443").body(Empty::new()).unwrap();
+    let (response, accepted) = tokio::join!(within(sender.send_request(request)), within(upstream.accept()));
+    let mut far = accepted.unwrap().0;
+    let mut near = TokioIo::new(hyper::upgrade::on(response.unwrap()).await.unwrap());
+    near.write_all(b"ping").await.unwrap();
+    let mut read = [0; 4];
+    within(far.read_exact(&mut read)).await.unwrap();
+    assert_eq!(&read, b"ping");
+    far.write_all(b"pong").await.unwrap();
+    drop(far);
+    let mut read = Vec::new();
+    within(near.read_to_end(&mut read)).await.unwrap();
+    assert_eq!(read, b"pong");
+}
+
+/// What an answer to HEAD would have said is not said; how long it would have been is.
+#[tokio::test]
+async fn an_answer_to_head_has_no_body_in_http_2() {
+    let running = Running::start(local(), PATIENCE);
+    let mut sender = h2(running.connect().await).await;
+    let mut request = get("/");
+    *request.method_mut() = http::Method::HEAD;
+    let response = within(sender.send_request(request)).await.unwrap();
+    assert_eq!(response.headers()["content-length"], "24");
+    assert!(response.headers().contains_key("date"));
+    assert!(http_body::Body::is_end_stream(response.body()));
 }
 
 /// The connection preface and empty settings.

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::Request;
-use http_body_util::Empty;
+use http::{Request, Version};
+use http_body_util::{BodyExt, Channel, Empty};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -156,6 +156,36 @@ async fn connect_opens_a_tunnel_from_a_stream_of_http_2() {
     let mut answer = [0; 4];
     io.read_exact(&mut answer).await.unwrap();
     assert_eq!(&answer, b"pong");
+}
+
+/// A server that does not take streams apart leaves a tunnel's bytes in the bodies.
+#[tokio::test]
+async fn a_tunnel_in_a_stream_is_what_its_bodies_are() {
+    let upstream = Upstream::bind().await;
+    // One at most, so that one that is not given back is missed by the next.
+    let forward = tunnels(upstream.forward()).max_connections(1).connect_timeout(Duration::from_secs(5));
+    for is_cut in [true, false] {
+        let (mut caller, body) = Channel::<Bytes, std::io::Error>::new(1);
+        let request = Request::connect("elsewhere.test:443").version(Version::HTTP_2).body(body).unwrap();
+        let (response, mut server) = tokio::join!(within(forward.clone().oneshot(request)), upstream.accept());
+        let response = response.unwrap();
+        assert_eq!(response.status(), 200);
+        let mut heard = response.into_body();
+        caller.send_data("ping".into()).await.unwrap();
+        assert_eq!(server.exactly(4).await, "ping");
+        server.send("pong").await;
+        assert_eq!(within(heard.frame()).await.unwrap().unwrap().into_data().unwrap(), "pong");
+        if is_cut {
+            caller.abort(std::io::ErrorKind::ConnectionReset.into());
+            assert!(within(heard.frame()).await.unwrap().is_err(), "it is no end");
+        } else {
+            drop(caller);
+            assert_eq!(server.end().await, "");
+            server.send("still talking").await;
+            drop(server);
+            assert_eq!(within(heard.collect()).await.unwrap().to_bytes(), "still talking");
+        }
+    }
 }
 
 #[tokio::test]

@@ -1,5 +1,6 @@
 //! One connection of a server.
 
+use std::fmt;
 use std::future::{Future, poll_fn};
 use std::io;
 use std::net::SocketAddr;
@@ -10,10 +11,9 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::{Request, Response};
-use hyper::body::Incoming;
-use hyper::server::conn::{http1, http2};
+use hyper::server::conn::http1;
 use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use pin_project_lite::pin_project;
 use portcullis_core::{Carried, PeerAddress, PeerTls};
 use tokio::io::AsyncReadExt;
@@ -22,32 +22,32 @@ use tokio::time::{sleep, timeout};
 use tower_service::Service;
 use tracing::debug;
 
-use super::pace::{self, Paced, Streams};
+use super::h2::H2;
+use super::incoming::Incoming;
 use super::phase::{Phase, Watch};
 use super::transport::{HeadTimer, Io, Line, Transport};
 use super::{BoxError, Limits, tls};
 
 /// What serves a connection.
-trait Serve: Future<Output = hyper::Result<()>> {
+pub(super) trait Serve: Future<Output = Result<(), Self::Error>> {
+    type Error: fmt::Display;
+
     /// Ends it once what it is at is over.
     fn end(self: Pin<&mut Self>);
 }
 
 /// Adds what is known of the connection to each of its requests.
 #[derive(Clone)]
-struct WithPeer<S> {
+pub(super) struct WithPeer<S> {
     service: S,
     peer: PeerAddress,
     tls: Option<PeerTls>,
     line: Arc<Line>,
 }
 
-/// A service for streams, which are tasks: what is moved into one is small.
-struct Boxed<S>(S);
-
 pin_project! {
     #[project = Project]
-    enum Answer<S, F, B> {
+    pub(super) enum Answer<S, F, B> {
         Waiting { service: S, request: Option<Request<B>> },
         Called { #[pin] future: F },
         Failed { error: Option<BoxError> },
@@ -79,24 +79,17 @@ where
     };
     let line = Arc::new(Line::default());
     let is_h2 = early.starts_with(PREFACE);
-    let transport = TokioIo::new(Transport::new(io, early.freeze(), line.clone(), limits.write, !is_h2));
+    let transport = Transport::new(io, early.freeze(), line.clone(), limits.write, !is_h2);
     let service = WithPeer { service, peer: PeerAddress(peer), tls, line: line.clone() };
     let ended = if is_h2 {
-        let mut builder = http2::Builder::new(Streams { patience: limits.write });
-        builder
-            .timer(TokioTimer::new())
-            .keep_alive_interval(bounded(limits.keep_alive.0))
-            .keep_alive_timeout(limits.keep_alive.1)
-            .max_concurrent_streams(limits.max_streams)
-            .max_header_list_size(u32::try_from(limits.max_head).unwrap_or(u32::MAX));
-        drive(builder.serve_connection(transport, Boxed(service)), &phase).await
+        drive(H2::new(transport, line.clone(), &limits, service), &phase).await
     } else {
         let mut builder = http1::Builder::new();
         builder
             .timer(HeadTimer(line.clone()))
             .header_read_timeout(bounded(limits.header))
             .max_buf_size(limits.max_head);
-        drive(builder.serve_connection(transport, service).with_upgrades(), &phase).await
+        drive(builder.serve_connection(TokioIo::new(transport), service).with_upgrades(), &phase).await
     };
     if ended {
         // If it was upgraded, somebody else holds it now.
@@ -109,7 +102,7 @@ where
 }
 
 /// `None` for so long that it is never.
-fn bounded(timeout: Duration) -> Option<Duration> {
+pub(super) fn bounded(timeout: Duration) -> Option<Duration> {
     (timeout < Duration::from_secs(365 * 24 * 3600)).then_some(timeout)
 }
 
@@ -193,19 +186,8 @@ where
     B: http_body::Body<Data = Bytes> + 'static,
     B::Error: Into<BoxError>,
 {
-    fn end(self: Pin<&mut Self>) {
-        self.graceful_shutdown();
-    }
-}
+    type Error = hyper::Error;
 
-impl<S, B> Serve for http2::Connection<TokioIo<Transport>, Boxed<WithPeer<S>>, Streams>
-where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
-    S::Error: Into<BoxError>,
-    S::Future: Send + 'static,
-    B: http_body::Body<Data = Bytes> + Send + 'static,
-    B::Error: Into<BoxError>,
-{
     fn end(self: Pin<&mut Self>) {
         self.graceful_shutdown();
     }
@@ -213,22 +195,15 @@ where
 
 // === impl WithPeer ===
 
-impl<S, B> hyper::service::Service<Request<Incoming>> for WithPeer<S>
+impl<S> WithPeer<S>
 where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone,
+    S: Service<Request<Incoming>> + Clone,
     S::Error: Into<BoxError>,
 {
-    type Response = Response<B>;
-    type Error = BoxError;
-    type Future = Answer<S, S::Future, Incoming>;
-
-    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+    pub(super) fn answer(&self, mut request: Request<Incoming>) -> Answer<S, S::Future, Incoming> {
         self.peer.attach(request.extensions_mut());
         if let Some(tls) = &self.tls {
             tls.clone().attach(request.extensions_mut());
-        }
-        if request.extensions().get::<OnUpgrade>().is_some() {
-            self.line.may_be_given_away();
         }
         let mut service = self.service.clone();
         // Nearly always it is ready, and the request need not be put aside.
@@ -240,18 +215,20 @@ where
     }
 }
 
-impl<S, B> hyper::service::Service<Request<Incoming>> for Boxed<S>
+impl<S, B> hyper::service::Service<Request<hyper::body::Incoming>> for WithPeer<S>
 where
-    S: hyper::service::Service<Request<Incoming>, Response = Response<B>>,
-    B: http_body::Body,
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone,
+    S::Error: Into<BoxError>,
 {
-    type Response = Response<Paced<B>>;
-    type Error = S::Error;
-    type Future = Pin<Box<pace::Answer<S::Future>>>;
+    type Response = Response<B>;
+    type Error = BoxError;
+    type Future = Answer<S, S::Future, Incoming>;
 
-    fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let method = request.method().clone();
-        Box::pin(pace::Answer::new(&method, self.0.call(request)))
+    fn call(&self, request: Request<hyper::body::Incoming>) -> Self::Future {
+        if request.extensions().get::<OnUpgrade>().is_some() {
+            self.line.may_be_given_away();
+        }
+        self.answer(request.map(Incoming::http1))
     }
 }
 

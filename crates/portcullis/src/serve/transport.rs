@@ -96,6 +96,11 @@ impl Line {
         self.given_away.store(true, Ordering::Relaxed);
     }
 
+    /// Whether anything has arrived since this was last asked. For connections without heads that could be late.
+    pub(super) fn has_heard(&self) -> bool {
+        self.begun.swap(false, Ordering::Relaxed)
+    }
+
     fn check(&self) -> io::Result<()> {
         if self.cut.load(Ordering::Acquire) { Err(io::ErrorKind::ConnectionAborted.into()) } else { Ok(()) }
     }
@@ -144,10 +149,15 @@ impl Stall {
         Self { patience, since: None, running: false }
     }
 
+    /// Something came through.
+    pub(super) const fn moved(&mut self) {
+        self.running = false;
+    }
+
     /// A write came through, or not; an error when not for too long.
     pub(super) fn watch<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_ready() {
-            self.running = false;
+            self.moved();
             return written;
         }
         if self.patience >= Duration::from_secs(365 * 24 * 3600) {

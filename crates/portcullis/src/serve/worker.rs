@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response};
-use hyper::body::Incoming;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -16,6 +15,7 @@ use tower_service::Service;
 use tracing::warn;
 
 use super::connection::connection;
+use super::incoming::Incoming;
 use super::phase::{Phase, Watch};
 use super::{BoxError, Limits};
 

@@ -1,0 +1,190 @@
+//! A connection of HTTP/2: its task reads and writes, and gives each stream a task of its own.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::server::{Builder, Connection, Handshake};
+use h2::{Ping, PingPong, Reason};
+use http::{Request, Response};
+use http_body::Body;
+use tokio::time::{Instant, Sleep, sleep};
+use tower_service::Service;
+use tracing::debug;
+
+use super::connection::{Serve, WithPeer, bounded};
+use super::incoming::Incoming;
+use super::stream::{Asked, Stream};
+use super::transport::{Line, Transport};
+use super::{BoxError, Limits};
+
+pub(super) struct H2<S> {
+    state: State,
+    service: WithPeer<S>,
+    line: Arc<Line>,
+    /// How long a reader may take nothing.
+    patience: Duration,
+    keep_alive: (Duration, Duration),
+    is_ending: bool,
+}
+
+enum State {
+    Handshaking(Handshake<Transport, Bytes>),
+    Serving(Connection<Transport, Bytes>, Option<Pings>),
+}
+
+/// Asks a client from which nothing comes whether it is still there.
+struct Pings {
+    pings: PingPong,
+    interval: Duration,
+    timeout: Duration,
+    /// Set once in a while.
+    alarm: Pin<Box<Sleep>>,
+    heard: Instant,
+    /// When a ping was sent that is not answered.
+    asked: Option<Instant>,
+}
+
+/// How much a stream may send before it is asked for, and all streams of a connection together.
+const WINDOW: u32 = 1 << 20;
+/// How much of an answer is kept for a reader who takes less.
+const SEND_BUFFER: usize = 400 << 10;
+
+// === impl H2 ===
+
+impl<S> H2<S> {
+    pub(super) fn new(transport: Transport, line: Arc<Line>, limits: &Limits, service: WithPeer<S>) -> Self {
+        let handshake = Builder::new()
+            .initial_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
+            .max_send_buffer_size(SEND_BUFFER)
+            .max_concurrent_streams(limits.max_streams)
+            .max_header_list_size(u32::try_from(limits.max_head).unwrap_or(u32::MAX))
+            .handshake(transport);
+        Self {
+            state: State::Handshaking(handshake),
+            service,
+            line,
+            patience: limits.write,
+            keep_alive: limits.keep_alive,
+            is_ending: false,
+        }
+    }
+}
+
+/// Nothing of it is pinned.
+impl<S> Unpin for H2<S> {}
+
+impl<S, B> Serve for H2<S>
+where
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone,
+    S::Error: Into<BoxError>,
+    S::Future: Send + 'static,
+    S: Send + 'static,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Error = h2::Error;
+
+    fn end(mut self: Pin<&mut Self>) {
+        self.is_ending = true;
+        if let State::Serving(connection, _) = &mut self.state {
+            connection.graceful_shutdown();
+        }
+    }
+}
+
+impl<S, B> Future for H2<S>
+where
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S::Error: Into<BoxError>,
+    S::Future: Send + 'static,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Output = Result<(), h2::Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.get_mut();
+        loop {
+            let (connection, pings) = match &mut this.state {
+                State::Serving(connection, pings) => (connection, pings),
+                State::Handshaking(handshake) => {
+                    let mut connection = ready!(Pin::new(handshake).poll(cx))?;
+                    if this.is_ending {
+                        connection.graceful_shutdown();
+                    }
+                    let (interval, timeout) = this.keep_alive;
+                    let pings = bounded(interval).and_then(|_| connection.ping_pong());
+                    let pings = pings.map(|pings| Pings::new(pings, interval, timeout));
+                    this.state = State::Serving(connection, pings);
+                    continue;
+                }
+            };
+            match connection.poll_accept(cx) {
+                Poll::Ready(Some(Ok((request, reply)))) => {
+                    let asked = Asked::of(request.method());
+                    let (head, stream) = request.into_parts();
+                    let body = Incoming::http2(stream, &head.headers);
+                    let answer = Box::pin(this.service.answer(Request::from_parts(head, body)));
+                    tokio::spawn(Stream::new(answer, reply, asked, this.patience));
+                }
+                Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error)),
+                Poll::Ready(None) => return Poll::Ready(Ok(())),
+                Poll::Pending => {
+                    let heard = this.line.has_heard();
+                    if pings.as_mut().is_none_or(|pings| pings.poll(cx, heard).is_pending()) {
+                        return Poll::Pending;
+                    }
+                    debug!("a client does not answer pings");
+                    connection.abrupt_shutdown(Reason::NO_ERROR);
+                    *pings = None;
+                }
+            }
+        }
+    }
+}
+
+// === impl Pings ===
+
+impl Pings {
+    fn new(pings: PingPong, interval: Duration, timeout: Duration) -> Self {
+        Self { pings, interval, timeout, alarm: Box::pin(sleep(interval)), heard: Instant::now(), asked: None }
+    }
+
+    /// Ready when the client does not answer.
+    fn poll(&mut self, cx: &mut Context<'_>, heard: bool) -> Poll<()> {
+        if heard {
+            self.heard = Instant::now();
+        }
+        loop {
+            let due = match self.asked {
+                Some(asked) => match self.pings.poll_pong(cx) {
+                    Poll::Ready(Ok(_)) => {
+                        (self.heard, self.asked) = (Instant::now(), None);
+                        continue;
+                    }
+                    // The connection is over, and says so itself.
+                    Poll::Ready(Err(_)) => return Poll::Pending,
+                    Poll::Pending => bounded(self.timeout).map(|timeout| asked + timeout),
+                },
+                None => Some(self.heard + self.interval),
+            };
+            let Some(due) = due else { return Poll::Pending };
+            ready!(self.alarm.as_mut().poll(cx));
+            let now = Instant::now();
+            if now < due {
+                self.alarm.as_mut().reset(due);
+            } else if self.asked.is_some() {
+                return Poll::Ready(());
+            } else {
+                self.heard = now;
+                self.asked = self.pings.send_ping(Ping::opaque()).is_ok().then_some(now);
+                self.alarm.as_mut().reset(now + self.timeout.min(self.interval));
+            }
+        }
+    }
+}

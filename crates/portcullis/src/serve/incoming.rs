@@ -1,0 +1,100 @@
+//! The body of a request.
+
+use std::fmt;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream};
+use http::HeaderMap;
+use http::header::CONTENT_LENGTH;
+use http_body::{Body, Frame, SizeHint};
+
+use super::BoxError;
+
+/// The body of a request, as it arrives. What is not asked for is not taken from the client. Dropped before its end, it
+/// closes the connection of HTTP/1.1 after the answer, and ends the stream of HTTP/2.
+pub struct Incoming(Source);
+
+enum Source {
+    Http1(hyper::body::Incoming),
+    Http2 {
+        stream: RecvStream,
+        /// What is still to come, if its length was announced.
+        left: Option<u64>,
+        /// Whether only trailers can follow.
+        data_is_over: bool,
+    },
+}
+
+// === impl Incoming ===
+
+impl Incoming {
+    pub(super) fn http1(body: hyper::body::Incoming) -> Self {
+        Self(Source::Http1(body))
+    }
+
+    pub(super) fn http2(stream: RecvStream, headers: &HeaderMap) -> Self {
+        let left = if stream.is_end_stream() { Some(0) } else { announced(headers) };
+        Self(Source::Http2 { stream, left, data_is_over: false })
+    }
+}
+
+impl Body for Incoming {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let (stream, left, data_is_over) = match &mut self.get_mut().0 {
+            Source::Http1(body) => {
+                return Pin::new(body).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(Into::into)));
+            }
+            Source::Http2 { stream, left, data_is_over } => (stream, left, data_is_over),
+        };
+        let data = if *data_is_over { None } else { ready!(stream.poll_data(cx)) };
+        let frame = match data {
+            Some(data) => data.map(|data| {
+                // The client may send as much again, now that this goes on.
+                _ = stream.flow_control().release_capacity(data.len());
+                *left = left.map(|left| left.saturating_sub(data.len() as u64));
+                Some(Frame::data(data))
+            }),
+            None => {
+                *data_is_over = true;
+                ready!(stream.poll_trailers(cx)).map(|trailers| trailers.map(Frame::trailers))
+            }
+        };
+        Poll::Ready(match frame {
+            Err(error) if error.reason() == Some(Reason::NO_ERROR) => None,
+            frame => frame.map_err(Into::into).transpose(),
+        })
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.0 {
+            Source::Http1(body) => body.is_end_stream(),
+            Source::Http2 { stream, .. } => stream.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.0 {
+            Source::Http1(body) => body.size_hint(),
+            Source::Http2 { left, .. } => left.map_or_else(SizeHint::default, SizeHint::with_exact),
+        }
+    }
+}
+
+impl fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Incoming").field("over", &self.is_end_stream()).finish_non_exhaustive()
+    }
+}
+
+/// The length a head says, if it says one.
+fn announced(headers: &HeaderMap) -> Option<u64> {
+    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
+    let first = lengths.next()?;
+    let agree = lengths.all(|other| other == first);
+    first.to_str().ok().filter(|_| agree)?.parse().ok()
+}

@@ -1,0 +1,326 @@
+//! A stream of HTTP/2: one request, and its answer on its way.
+//!
+//! A client says how much it takes of each stream. Where it takes nothing, the connection itself is well, and the body is
+//! not asked for more: nothing in it can notice the time. So a stream that waits for its reader for too long ends, by
+//! `RST_STREAM`, and lets go of all it holds.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, UNIX_EPOCH};
+
+use bytes::Bytes;
+use h2::server::SendResponse;
+use h2::{Reason, SendStream};
+use http::header::{CONNECTION, CONTENT_LENGTH, DATE, Entry, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE};
+use http::{HeaderMap, Method, Response, StatusCode};
+use http_body::{Body, Frame};
+use pin_project_lite::pin_project;
+use portcullis_core::WallClock;
+use tracing::debug;
+
+use super::BoxError;
+use super::transport::Stall;
+
+pin_project! {
+    pub(super) struct Stream<F, B> {
+        reply: SendResponse<Bytes>,
+        asked: Asked,
+        stall: Stall,
+        #[pin]
+        state: State<F, B>,
+    }
+}
+
+pin_project! {
+    #[project = Project]
+    enum State<F, B> {
+        Service { answer: Pin<Box<F>> },
+        Body { #[pin] body: B, sending: Sending },
+    }
+}
+
+/// What of a request decides how its answer is framed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asked {
+    Head,
+    Connect,
+    Other,
+}
+
+struct Sending {
+    stream: SendStream<Bytes>,
+    /// What there is no room for yet, and whether it is the last.
+    held: Option<(Bytes, bool)>,
+}
+
+/// What a stream waits for.
+enum Waits {
+    Service,
+    /// A reader who takes what there is.
+    Reader,
+}
+
+thread_local! {
+    /// What time it was when somebody last asked, in seconds, and how that is said.
+    static NOW: RefCell<(u64, HeaderValue)> = const { RefCell::new((0, HeaderValue::from_static(""))) };
+}
+
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+
+// === impl Asked ===
+
+impl Asked {
+    pub(super) fn of(method: &Method) -> Self {
+        match *method {
+            Method::HEAD => Self::Head,
+            Method::CONNECT => Self::Connect,
+            _ => Self::Other,
+        }
+    }
+
+    /// Writes into the head of an answer what its body says; whether nothing follows it.
+    fn frame<B: Body>(self, status: StatusCode, headers: &mut HeaderMap, body: &B) -> bool {
+        strip(headers);
+        if let Entry::Vacant(entry) = headers.entry(DATE) {
+            entry.insert(date(WallClock::system().since_epoch().as_secs()));
+        }
+        if self == Self::Connect && status.is_success() {
+            headers.remove(CONTENT_LENGTH);
+            return body.is_end_stream();
+        }
+        if body.is_end_stream() || matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+            return true;
+        }
+        if let Some(length) = body.size_hint().exact()
+            && let Entry::Vacant(entry) = headers.entry(CONTENT_LENGTH)
+        {
+            entry.insert(length.into());
+        }
+        self == Self::Head
+    }
+}
+
+// === impl Stream ===
+
+impl<F, B, E> Stream<F, B>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    B: Body<Data = Bytes>,
+{
+    /// `answer` is in a box, since what is moved into a task should be small.
+    pub(super) fn new(answer: Pin<Box<F>>, reply: SendResponse<Bytes>, asked: Asked, patience: Duration) -> Self {
+        Self { reply, asked, stall: Stall::new(patience), state: State::Service { answer } }
+    }
+}
+
+impl<F, B, E> Future for Stream<F, B>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+    E: Into<BoxError>,
+    B: Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+{
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        loop {
+            let answered = match this.state.as_mut().project() {
+                Project::Service { answer } => match answer.as_mut().poll(cx) {
+                    Poll::Ready(answered) => answered,
+                    // The client may have given it up.
+                    Poll::Pending => return this.reply.poll_reset(cx).map(drop),
+                },
+                Project::Body { body, sending } => {
+                    let Err(waits) = sending.poll(cx, body, this.stall) else { return Poll::Ready(()) };
+                    return match waits {
+                        Waits::Service => sending.stream.poll_reset(cx).map(drop),
+                        Waits::Reader => this.stall.watch::<()>(cx, Poll::Pending).map(drop),
+                    };
+                }
+            };
+            let (mut head, body) = match answered {
+                Ok(response) => response.into_parts(),
+                Err(error) => {
+                    this.reply.send_reset(reason(&*error.into()));
+                    return Poll::Ready(());
+                }
+            };
+            let is_whole = this.asked.frame(head.status, &mut head.headers, &body);
+            match this.reply.send_response(Response::from_parts(head, ()), is_whole) {
+                Ok(_) if is_whole => return Poll::Ready(()),
+                Ok(stream) => this.state.set(State::Body { body, sending: Sending { stream, held: None } }),
+                Err(error) => {
+                    debug!(%error, "an answer is not sent");
+                    this.reply.send_reset(Reason::INTERNAL_ERROR);
+                    return Poll::Ready(());
+                }
+            }
+        }
+    }
+}
+
+// === impl Sending ===
+
+impl Sending {
+    /// Sends what there is; what it waits for if that is not all.
+    fn poll<B>(&mut self, cx: &mut Context<'_>, mut body: Pin<&mut B>, stall: &mut Stall) -> Result<(), Waits>
+    where
+        B: Body<Data = Bytes>,
+        B::Error: Into<BoxError>,
+    {
+        loop {
+            if let Some((data, last)) = self.held.take() {
+                if self.poll_room(cx).is_pending() {
+                    self.held = Some((data, last));
+                    return Err(Waits::Reader);
+                }
+                stall.moved();
+                if self.stream.send_data(data, last).is_err() || last {
+                    return Ok(());
+                }
+            }
+            let Poll::Ready(frame) = body.as_mut().poll_frame(cx) else { return Err(Waits::Service) };
+            let sent = match frame.map(|frame| frame.map(Frame::into_data)) {
+                // It says nothing.
+                Some(Ok(Ok(data))) if data.is_empty() && !body.is_end_stream() => continue,
+                Some(Ok(Ok(data))) if data.is_empty() => self.stream.send_data(data, true),
+                Some(Ok(Ok(data))) => {
+                    self.stream.reserve_capacity(1);
+                    self.held = Some((data, body.is_end_stream()));
+                    continue;
+                }
+                Some(Ok(Err(frame))) => self.stream.send_trailers(frame.into_trailers().unwrap_or_default()),
+                Some(Err(error)) => {
+                    self.stream.send_reset(reason(&*error.into()));
+                    Ok(())
+                }
+                None => self.stream.send_data(Bytes::new(), true),
+            };
+            if let Err(error) = sent {
+                debug!(%error, "the rest of an answer is not sent");
+            }
+            return Ok(());
+        }
+    }
+
+    /// Ready when something can be sent, or it shows that nothing ever can.
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.stream.capacity() == 0 {
+            match ready!(self.stream.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => break,
+            }
+        }
+        Poll::Ready(())
+    }
+}
+
+/// Why the answer broke off, to be told to the client.
+fn reason(error: &(dyn std::error::Error + 'static)) -> Reason {
+    debug!(%error, "an answer broke off");
+    let mut causes = std::iter::successors(Some(error), |cause| cause.source());
+    let cause = causes.find_map(|cause| cause.downcast_ref::<h2::Error>());
+    cause.and_then(h2::Error::reason).unwrap_or(Reason::INTERNAL_ERROR)
+}
+
+/// Removes what HTTP/2 has no use for, which one answer in many has.
+fn strip(headers: &mut HeaderMap) {
+    let is_clean = headers.keys().all(|name| {
+        !matches!(
+            name.as_str().as_bytes(),
+            [b'c', b'o', b'n', b'n', ..] | [b'k', ..] | [b'p', b'r', b'o', b'x', ..] | [b't', ..] | [b'u', ..]
+        )
+    });
+    if is_clean {
+        return;
+    }
+    let lines = headers.get_all(CONNECTION).iter();
+    let nominated: Vec<HeaderName> = lines
+        .flat_map(|line| line.as_bytes().split(|byte| *byte == b','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
+        .collect();
+    for name in nominated {
+        headers.remove(name);
+    }
+    for name in [CONNECTION, KEEP_ALIVE, PROXY_CONNECTION, TE, TRANSFER_ENCODING, UPGRADE] {
+        headers.remove(name);
+    }
+}
+
+/// `Date`, which is written once a second.
+fn date(seconds: u64) -> HeaderValue {
+    NOW.with_borrow_mut(|now| {
+        if now.0 != seconds {
+            let text = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(seconds));
+            *now = (seconds, HeaderValue::try_from(text).unwrap_or(HeaderValue::from_static("")));
+        }
+        now.1.clone()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::{Empty, Full};
+
+    fn framed<B: Body>(asked: Asked, status: u16, body: &B) -> (bool, Option<String>) {
+        let mut headers = HeaderMap::new();
+        let is_whole = asked.frame(StatusCode::from_u16(status).unwrap(), &mut headers, body);
+        assert!(headers.contains_key(DATE));
+        (is_whole, headers.get(CONTENT_LENGTH).map(|length| length.to_str().unwrap().to_owned()))
+    }
+
+    #[test]
+    fn an_answer_is_framed_as_what_was_asked_and_its_body_say() {
+        let (full, empty) = (Full::<Bytes>::from("hello"), Empty::<Bytes>::new());
+        let five = Some("5".to_owned());
+        assert_eq!(framed(Asked::Other, 200, &full), (false, five.clone()));
+        assert_eq!(framed(Asked::Other, 200, &empty), (true, None));
+        assert_eq!(framed(Asked::Head, 200, &full), (true, five));
+        for status in [204, 304] {
+            assert_eq!(framed(Asked::Other, status, &full), (true, None));
+        }
+        assert_eq!(framed(Asked::Connect, 200, &full), (false, None));
+    }
+
+    #[test]
+    fn what_a_service_says_is_not_said_for_it() {
+        let mut headers = HeaderMap::new();
+        headers.insert(DATE, HeaderValue::from_static("yesterday"));
+        headers.insert(CONTENT_LENGTH, HeaderValue::from_static("7"));
+        Asked::Head.frame(StatusCode::OK, &mut headers, &Full::<Bytes>::from("hello"));
+        assert_eq!((&headers[DATE], &headers[CONTENT_LENGTH]), (&"yesterday".parse().unwrap(), &7.into()));
+    }
+
+    #[test]
+    fn nothing_of_a_connection_is_said_in_http_2() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "x-hop, close"),
+            ("keep-alive", "5"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "x"),
+            ("te", "trailers"),
+            ("x-hop", "1"),
+            ("x-kept", "1"),
+            ("trailer", "x-sum"),
+        ] {
+            headers.insert(name, HeaderValue::from_static(value));
+        }
+        strip(&mut headers);
+        let mut names: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["trailer", "x-kept"]);
+    }
+
+    #[test]
+    fn the_date_is_written_anew_when_it_is_another() {
+        assert_eq!(date(784_111_777), "Sun, 06 Nov 1994 08:49:37 GMT");
+        assert_eq!(date(784_111_777), "Sun, 06 Nov 1994 08:49:37 GMT");
+        assert_eq!(date(784_111_778), "Sun, 06 Nov 1994 08:49:38 GMT");
+    }
+}
