@@ -160,6 +160,8 @@ mod tests {
     use std::path::Path;
     use std::time::Duration;
 
+    use portcullis::circuit_break::Mode;
+
     use super::*;
 
     /// Checks of a file that is refused later would move what runs.
@@ -176,6 +178,26 @@ mod tests {
         let next = Running::build(other, Some(&running)).unwrap();
         assert_eq!(tasks(), before + 1);
         drop(next);
+    }
+
+    /// The gate of one that was told the same as all stayed closed for as long as a request held the breakers of before.
+    #[tokio::test]
+    async fn what_was_held_by_breakers_of_before_is_let_go_with_all() {
+        let text = "[services.a]\nendpoints = [\"127.0.0.1:9\"]\n[[routes]]\npath = \"/\"\nto = \"a\"\n";
+        let config = |text: &str| Config::parse("gateway.toml", text, Path::new("."), &|_| None).unwrap();
+        let before = Running::build(config(text), None).unwrap();
+        before.gateway.ready().await;
+        let old = &before.services["a"];
+        let endpoint = old.endpoints().unwrap()[0].clone();
+        let admits = || endpoint.permit(|| portcullis_core::Clock::system().now()).is_ok();
+        old.force_all(Some(Mode::ForcedOpen));
+        old.force(&endpoint, Some(Mode::ForcedOpen));
+        assert!(!admits());
+        let other = config(&text.replace("[[routes]]", "breaker.failures = 9\n[[routes]]"));
+        let mut next = Running::build(other, Some(&before)).unwrap();
+        next.commit();
+        next.services["a"].force_all(None);
+        assert!(admits());
     }
 
     #[tokio::test(start_paused = true)]

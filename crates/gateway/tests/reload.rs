@@ -82,7 +82,6 @@ async fn breakers_of_what_did_not_change_stay_as_they_are() {
     assert_eq!(program.get("/a").await.status, 503);
     assert_eq!(program.order("/breaker", &single("auto")).await.status, 200);
     assert_eq!(program.get("/a").await.status, 200);
-    // The gate of one that was told the same as all stayed closed, with nobody left to open it.
     let all = |state: &str| json!({ "service": "a", "state": state });
     for order in [all("open"), single("open")] {
         assert_eq!(program.order("/breaker", &order).await.status, 200);
