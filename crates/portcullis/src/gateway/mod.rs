@@ -21,6 +21,7 @@
 mod answer;
 mod matches;
 mod observe;
+mod pattern;
 mod response;
 mod route;
 mod router;
