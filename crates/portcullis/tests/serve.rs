@@ -481,6 +481,31 @@ async fn a_stream_whose_reader_takes_nothing_is_reset() {
     assert_eq!(within(reset).await, 1);
 }
 
+/// Or half an upload would be forwarded as a whole one.
+#[tokio::test]
+async fn a_request_that_its_client_resets_is_not_whole_whatever_the_reset_says() {
+    let (told, mut bodies) = tokio::sync::mpsc::channel(1);
+    let server = local();
+    let address = server.local_addr().unwrap();
+    tokio::spawn(server.serve(tower::service_fn(move |request: Request<Incoming>| {
+        // In a task of its own, which goes on when the stream is over.
+        let (mut body, told) = (request.into_body(), told.clone());
+        tokio::spawn(async move {
+            while let Some(frame) = body.frame().await {
+                told.send(frame.map(|frame| frame.into_data().unwrap())).await.unwrap();
+            }
+        });
+        std::future::pending::<Result<Response<Empty<Bytes>>, Infallible>>()
+    })));
+    let mut io = within(TcpStream::connect(address)).await.unwrap();
+    io.write_all(PREFACE).await.unwrap();
+    // POST http://a/, three bytes, and a reset for no reason.
+    io.write_all(b"\0\0\x06\x01\x04\0\0\0\x01\x83\x86\x84\x41\x01a\0\0\x03\0\0\0\0\0\x01abc").await.unwrap();
+    assert_eq!(within(bodies.recv()).await.unwrap().unwrap(), "abc");
+    io.write_all(b"\0\0\x04\x03\0\0\0\0\x01\0\0\0\0").await.unwrap();
+    assert!(within(bodies.recv()).await.unwrap().is_err());
+}
+
 #[tokio::test]
 async fn a_client_that_is_still_sending_hears_why_it_is_refused() {
     let server = local();

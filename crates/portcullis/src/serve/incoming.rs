@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use h2::{Reason, RecvStream};
+use h2::RecvStream;
 use http::HeaderMap;
 use http::header::CONTENT_LENGTH;
 use http_body::{Body, Frame, SizeHint};
@@ -64,10 +64,8 @@ impl Body for Incoming {
                 ready!(stream.poll_trailers(cx)).map(|trailers| trailers.map(Frame::trailers))
             }
         };
-        Poll::Ready(match frame {
-            Err(error) if error.reason() == Some(Reason::NO_ERROR) => None,
-            frame => frame.map_err(Into::into).transpose(),
-        })
+        // Whatever a client says of its reset, the request is not whole.
+        Poll::Ready(frame.map_err(Into::into).transpose())
     }
 
     fn is_end_stream(&self) -> bool {
