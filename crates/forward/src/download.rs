@@ -7,7 +7,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use h2::{Reason, RecvStream};
+use h2::RecvStream;
 use http::header::CONTENT_LENGTH;
 use http::{HeaderMap, HeaderValue};
 use http_body::{Body, Frame, SizeHint};
@@ -168,11 +168,8 @@ impl Stream {
                 ready!(self.stream.poll_trailers(cx)).map(|trailers| trailers.map(Frame::trailers))
             }
         };
-        Poll::Ready(match frame {
-            // An answer that was given early is whole (RFC 9113 §8.1), unless more of it was announced.
-            Err(error) if error.reason() == Some(Reason::NO_ERROR) && self.left.unwrap_or_default() == 0 => None,
-            frame => frame.transpose(),
-        })
+        // One that was given early and is whole (RFC 9113 §8.1) ends before the reset behind it.
+        Poll::Ready(frame.transpose())
     }
 }
 

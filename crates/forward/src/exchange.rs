@@ -316,9 +316,9 @@ impl Exchange {
                 if self.is_too_large(stream.length().unwrap_or_default()) {
                     return Tried::Failed(Failure::sent(Kind::ResponseTooLarge), Again::Never);
                 }
-                if let Some(upload) = upload {
+                if let (Some(upload), Some(flow)) = (upload, &self.flow) {
                     // The answer came early; the rest of the request goes on beside it, whether the answer is read or not.
-                    tokio::spawn(upload.run());
+                    tokio::spawn(upload.run(flow.clone(), self.times.idle, place.shared()));
                 }
                 let (limits, permit) = (self.limits(), self.permit.take());
                 Tried::Answered(Response::from_parts(head, ResponseBody::h2(stream, place, limits, permit)))

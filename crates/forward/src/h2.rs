@@ -24,7 +24,7 @@ use crate::alarm::{Alarm, after};
 use crate::failure::{Failure, Kind};
 use crate::pool::{Limits, Shard};
 use crate::stream::Stream;
-use crate::upload::Outgoing;
+use crate::upload::{Flow, Outgoing};
 
 /// Begins streams on a connection.
 pub(crate) type Sender = SendRequest<Bytes>;
@@ -207,6 +207,12 @@ impl State {
 // === impl StreamPlace ===
 
 impl StreamPlace {
+    /// A place for what goes on in the same stream when the rest of it is over.
+    pub(crate) fn shared(&self) -> Self {
+        self.0.streams.fetch_add(1, Ordering::Relaxed);
+        Self(self.0.clone())
+    }
+
     /// Counts what the connection sends, of whatever stream. What began when it had sent this much and ended before it
     /// sent more did not leave.
     pub(crate) fn written(&self) -> u64 {
@@ -326,19 +332,28 @@ impl Upload {
         self.stream.poll_reset(cx).map(drop)
     }
 
-    /// Sends it to its end, whether the answer is read or not.
-    pub(crate) async fn run(mut self) {
-        poll_fn(|cx| self.poll(cx)).await;
+    /// Sends it to its end, whether the answer is read or not, unless it stands still for `idle`.
+    pub(crate) async fn run(mut self, flow: Arc<Flow>, idle: Duration, _place: StreamPlace) {
+        let mut alarm = Alarm::default();
+        poll_fn(|cx| {
+            if self.poll(cx).is_ready() {
+                return Poll::Ready(());
+            }
+            let Some(end) = after(flow.moved(), idle) else { return Poll::Pending };
+            ready!(alarm.poll(cx, end));
+            // The answer may hold on to the stream.
+            self.stream.send_reset(Reason::CANCEL);
+            Poll::Ready(())
+        })
+        .await;
     }
 }
 
-/// Why the caller broke off, to be told to the endpoint.
+/// Why the caller broke off, to be told to the endpoint: that it gave up, or nothing that asks for anything.
 fn reason(error: &(dyn std::error::Error + 'static)) -> Reason {
     let mut causes = std::iter::successors(Some(error), |cause| cause.source());
-    causes
-        .find_map(|cause| cause.downcast_ref::<h2::Error>())
-        .and_then(h2::Error::reason)
-        .unwrap_or(Reason::INTERNAL_ERROR)
+    let reason = causes.find_map(|cause| cause.downcast_ref::<h2::Error>()).and_then(h2::Error::reason);
+    reason.filter(|reason| *reason == Reason::CANCEL).unwrap_or(Reason::INTERNAL_ERROR)
 }
 
 // === impl Heard ===

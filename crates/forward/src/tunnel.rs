@@ -268,11 +268,19 @@ impl AsyncWrite for Bodies {
 
 impl Heard {
     pub(crate) fn poll_data(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
-        self.buffer.reserve(BUFFER);
+        if self.buffer.capacity() < BUFFER / 4 {
+            self.buffer.reserve(BUFFER);
+        }
         let read = ready!(pin!(self.stream.read_buf(&mut self.buffer)).poll(cx));
         Poll::Ready(match read {
             Ok(0) if self.whole.load(Ordering::Acquire) => None,
             Ok(0) => Some(Err(io::ErrorKind::ConnectionReset.into())),
+            // A little of it is copied, or each byte that waits for its reader would hold a buffer.
+            Ok(count) if count < BUFFER / 4 => {
+                let some = Bytes::copy_from_slice(&self.buffer);
+                self.buffer.clear();
+                Some(Ok(some))
+            }
             Ok(_) => Some(Ok(self.buffer.split().freeze())),
             Err(error) => Some(Err(error)),
         })

@@ -200,21 +200,39 @@ async fn an_answer_that_is_given_early_is_whole() {
 }
 
 #[tokio::test]
-async fn an_answer_that_ends_before_what_it_announced_is_not_whole_whatever_is_said_of_it() {
+async fn an_answer_that_is_reset_before_its_end_is_not_whole_whatever_is_said_of_it() {
+    let announced = Response::builder().header("content-length", "100").body(()).unwrap();
+    for head in [announced, Response::new(())] {
+        let upstream = Upstream::bind().await;
+        let forward = forward(&upstream);
+        let (_caller, body) = Channel::<Bytes, Infallible>::new(1);
+        let call = tokio::spawn(forward.clone().oneshot(post(body)));
+        let mut end = accept(&upstream).await;
+        let (_request, mut respond) = next(&mut end).await;
+        let mut answer = respond.send_response(head, false).unwrap();
+        answer.send_data("enough".into(), false).unwrap();
+        let mut body = along(&mut end, call).await.unwrap().unwrap().into_body();
+        let first = along(&mut end, body.frame()).await.unwrap().unwrap();
+        assert_eq!(first.into_data().unwrap(), "enough");
+        answer.send_reset(Reason::NO_ERROR);
+        assert!(along(&mut end, body.frame()).await.unwrap().is_err());
+    }
+}
+
+#[tokio::test]
+async fn what_goes_on_after_its_answer_is_given_up_when_it_stands_still() {
     let upstream = Upstream::bind().await;
-    let forward = forward(&upstream);
-    let (_caller, body) = Channel::<Bytes, Infallible>::new(1);
+    let forward = forward(&upstream).idle_timeout(Duration::from_millis(50));
+    let (mut caller, body) = Channel::<Bytes, Infallible>::new(1);
     let call = tokio::spawn(forward.clone().oneshot(post(body)));
     let mut end = accept(&upstream).await;
-    let (_request, mut respond) = next(&mut end).await;
-    let head = Response::builder().header("content-length", "100").body(()).unwrap();
-    let mut answer = respond.send_response(head, false).unwrap();
-    answer.send_data("enough".into(), false).unwrap();
-    let mut body = along(&mut end, call).await.unwrap().unwrap().into_body();
-    let first = along(&mut end, body.frame()).await.unwrap().unwrap();
-    assert_eq!(first.into_data().unwrap(), "enough");
-    answer.send_reset(Reason::NO_ERROR);
-    assert!(along(&mut end, body.frame()).await.unwrap().is_err());
+    let (request, mut respond) = next(&mut end).await;
+    // There is no more room than for the first of it.
+    caller.send_data(vec![0; 100].into()).await.unwrap();
+    respond.send_response(Response::new(()), true).unwrap();
+    assert_eq!(along(&mut end, call).await.unwrap().unwrap().status(), 200);
+    along(&mut end, async { while caller.send_data("more".into()).await.is_ok() {} }).await;
+    drop(request);
 }
 
 #[tokio::test]

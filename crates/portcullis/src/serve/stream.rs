@@ -67,6 +67,8 @@ thread_local! {
     static NOW: RefCell<(u64, HeaderValue)> = const { RefCell::new((0, HeaderValue::from_static(""))) };
 }
 
+/// How much is handed over at a time: a frame.
+const PIECE: usize = 16 << 10;
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 
@@ -138,7 +140,10 @@ where
                     let Err(waits) = sending.poll(cx, body, this.stall) else { return Poll::Ready(()) };
                     return match waits {
                         Waits::Service => sending.stream.poll_reset(cx).map(drop),
-                        Waits::Reader => this.stall.watch::<()>(cx, Poll::Pending).map(drop),
+                        Waits::Reader => this.stall.watch::<()>(cx, Poll::Pending).map(|_| {
+                            // Who holds on to the request's body holds on to the stream.
+                            sending.stream.send_reset(Reason::CANCEL);
+                        }),
                     };
                 }
             };
@@ -173,14 +178,22 @@ impl Sending {
         B::Error: Into<BoxError>,
     {
         loop {
-            if let Some((data, last)) = self.held.take() {
+            if let Some((mut data, last)) = self.held.take() {
                 if self.poll_room(cx).is_pending() {
                     self.held = Some((data, last));
                     return Err(Waits::Reader);
                 }
                 stall.moved();
-                if self.stream.send_data(data, last).is_err() || last {
+                // No more at a time than shows that a slow reader takes some.
+                let piece = data.split_to(data.len().min(PIECE));
+                let is_over = data.is_empty();
+                if self.stream.send_data(piece, is_over && last).is_err() || is_over && last {
                     return Ok(());
+                }
+                if !is_over {
+                    self.stream.reserve_capacity(1);
+                    self.held = Some((data, last));
+                    continue;
                 }
             }
             let Poll::Ready(frame) = body.as_mut().poll_frame(cx) else { return Err(Waits::Service) };
@@ -219,12 +232,12 @@ impl Sending {
     }
 }
 
-/// Why the answer broke off, to be told to the client.
+/// Why the answer broke off, to be told to the client: nothing that it could take for an end, or for leave to repeat.
 fn reason(error: &(dyn std::error::Error + 'static)) -> Reason {
     debug!(%error, "an answer broke off");
     let mut causes = std::iter::successors(Some(error), |cause| cause.source());
-    let cause = causes.find_map(|cause| cause.downcast_ref::<h2::Error>());
-    cause.and_then(h2::Error::reason).unwrap_or(Reason::INTERNAL_ERROR)
+    let reason = causes.find_map(|cause| cause.downcast_ref::<h2::Error>()).and_then(h2::Error::reason);
+    reason.filter(|reason| *reason == Reason::CANCEL).unwrap_or(Reason::INTERNAL_ERROR)
 }
 
 /// Removes what HTTP/2 has no use for, which one answer in many has.
