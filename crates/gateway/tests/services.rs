@@ -182,12 +182,12 @@ async fn the_total_time_of_a_service_is_its_own_in_a_split() {
                 other.address()
             ),
         ));
-        let mut answered = std::collections::BTreeSet::new();
-        while answered.len() < 2 {
-            let answer = tokio::time::timeout(Duration::from_secs(10), program.get("/")).await.expect("an answer");
-            answered.insert(answer.status.as_u16());
+        // Whichever comes first; after several of the one its breaker may refuse.
+        let mut wanted = std::collections::BTreeSet::from([200, 504]);
+        while !wanted.is_empty() {
+            let answer = tokio::time::timeout(Duration::from_secs(10), program.get("/")).await;
+            wanted.remove(&answer.unwrap_or_else(|_| panic!("no answer, {time}")).status.as_u16());
         }
-        assert_eq!(answered.into_iter().collect::<Vec<_>>(), [200, 504], "{time}");
     }
 }
 
