@@ -143,7 +143,7 @@ impl Consul {
     ///
     /// When it does not run.
     pub fn pause(&self) {
-        self.running().signal("STOP");
+        self.running().pause();
     }
 
     /// Lets it go on.

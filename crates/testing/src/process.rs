@@ -91,6 +91,29 @@ impl Process {
         assert!(sent.is_ok_and(|status| status.success()), "cannot send SIG{name}");
     }
 
+    /// Stops it, and waits until each of its threads has stopped, where the system tells: one that still runs might answer.
+    ///
+    /// # Panics
+    ///
+    /// When it cannot be stopped.
+    pub fn pause(&self) {
+        self.signal("STOP");
+        let threads = PathBuf::from(format!("/proc/{}/task", self.child.id()));
+        let runs = |thread: std::fs::DirEntry| {
+            let said = std::fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+            // The state follows the name, which is in brackets and may hold anything.
+            said.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with(['T', 't']))
+        };
+        let is_running = || std::fs::read_dir(&threads).is_ok_and(|threads| threads.flatten().any(runs));
+        for _ in 0..10_000 {
+            if !is_running() {
+                return;
+            }
+            std::thread::yield_now();
+        }
+        panic!("it goes on");
+    }
+
     /// Its process id.
     #[must_use]
     pub fn id(&self) -> u32 {

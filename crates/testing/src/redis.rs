@@ -79,7 +79,7 @@ impl Redis {
     ///
     /// When it does not run.
     pub fn pause(&self) {
-        self.process.as_ref().expect("a running Redis").signal("STOP");
+        self.process.as_ref().expect("a running Redis").pause();
     }
 
     /// Lets it go on.
