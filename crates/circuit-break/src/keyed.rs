@@ -205,7 +205,7 @@ fn find<'a, T: Eq + 'static>(entries: &'a [Arc<Alone>], key: &T) -> Option<&'a A
 }
 
 fn is_idle(entry: &Alone, now: Moment) -> bool {
-    // Whatever was not asked for since its open time was over would be probed by now.
+    // One that is open, and that nobody has asked for since its time was over, refuses nobody either.
     !entry.refuses(now) && now.since(entry.used()) > IDLE && !entry.is_told()
 }
 

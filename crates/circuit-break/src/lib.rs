@@ -44,7 +44,8 @@
 //! endpoint was asked does not.
 //!
 //! **Nothing can stick.** A probe that does not come back is replaced after the [probe timeout], an ignored one when it has
-//! ended; no timer or task has to run. One that streams for longer than that has succeeded, since long streams end with their callers.
+//! ended; no timer or task has to run. One that streams for longer than that has succeeded, since long streams end with
+//! their callers.
 //! A result counts only if its call entered in the present period.
 //!
 //! **A balancer that panics is believed**: a forced pass is let through, and its outcome changes nothing; otherwise the
@@ -85,7 +86,8 @@
 //!
 //! No allocation, and up to 288 bytes for each endpoint, a window of time with its ten buckets included. All calls successful at
 //! one breaker, nanoseconds a call with one thread, then two: 60 and 72 to 86; failsafe 31 and 65 to 99; tower-resilience 235
-//! and 382 to 489. So two threads do 1.4 to 1.7 times what one does, of failsafe 0.6 to 0.9, of tower-resilience 1.0 to 1.2. What is left of a call is mostly the hold on what the layer shares, and moving the response.
+//! and 382 to 489. So two threads do 1.4 to 1.7 times what one does, of failsafe 0.6 to 0.9, of tower-resilience 1.0 to 1.2.
+//! What is left of a call is mostly the hold on what the layer shares, and moving the response.
 //!
 //! # What was tried on it
 //!
@@ -283,8 +285,8 @@ impl<C, K: Fresh> CircuitBreakLayer<C, K> {
     ///
     /// There are at most `limit` of them, rounded up to a multiple of eight; twice as many as are in use at a time leave room
     /// enough. When eight that share a place are full, the least used makes room of those that are closed or whose open time
-    /// is over, and if there are none, of all. Such as were not asked for in ten minutes go when others come. Those that were told a [mode](Breaker::set_mode) of their own stay until told otherwise, beyond the
-    /// limit if need be.
+    /// is over, and if there are none, of all. Such as were not asked for in ten minutes go when others come. Those that were
+    /// told a [mode](Breaker::set_mode) of their own stay until told otherwise, beyond the limit if need be.
     ///
     /// ```
     /// # use http::Request;
