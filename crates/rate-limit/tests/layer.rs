@@ -2,49 +2,23 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
-use std::net::SocketAddr;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use bytes::Bytes;
 use http::{Request, Response, header};
-use http_body_util::Full;
-use portcullis_core::{Carried, Identity, PeerAddress, Proof, Rejection, Route, TrustedProxies};
+use portcullis_core::{Carried, Identity, Proof, Rejection, Route, TrustedProxies};
 use portcullis_rate_limit::{
     Everyone, Fields, Header, Limit, Policy, Priority, Rate, RateLimit, RateLimitLayer, RequestHead,
 };
 use portcullis_testing::contract;
 use tower::{Layer, Service, ServiceExt};
 
-fn n(count: u32) -> NonZeroU32 {
-    NonZeroU32::new(count).unwrap()
-}
+mod limited;
+
+use self::limited::{Ok200, from, n};
 
 fn per_second(count: u32) -> Rate {
     Rate::per_second(n(count))
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Ok200;
-
-impl<B> Service<Request<B>> for Ok200 {
-    type Response = Response<Full<Bytes>>;
-    type Error = std::convert::Infallible;
-    type Future = std::future::Ready<Result<Self::Response, Self::Error>>;
-
-    fn poll_ready(&mut self, _: &mut std::task::Context<'_>) -> std::task::Poll<Result<(), Self::Error>> {
-        std::task::Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, _: Request<B>) -> Self::Future {
-        std::future::ready(Ok(Response::new(Full::from("ok"))))
-    }
-}
-
-fn from(address: &str) -> Request<()> {
-    let mut request = Request::new(());
-    PeerAddress(SocketAddr::new(address.parse().unwrap(), 1)).attach(request.extensions_mut());
-    request
 }
 
 fn on(route: &Route, address: &str) -> Request<()> {
