@@ -15,12 +15,12 @@ use portcullis_core::{Endpoint, GRPC_MESSAGE, GRPC_STATUS, GrpcCode, Permit};
 use tokio::time::Instant;
 
 use crate::BoxError;
-use crate::alarm::{Alarm, after, earlier};
 use crate::h1::H1;
 use crate::h2::StreamPlace;
 use crate::headers::clean_trailers;
 use crate::pool::Shard;
 use crate::tunnel::Heard;
+use portcullis_wire::{Alarm, after, earlier};
 
 /// The upstream's body, streamed as it arrives. A body that was cut short ends in an error, so that nobody takes it for
 /// whole.

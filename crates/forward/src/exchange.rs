@@ -15,16 +15,16 @@ use hyper::upgrade::OnUpgrade;
 use portcullis_core::{Endpoint, Permit};
 use tokio::time::Instant;
 
-use crate::alarm::{Alarm, after, earlier};
 use crate::download::{Limits, ResponseBody, Stream};
 use crate::failure::{Failure, Kind};
-use crate::h1::{Answered, Asked, Broken, H1, Length};
+use crate::h1::{Answered, Asked, Broken, H1};
 use crate::h2::{Sender, StreamPlace, Upload, is_open};
 use crate::headers::{KEEP_ALIVE, PROXY_CONNECTION, rewrite_te};
 use crate::lease::{Lease, Want};
 use crate::pool::Shard;
 use crate::tunnel;
 use crate::upload::{Flow, Outgoing, Progress};
+use portcullis_wire::{Alarm, Length, after, earlier};
 
 /// Everything decided about a request before it is sent.
 pub(crate) struct Exchange {

@@ -20,11 +20,11 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tracing::debug;
 
-use crate::alarm::{Alarm, after};
 use crate::failure::{Failure, Kind};
 use crate::pool::{Limits, Shard};
 use crate::stream::Stream;
 use crate::upload::{Flow, Outgoing};
+use portcullis_wire::{Alarm, after};
 
 /// Begins streams on a connection.
 pub(crate) type Sender = SendRequest<Bytes>;

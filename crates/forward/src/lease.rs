@@ -10,13 +10,13 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::debug;
 
-use crate::alarm::after;
 use crate::connect::{Dialed, dial};
 use crate::failure::{Failure, Kind};
 use crate::h1::H1;
 use crate::h2::{H2, Sender, StreamPlace};
 use crate::pool::Shard;
 use crate::stream::Stream;
+use portcullis_wire::after;
 
 /// The right to send one request.
 pub(crate) enum Lease {

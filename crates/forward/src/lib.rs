@@ -141,7 +141,6 @@
 //! A missing `Host` beside a target that names one is overlooked, though RFC 9112 §3.2 would have it refused: requests
 //! made in the same process look like that.
 
-mod alarm;
 mod connect;
 mod download;
 mod exchange;

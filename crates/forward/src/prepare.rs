@@ -16,7 +16,6 @@ use portcullis_core::{
 use tokio::time::Instant;
 use tracing::debug;
 
-use crate::alarm::{after, earlier};
 use crate::download::ResponseBody;
 use crate::exchange::{Exchange, Switched, Target, Times};
 use crate::failure::{Failure, Kind};
@@ -29,6 +28,7 @@ use crate::pool::Pool;
 use crate::tunnel::{Caller, Opening};
 use crate::upload::Outgoing;
 use crate::{BoxError, Host, Paths, Policy, Shared, Upstream};
+use portcullis_wire::{after, earlier};
 
 /// A request that can be sent.
 pub(crate) struct Prepared {

@@ -18,12 +18,12 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, DuplexStream, ReadBuf};
 use tokio::time::Instant;
 use tracing::debug;
 
-use crate::alarm::{Alarm, after, earlier};
 use crate::download::ResponseBody;
 use crate::exchange::Times;
 use crate::failure::Failure;
 use crate::pool::Shard;
 use crate::upload::Outgoing;
+use portcullis_wire::{Alarm, after, earlier};
 
 const BUFFER: usize = 16 * 1024;
 

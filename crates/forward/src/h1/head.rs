@@ -3,12 +3,10 @@
 use std::mem::MaybeUninit;
 
 use bytes::BytesMut;
-use http::header::{CONNECTION, CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
-use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version};
+use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 use hyper::ext::ReasonPhrase;
-
-use super::decode::Decoder;
-use super::{FIELDS, Malformed};
+use portcullis_wire::{Decoder, Fields, Length, MAX_FIELDS, Malformed, keeps_alive, length_of, write_field};
 
 /// What is said before a request's body.
 pub(crate) struct Asked<'a> {
@@ -20,15 +18,6 @@ pub(crate) struct Asked<'a> {
     pub(crate) headers: &'a HeaderMap,
     pub(crate) upgrade: Option<&'a HeaderValue>,
     pub(crate) length: Length,
-}
-
-/// How the end of a request's body is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Length {
-    /// There is no body.
-    None,
-    Exact(u64),
-    Chunked,
 }
 
 /// What a response says before its body.
@@ -43,16 +32,6 @@ pub(crate) struct Answered {
     /// Whether another request may follow once the body is over.
     pub(crate) keep_alive: bool,
 }
-
-/// Where a field stands in the head.
-#[derive(Clone, Copy, Default)]
-struct Span {
-    name: (u32, u32),
-    value: (u32, u32),
-}
-
-/// As many fields as most heads have.
-const FEW: usize = 24;
 
 // === impl Asked ===
 
@@ -93,13 +72,6 @@ impl Asked<'_> {
     }
 }
 
-pub(super) fn write_field(out: &mut Vec<u8>, name: &HeaderName, value: &HeaderValue) {
-    out.extend_from_slice(name.as_str().as_bytes());
-    out.extend_from_slice(b": ");
-    out.extend_from_slice(value.as_bytes());
-    out.extend_from_slice(b"\r\n");
-}
-
 // === impl Answered ===
 
 impl Answered {
@@ -111,7 +83,7 @@ impl Answered {
         headers: &mut HeaderMap,
     ) -> Result<Option<Self>, Malformed> {
         loop {
-            let mut fields = [const { MaybeUninit::uninit() }; FIELDS];
+            let mut fields = [const { MaybeUninit::uninit() }; MAX_FIELDS];
             let mut response = httparse::Response::new(&mut []);
             let parsed =
                 httparse::ParserConfig::default().parse_response_with_uninit_headers(&mut response, input, &mut fields);
@@ -126,47 +98,17 @@ impl Answered {
             let reason =
                 response.reason.filter(|reason| !reason.is_empty() && Some(*reason) != status.canonical_reason());
             let reason = reason.and_then(|reason| ReasonPhrase::try_from(reason.as_bytes()).ok());
-            let count = response.headers.len();
-            let (mut few, mut many) = ([Span::default(); FEW], Vec::new());
-            let spans = match few.get_mut(..count) {
-                Some(few) => few,
-                None => {
-                    many.resize(count, Span::default());
-                    &mut many[..]
-                }
-            };
-            for (span, field) in spans.iter_mut().zip(response.headers.iter()) {
-                *span = Span::of(input, field);
-            }
+            let fields = Fields::of(input, response.headers);
             let head = input.split_to(length).freeze();
             if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
                 continue;
             }
             let mut headers = std::mem::take(headers);
             headers.clear();
-            headers.reserve(count);
-            for span in spans {
-                let name = HeaderName::from_bytes(&head[span.name.0 as usize..span.name.1 as usize]);
-                let value = head.slice(span.value.0 as usize..span.value.1 as usize);
-                let value = HeaderValue::from_maybe_shared(value);
-                let (Ok(name), Ok(value)) = (name, value) else { return Err(Malformed("a field that is none")) };
-                headers.append(name, value);
-            }
+            fields.read(&head, &mut headers)?;
             let (body, keep_alive) = framing(asked, status, version, &mut headers)?;
             return Ok(Some(Self { status, version, headers, reason, body, keep_alive }));
         }
-    }
-}
-
-// === impl Span ===
-
-impl Span {
-    fn of(head: &[u8], field: &httparse::Header<'_>) -> Self {
-        let base = head.as_ptr().addr();
-        // Heads are limited to far less than this holds.
-        let at = |address: usize| u32::try_from(address - base).unwrap_or_default();
-        let range = |part: &[u8]| (at(part.as_ptr().addr()), at(part.as_ptr().addr() + part.len()));
-        Self { name: range(field.name.as_bytes()), value: range(field.value) }
     }
 }
 
@@ -179,7 +121,7 @@ fn framing(
 ) -> Result<(Decoder, bool), Malformed> {
     let is_10 = version == Version::HTTP_10;
     let coded = headers.contains_key(TRANSFER_ENCODING);
-    let length = length(headers)?;
+    let length = length_of(headers)?;
     let mut keep_alive = keeps_alive(headers, is_10);
     let body = if status == StatusCode::SWITCHING_PROTOCOLS {
         keep_alive = false;
@@ -204,36 +146,6 @@ fn framing(
     Ok((body, keep_alive && body != Decoder::Close))
 }
 
-/// The body's length, if the fields agree on one; then it is said once.
-fn length(headers: &mut HeaderMap) -> Result<Option<u64>, Malformed> {
-    let mut lines = headers.get_all(CONTENT_LENGTH).iter();
-    let Some(first) = lines.next() else { return Ok(None) };
-    if let (Some(length), None) = (digits(first.as_bytes()), lines.next()) {
-        return Ok(Some(length));
-    }
-    let mut said = None;
-    for line in headers.get_all(CONTENT_LENGTH) {
-        for number in line.as_bytes().split(|byte| *byte == b',') {
-            let length = digits(number.trim_ascii());
-            if length.is_none() || said.is_some_and(|said| Some(said) != length) {
-                return Err(Malformed("lengths that are none, or differ"));
-            }
-            said = length;
-        }
-    }
-    if let Some(said) = said {
-        headers.insert(CONTENT_LENGTH, HeaderValue::from(said));
-    }
-    Ok(said)
-}
-
-fn digits(text: &[u8]) -> Option<u64> {
-    let is_number = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
-    // All but the largest two are meant for those who count otherwise.
-    let number = is_number.then(|| str::from_utf8(text).ok()?.parse().ok()).flatten();
-    number.filter(|number| *number < u64::MAX - 1)
-}
-
 /// Said once, and nothing else with it.
 fn is_chunked(headers: &HeaderMap) -> bool {
     let mut lines = headers.get_all(TRANSFER_ENCODING).iter();
@@ -241,22 +153,10 @@ fn is_chunked(headers: &HeaderMap) -> bool {
     chunked && lines.next().is_none()
 }
 
-/// Any `close` counts, whatever other lines say.
-fn keeps_alive(headers: &HeaderMap, is_10: bool) -> bool {
-    let (mut close, mut keep) = (false, false);
-    for line in headers.get_all(CONNECTION) {
-        for option in line.as_bytes().split(|byte| *byte == b',') {
-            let option = option.trim_ascii();
-            close |= option.eq_ignore_ascii_case(b"close");
-            keep |= option.eq_ignore_ascii_case(b"keep-alive");
-        }
-    }
-    !close && (keep || !is_10)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use http::HeaderName;
 
     fn read(wire: &str, asked: &Method) -> Result<Option<(Answered, usize)>, Malformed> {
         let mut input = BytesMut::from(wire);
@@ -308,20 +208,20 @@ mod tests {
 
     #[test]
     fn a_head_is_read_once_it_is_whole() {
-        let fields: String = (0..FIELDS).map(|i| format!("x-{i}: {i}\r\n")).collect();
+        let fields: String = (0..MAX_FIELDS).map(|i| format!("x-{i}: {i}\r\n")).collect();
         let head = format!("HTTP/1.1 299 As ever\r\n{fields}\r\n");
         for cut in 0..head.len() {
             assert!(read(&head[..cut], &Method::GET).unwrap().is_none(), "{cut}");
         }
         let (answered, _) = read(&head, &Method::GET).unwrap().unwrap();
-        assert_eq!((answered.status.as_u16(), answered.headers.len()), (299, FIELDS));
+        assert_eq!((answered.status.as_u16(), answered.headers.len()), (299, MAX_FIELDS));
         assert_eq!(answered.headers["x-99"], "99");
         assert_eq!(answered.reason.unwrap().as_bytes(), b"As ever");
     }
 
     #[test]
     fn what_is_no_head_is_malformed() {
-        let many: String = (0..=FIELDS).map(|i| format!("x-{i}: {i}\r\n")).collect();
+        let many: String = (0..=MAX_FIELDS).map(|i| format!("x-{i}: {i}\r\n")).collect();
         for head in [
             "HTTP/1.1 20 OK\r\n",
             "HTTP/2.0 200 OK\r\n",

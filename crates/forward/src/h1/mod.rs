@@ -4,13 +4,11 @@
 //! the response's body reads the rest. So the socket's readiness wakes the very task that waits for it, and between
 //! caller and socket nothing is handed over.
 
-mod decode;
 mod head;
-mod send;
 
 use std::fmt;
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
@@ -18,27 +16,23 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Method};
 use http_body::{Frame, SizeHint};
-use tokio::io::{AsyncRead, AsyncReadExt, ReadBuf, ReadHalf, WriteHalf};
+use portcullis_wire::{Alarm, Decoder, Input, Malformed, SendError, Sending, after};
+use tokio::io::{AsyncRead, ReadBuf, ReadHalf, WriteHalf};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use crate::alarm::{Alarm, after};
 use crate::stream::Stream;
 use crate::upload::{Flow, Outgoing};
 
-pub(crate) use head::{Answered, Asked, Length};
-pub(crate) use send::SendError;
-
-use decode::Decoder;
-use send::Sending;
-
-/// The most fields of a head.
-const FIELDS: usize = 100;
+pub(crate) use head::{Answered, Asked};
 
 pub(crate) struct H1 {
     io: Io,
     input: Input,
+    /// Whether anything arrived since the request began.
+    heard: bool,
     sending: Sending,
+    body: Outgoing,
     /// Whether the transport takes no more of the request.
     deaf: bool,
     decoder: Decoder,
@@ -58,29 +52,14 @@ enum Io {
     Gone,
 }
 
-/// What has arrived.
-struct Input {
-    buffer: BytesMut,
-    /// How much to make room for.
-    room: usize,
-    /// Since the request began.
-    heard: bool,
-    /// Whether a line has ended since a head was last looked for. A head that comes byte by byte is not read anew for
-    /// each of them.
-    line: bool,
-}
-
 /// The rest of a request whose answer came early.
 pub(crate) struct Upload {
     io: WriteHalf<Stream>,
     sending: Sending,
+    body: Outgoing,
     alarm: Alarm,
     _place: Arc<OwnedSemaphorePermit>,
 }
-
-/// What arrived is not HTTP.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Malformed(&'static str);
 
 /// Why there is no answer.
 #[derive(Debug)]
@@ -102,10 +81,6 @@ pub(crate) enum Cut {
     Malformed(Malformed),
 }
 
-/// Room for a head, and a small body with it.
-const ROOM: usize = 4096;
-const MOST_ROOM: usize = 32 * 1024;
-
 // === impl H1 ===
 
 impl H1 {
@@ -118,8 +93,10 @@ impl H1 {
     ) -> Self {
         Self {
             io: Io::Whole(stream),
-            input: Input { buffer: BytesMut::new(), room: ROOM, heard: false, line: false },
+            input: Input::new(BytesMut::new()),
+            heard: false,
             sending: Sending::default(),
+            body: Outgoing::Empty,
             deaf: false,
             decoder: Decoder::OVER,
             keep_alive: true,
@@ -134,8 +111,9 @@ impl H1 {
 
     /// Begins a request.
     pub(crate) fn start(&mut self, head: &Asked<'_>, body: Outgoing) {
-        self.input.heard = false;
-        self.sending.start(head, body);
+        self.heard = false;
+        head.write(self.sending.begin(head.length));
+        self.body = body;
     }
 
     /// Sends, and waits for the head of the answer, which may come before all has been sent.
@@ -148,19 +126,24 @@ impl H1 {
         let Io::Whole(io) = &mut self.io else { return Poll::Ready(Err(Broken::Closed(None))) };
         let mut refused = None;
         if !self.sending.is_done() {
-            match self.sending.poll(io, cx) {
+            let sent = self.sending.poll(io, cx, Pin::new(&mut self.body));
+            if self.sending.has_whole_body() {
+                self.body = Outgoing::Empty;
+            }
+            match sent {
                 Poll::Ready(Ok(())) | Poll::Pending => {}
                 // It may have been answered before it was refused.
                 Poll::Ready(Err(SendError::Io(error))) => {
                     self.sending.give_up();
+                    self.body = Outgoing::Empty;
                     (self.deaf, refused) = (true, Some(error));
                 }
-                Poll::Ready(Err(SendError::Body)) => return Poll::Ready(Err(Broken::Body)),
+                Poll::Ready(Err(SendError::Body(_))) => return Poll::Ready(Err(Broken::Body)),
                 Poll::Ready(Err(SendError::Length)) => return Poll::Ready(Err(Broken::Length)),
             }
         }
         loop {
-            if std::mem::take(&mut self.input.line)
+            if self.input.has_new_line()
                 && let Some(answered) =
                     Answered::read(&mut self.input.buffer, asked, headers).map_err(Broken::Malformed)?
             {
@@ -173,7 +156,7 @@ impl H1 {
             }
             match ready!(self.input.poll_fill(io, cx)) {
                 Ok(0) => return Poll::Ready(Err(Broken::Closed(refused))),
-                Ok(_) => {}
+                Ok(_) => self.heard = true,
                 Err(error) => return Poll::Ready(Err(Broken::Closed(Some(error)))),
             }
         }
@@ -197,7 +180,7 @@ impl H1 {
             match ready!(filled) {
                 Ok(0) if self.decoder.end() => return Poll::Ready(None),
                 Ok(0) => return Poll::Ready(Some(Err(Cut::Closed))),
-                Ok(_) => {}
+                Ok(_) => self.heard = true,
                 Err(error) => return Poll::Ready(Some(Err(Cut::Io(error)))),
             }
         }
@@ -224,12 +207,12 @@ impl H1 {
 
     /// Whether the transport took any of the request.
     pub(crate) fn has_sent(&self) -> bool {
-        self.sending.written > 0
+        self.sending.written() > 0
     }
 
     /// Whether anything arrived since the request began.
     pub(crate) fn has_heard(&self) -> bool {
-        self.input.heard
+        self.heard
     }
 
     /// Whether part of the request is still to be sent.
@@ -243,8 +226,8 @@ impl H1 {
         let (reading, io) = tokio::io::split(stream);
         self.io = Io::Reading(reading);
         self.keep_alive = false;
-        let sending = std::mem::take(&mut self.sending);
-        Some(Upload { io, sending, alarm: Alarm::default(), _place: self.place.clone() })
+        let (sending, body) = (std::mem::take(&mut self.sending), std::mem::replace(&mut self.body, Outgoing::Empty));
+        Some(Upload { io, sending, body, alarm: Alarm::default(), _place: self.place.clone() })
     }
 
     /// The transport and what has arrived of it, for another protocol, and the place among those that are open.
@@ -259,9 +242,7 @@ impl H1 {
         if !clean || !self.is_quiet() {
             return false;
         }
-        if self.input.buffer.capacity() > ROOM {
-            self.input.buffer = BytesMut::new();
-        }
+        self.input.rest();
         self.sending.rest();
         self.reused = true;
         self.idle_since = now;
@@ -287,7 +268,7 @@ impl Upload {
     /// Sends it to its end, unless it stands still for `idle`.
     pub(crate) async fn run(mut self, flow: Arc<Flow>, idle: Duration) {
         std::future::poll_fn(|cx| {
-            if self.sending.poll(&mut self.io, cx).is_ready() {
+            if self.sending.poll(&mut self.io, cx, Pin::new(&mut self.body)).is_ready() {
                 return Poll::Ready(());
             }
             match after(flow.moved(), idle) {
@@ -296,39 +277,6 @@ impl Upload {
             }
         })
         .await;
-    }
-}
-
-// === impl Input ===
-
-impl Input {
-    /// Makes room for this much at once, within reason.
-    fn expect(&mut self, bytes: u64) {
-        let most = usize::try_from(bytes).map_or(MOST_ROOM, |bytes| bytes.min(MOST_ROOM));
-        self.room = self.room.max(most);
-    }
-
-    /// Reads what there is; 0 is the end.
-    fn poll_fill<R: AsyncRead + Unpin>(&mut self, io: &mut R, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
-        if self.buffer.capacity() - self.buffer.len() < self.room / 4 {
-            self.buffer.reserve(self.room);
-        }
-        let free = self.buffer.capacity() - self.buffer.len();
-        let count = ready!(pin!(io.read_buf(&mut self.buffer)).poll(cx))?;
-        self.heard |= count > 0;
-        self.line |= self.buffer[self.buffer.len() - count..].contains(&b'\n');
-        // As much as usually comes at once.
-        self.room = if count == free { self.room * 2 } else { self.room.min((count * 4).next_power_of_two()) };
-        self.room = self.room.clamp(ROOM, MOST_ROOM);
-        Poll::Ready(Ok(count))
-    }
-}
-
-// === impl Malformed ===
-
-impl fmt::Display for Malformed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0)
     }
 }
 

@@ -9,12 +9,12 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Goes off at a moment that mostly moves forward. Setting a timer costs more than most of what a request does; so it
 /// stays set for the earliest moment that was ever asked of it, and is set again only when that has come too early.
-#[derive(Default)]
-pub(crate) struct Alarm(Option<Pin<Box<Sleep>>>);
+#[derive(Debug, Default)]
+pub struct Alarm(Option<Pin<Box<Sleep>>>);
 
 impl Alarm {
     /// Ready once `deadline` has passed.
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>, deadline: Instant) -> Poll<()> {
+    pub fn poll(&mut self, cx: &mut Context<'_>, deadline: Instant) -> Poll<()> {
         let sleep = self.0.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
         if deadline < sleep.deadline() {
             sleep.as_mut().reset(deadline);
@@ -30,13 +30,15 @@ impl Alarm {
 }
 
 /// `timeout` from `start`; `None` for never.
-pub(crate) fn after(start: Instant, timeout: Duration) -> Option<Instant> {
+#[must_use]
+pub fn after(start: Instant, timeout: Duration) -> Option<Instant> {
     // Timers refuse what lies too far ahead.
     if timeout >= Duration::from_secs(365 * 24 * 3600) { None } else { start.checked_add(timeout) }
 }
 
 /// The earlier of two moments that may never come.
-pub(crate) fn earlier(a: Option<Instant>, b: Option<Instant>) -> Option<Instant> {
+#[must_use]
+pub fn earlier(a: Option<Instant>, b: Option<Instant>) -> Option<Instant> {
     match (a, b) {
         (Some(a), Some(b)) => Some(a.min(b)),
         (one, other) => one.or(other),

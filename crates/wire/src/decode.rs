@@ -1,15 +1,16 @@
-//! A response's body, taken out of the bytes that have arrived.
+//! A message's body, taken out of the bytes that have arrived.
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Frame, SizeHint};
 
-use super::{FIELDS, Malformed};
+use crate::{MAX_FIELDS, Malformed};
 
 /// What comes next of a body, and by which of the rules of
 /// [RFC 9112](https://www.rfc-editor.org/rfc/rfc9112#section-6.3) it ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Decoder {
+#[expect(clippy::exhaustive_enums, reason = "those who share it match on it")]
+pub enum Decoder {
     /// So many more bytes; none is the end.
     Length(u64),
     /// Everything up to the end of the connection.
@@ -32,22 +33,28 @@ const TRAILERS: usize = 16 * 1024;
 // === impl Decoder ===
 
 impl Decoder {
-    pub(crate) const OVER: Self = Self::Length(0);
-    pub(crate) const CHUNKED: Self = Self::Size;
+    /// There is no body, or no more of it.
+    pub const OVER: Self = Self::Length(0);
+    /// Chunks, from the first on.
+    pub const CHUNKED: Self = Self::Size;
 
-    pub(crate) fn is_over(self) -> bool {
+    /// Whether nothing is left.
+    #[must_use]
+    pub fn is_over(self) -> bool {
         self == Self::OVER
     }
 
     /// The connection has ended; false if the body has not.
-    pub(crate) fn end(&mut self) -> bool {
+    pub fn end(&mut self) -> bool {
         if *self == Self::Close {
             *self = Self::OVER;
         }
         self.is_over()
     }
 
-    pub(crate) fn size_hint(self) -> SizeHint {
+    /// How much is left, as far as it is known.
+    #[must_use]
+    pub fn size_hint(self) -> SizeHint {
         match self {
             Self::Length(left) => SizeHint::with_exact(left),
             _ => SizeHint::default(),
@@ -55,7 +62,8 @@ impl Decoder {
     }
 
     /// How many bytes will certainly come before anything else.
-    pub(crate) fn expected(self) -> u64 {
+    #[must_use]
+    pub fn expected(self) -> u64 {
         match self {
             Self::Length(left) | Self::Data(left) => left,
             _ => 0,
@@ -63,7 +71,11 @@ impl Decoder {
     }
 
     /// The next frame; `None` when it is over, or needs more than is there.
-    pub(crate) fn next(&mut self, input: &mut BytesMut) -> Result<Option<Frame<Bytes>>, Malformed> {
+    ///
+    /// # Errors
+    ///
+    /// When what is there is not framed as a body.
+    pub fn next(&mut self, input: &mut BytesMut) -> Result<Option<Frame<Bytes>>, Malformed> {
         loop {
             match self {
                 Self::Length(left) => return Ok(take(input, left).map(Frame::data)),
@@ -133,7 +145,7 @@ fn size(line: &[u8]) -> Result<u64, Malformed> {
 
 /// The trailers and how long they are, once all are there.
 fn trailers(input: &[u8]) -> Result<Option<(usize, HeaderMap)>, Malformed> {
-    let mut fields = [httparse::EMPTY_HEADER; FIELDS];
+    let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
     match httparse::parse_headers(input, &mut fields) {
         Ok(httparse::Status::Complete((length, fields))) => {
             let mut trailers = HeaderMap::with_capacity(fields.len());

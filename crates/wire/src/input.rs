@@ -1,0 +1,77 @@
+//! What has arrived of a connection.
+
+use std::future::Future;
+use std::io;
+use std::pin::pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::BytesMut;
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+/// What has arrived and was not taken yet.
+#[derive(Debug)]
+pub struct Input {
+    /// To be taken from.
+    pub buffer: BytesMut,
+    /// How much to make room for.
+    room: usize,
+    /// Whether a line has ended since a head was last looked for.
+    line: bool,
+}
+
+/// Room for a head, and a small body with it.
+const ROOM: usize = 4096;
+const MOST_ROOM: usize = 32 * 1024;
+
+// === impl Input ===
+
+impl Input {
+    /// Begins with what was read already.
+    #[must_use]
+    pub fn new(buffer: BytesMut) -> Self {
+        let line = !buffer.is_empty();
+        Self { buffer, room: ROOM, line }
+    }
+
+    /// Whether a line has ended since this was last asked: a head that comes byte by byte is not read anew for each of
+    /// them.
+    pub fn has_new_line(&mut self) -> bool {
+        std::mem::take(&mut self.line)
+    }
+
+    /// A new message begins, of which some may be here.
+    pub fn begin(&mut self) {
+        self.line = !self.buffer.is_empty();
+    }
+
+    /// Makes room for this much at once, within reason.
+    pub fn expect(&mut self, bytes: u64) {
+        let most = usize::try_from(bytes).map_or(MOST_ROOM, |bytes| bytes.min(MOST_ROOM));
+        self.room = self.room.max(most);
+    }
+
+    /// Gives back what is not worth keeping between two messages.
+    pub fn rest(&mut self) {
+        if self.buffer.is_empty() && self.buffer.capacity() > ROOM {
+            self.buffer = BytesMut::new();
+        }
+    }
+
+    /// Reads what there is; 0 is the end.
+    ///
+    /// # Errors
+    ///
+    /// When the connection broke.
+    pub fn poll_fill<R: AsyncRead + Unpin>(&mut self, io: &mut R, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        if self.buffer.capacity() - self.buffer.len() < self.room / 4 {
+            self.buffer.reserve(self.room);
+        }
+        let free = self.buffer.capacity() - self.buffer.len();
+        let count = ready!(pin!(io.read_buf(&mut self.buffer)).poll(cx))?;
+        self.line |= self.buffer[self.buffer.len() - count..].contains(&b'\n');
+        // As much as usually comes at once.
+        self.room = if count == free { self.room * 2 } else { self.room.min((count * 4).next_power_of_two()) };
+        self.room = self.room.clamp(ROOM, MOST_ROOM);
+        Poll::Ready(Ok(count))
+    }
+}

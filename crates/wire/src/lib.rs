@@ -1,0 +1,31 @@
+//! What the server and the forwarder share: HTTP/1.1 messages in bytes ([RFC 9112](https://www.rfc-editor.org/rfc/rfc9112)),
+//! both ways, and a timer that is set once in a while.
+//!
+//! This is a part of Portcullis and not meant to be used by itself. Nothing here knows whether it is a client or a server,
+//! and nothing runs: whoever holds a connection polls.
+
+mod alarm;
+mod decode;
+mod fields;
+mod input;
+mod send;
+
+use std::fmt;
+
+pub use alarm::{Alarm, after, earlier};
+pub use decode::Decoder;
+pub use fields::{Fields, MAX_FIELDS, keeps_alive, length_of, parse_length, write_field};
+pub use input::Input;
+pub use send::{Length, SendError, Sending};
+
+/// What arrived is not HTTP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Malformed(pub &'static str);
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+impl std::error::Error for Malformed {}
