@@ -61,6 +61,7 @@
 //! on by HTTP/1.1. So the request's body is [a type of our own](Incoming).
 
 mod connection;
+mod h1;
 mod h2;
 mod incoming;
 mod phase;

@@ -21,7 +21,7 @@ pub struct Input {
 
 /// Room for a head, and a small body with it.
 const ROOM: usize = 4096;
-const MOST_ROOM: usize = 32 * 1024;
+const MOST_ROOM: usize = 128 * 1024;
 
 // === impl Input ===
 
@@ -66,9 +66,10 @@ impl Input {
         if self.buffer.capacity() - self.buffer.len() < self.room / 4 {
             self.buffer.reserve(self.room);
         }
-        let free = self.buffer.capacity() - self.buffer.len();
+        let (before, free) = (self.buffer.len(), self.buffer.capacity() - self.buffer.len());
         let count = ready!(pin!(io.read_buf(&mut self.buffer)).poll(cx))?;
-        self.line |= self.buffer[self.buffer.len() - count..].contains(&b'\n');
+        // What comes first is mostly a whole head.
+        self.line |= before == 0 || self.buffer[before..].contains(&b'\n');
         // As much as usually comes at once.
         self.room = if count == free { self.room * 2 } else { self.room.min((count * 4).next_power_of_two()) };
         self.room = self.room.clamp(ROOM, MOST_ROOM);

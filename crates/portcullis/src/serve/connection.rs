@@ -22,14 +22,17 @@ use tokio::time::{sleep, timeout};
 use tower_service::Service;
 use tracing::debug;
 
+use super::h1::H1;
 use super::h2::H2;
 use super::incoming::Incoming;
 use super::phase::{Phase, Watch};
-use super::transport::{HeadTimer, Io, Line, Transport};
+use super::transport::{HeadTimer, Io, Line, Socket, Transport};
 use super::{BoxError, Limits, tls};
 
 /// What serves a connection.
-pub(super) trait Serve: Future<Output = Result<(), Self::Error>> {
+pub(super) trait Serve: Future<Output = Result<Self::End, Self::Error>> {
+    /// What is left in the end.
+    type End;
     type Error: fmt::Display;
 
     /// Ends it once what it is at is over.
@@ -42,6 +45,11 @@ pub(super) struct WithPeer<S> {
     service: S,
     peer: PeerAddress,
     tls: Option<PeerTls>,
+}
+
+/// The same for hyper, who can give the connection away.
+struct Hyper<S> {
+    service: WithPeer<S>,
     line: Arc<Line>,
 }
 
@@ -77,21 +85,25 @@ where
         },
         () = phase.clone().reaches(Phase::Over) => return,
     };
-    let line = Arc::new(Line::default());
     let is_h2 = early.starts_with(PREFACE);
-    let transport = Transport::new(io, early.freeze(), line.clone(), limits.write, !is_h2);
-    let service = WithPeer { service, peer: PeerAddress(peer), tls, line: line.clone() };
+    let service = WithPeer { service, peer: PeerAddress(peer), tls };
+    let line = Arc::new(Line::default());
     let ended = if is_h2 {
+        let transport = Transport::new(Socket::new(io, early.freeze(), limits.write, false), line.clone());
         drive(H2::new(transport, line.clone(), &limits, service), &phase).await
     } else {
-        let mut builder = http1::Builder::new();
-        builder
+        let socket = Socket::new(io, Bytes::new(), limits.write, true);
+        let Some(Some(socket)) = drive(H1::new(socket, early, &limits, service.clone()), &phase).await else { return };
+        let transport = TokioIo::new(Transport::new(socket, line.clone()));
+        let served = http1::Builder::new()
             .timer(HeadTimer(line.clone()))
             .header_read_timeout(bounded(limits.header))
-            .max_buf_size(limits.max_head);
-        drive(builder.serve_connection(TokioIo::new(transport), service).with_upgrades(), &phase).await
+            .max_buf_size(limits.max_head)
+            .serve_connection(transport, Hyper { service, line: line.clone() })
+            .with_upgrades();
+        drive(served, &phase).await
     };
-    if ended {
+    if ended.is_some() {
         // If it was upgraded, somebody else holds it now.
         tokio::select! {
             () = poll_fn(|cx| line.poll_gone(cx)) => {}
@@ -141,8 +153,8 @@ async fn begin(stream: TcpStream, limits: &Limits, phase: &Watch) -> io::Result<
     Ok((io, tls, early))
 }
 
-/// Serves until it is over, and ends it when the server drains; false if it was cut off.
-async fn drive(served: impl Serve, phase: &Watch) -> bool {
+/// Serves until it is over, and ends it when the server drains; `None` if it was cut off, or broke.
+async fn drive<T: Serve>(served: T, phase: &Watch) -> Option<T::End> {
     let mut served = pin!(served);
     let mut change = pin!(phase.clone().leaves(Phase::Running));
     // The channel is asked once, which leaves our waker there; after that, a look at the number does.
@@ -152,7 +164,7 @@ async fn drive(served: impl Serve, phase: &Watch) -> bool {
         while polled.is_pending() {
             let now = phase.now();
             if now == Phase::Over {
-                return Poll::Ready(false);
+                return Poll::Ready(None);
             }
             if now > seen {
                 seen = now;
@@ -167,25 +179,21 @@ async fn drive(served: impl Serve, phase: &Watch) -> bool {
                 break;
             }
         }
-        polled.map(|result| {
-            if let Err(error) = result {
-                debug!(%error, "a connection ended");
-            }
-            true
-        })
+        polled.map(|result| result.inspect_err(|error| debug!(%error, "a connection broke")).ok())
     })
     .await
 }
 
 // === impl Serve ===
 
-impl<S, B> Serve for http1::UpgradeableConnection<TokioIo<Transport>, WithPeer<S>>
+impl<S, B> Serve for http1::UpgradeableConnection<TokioIo<Transport>, Hyper<S>>
 where
     S: Service<Request<Incoming>, Response = Response<B>> + Clone,
     S::Error: Into<BoxError>,
     B: http_body::Body<Data = Bytes> + 'static,
     B::Error: Into<BoxError>,
 {
+    type End = ();
     type Error = hyper::Error;
 
     fn end(self: Pin<&mut Self>) {
@@ -215,7 +223,9 @@ where
     }
 }
 
-impl<S, B> hyper::service::Service<Request<hyper::body::Incoming>> for WithPeer<S>
+// === impl Hyper ===
+
+impl<S, B> hyper::service::Service<Request<hyper::body::Incoming>> for Hyper<S>
 where
     S: Service<Request<Incoming>, Response = Response<B>> + Clone,
     S::Error: Into<BoxError>,
@@ -228,7 +238,7 @@ where
         if request.extensions().get::<OnUpgrade>().is_some() {
             self.line.may_be_given_away();
         }
-        self.answer(request.map(Incoming::http1))
+        self.service.answer(request.map(Incoming::hyper))
     }
 }
 

@@ -87,6 +87,7 @@ where
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
+    type End = ();
     type Error = h2::Error;
 
     fn end(mut self: Pin<&mut Self>) {

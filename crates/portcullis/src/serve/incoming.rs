@@ -11,13 +11,17 @@ use http::header::CONTENT_LENGTH;
 use http_body::{Body, Frame, SizeHint};
 
 use super::BoxError;
+use super::h1::Reader;
 
 /// The body of a request, as it arrives. What is not asked for is not taken from the client. Dropped before its end, it
 /// closes the connection of HTTP/1.1 after the answer, and ends the stream of HTTP/2.
 pub struct Incoming(Source);
 
 enum Source {
-    Http1(hyper::body::Incoming),
+    /// What there is, or was, of it.
+    Whole(Bytes),
+    Http1(Reader),
+    Hyper(hyper::body::Incoming),
     Http2 {
         stream: RecvStream,
         /// What is still to come, if its length was announced.
@@ -30,8 +34,17 @@ enum Source {
 // === impl Incoming ===
 
 impl Incoming {
-    pub(super) fn http1(body: hyper::body::Incoming) -> Self {
+    /// A body that has arrived.
+    pub(super) fn whole(body: Bytes) -> Self {
+        Self(Source::Whole(body))
+    }
+
+    pub(super) fn http1(body: Reader) -> Self {
         Self(Source::Http1(body))
+    }
+
+    pub(super) fn hyper(body: hyper::body::Incoming) -> Self {
+        Self(Source::Hyper(body))
     }
 
     pub(super) fn http2(stream: RecvStream, headers: &HeaderMap) -> Self {
@@ -46,7 +59,14 @@ impl Body for Incoming {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let (stream, left, data_is_over) = match &mut self.get_mut().0 {
+            Source::Whole(bytes) => {
+                let bytes = std::mem::take(bytes);
+                return Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))));
+            }
             Source::Http1(body) => {
+                return Pin::new(body).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(Into::into)));
+            }
+            Source::Hyper(body) => {
                 return Pin::new(body).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(Into::into)));
             }
             Source::Http2 { stream, left, data_is_over } => (stream, left, data_is_over),
@@ -70,14 +90,18 @@ impl Body for Incoming {
 
     fn is_end_stream(&self) -> bool {
         match &self.0 {
+            Source::Whole(bytes) => bytes.is_empty(),
             Source::Http1(body) => body.is_end_stream(),
+            Source::Hyper(body) => body.is_end_stream(),
             Source::Http2 { stream, .. } => stream.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.0 {
+            Source::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Source::Http1(body) => body.size_hint(),
+            Source::Hyper(body) => body.size_hint(),
             Source::Http2 { left, .. } => left.map_or_else(SizeHint::default, SizeHint::with_exact),
         }
     }

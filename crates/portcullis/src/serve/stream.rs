@@ -265,7 +265,7 @@ fn strip(headers: &mut HeaderMap) {
 }
 
 /// `Date`, which is written once a second.
-fn date(seconds: u64) -> HeaderValue {
+pub(super) fn date(seconds: u64) -> HeaderValue {
     NOW.with_borrow_mut(|now| {
         if now.0 != seconds {
             let text = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(seconds));

@@ -1,5 +1,5 @@
-//! A client's connection, which can be ended from outside whoever holds it, and which does not wait for readers who do
-//! not read, nor for heads that do not come.
+//! A client's connection, which does not wait for readers who do not read and is not closed over what a client still
+//! says; and, for protocols that others drive, one that can be ended from outside whoever holds it.
 
 use std::future::Future;
 use std::io;
@@ -18,16 +18,22 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
 use tokio_rustls::server::TlsStream;
 
-pub(super) struct Transport {
+/// A connection in the hands of its own task.
+pub(super) struct Socket {
     io: Io,
-    /// What was read before it was known what the client speaks.
+    /// What was read before it was known who reads it.
     early: Bytes,
-    line: Arc<Line>,
     stalled: Stall,
     /// Whether what still comes in at the end is read for a while: where it is a request, not an attack on the framing.
     may_linger: bool,
     /// Until when it is.
     lingers: Option<Pin<Box<Sleep>>>,
+}
+
+/// A connection in the hands of others, who may give it away.
+pub(super) struct Transport {
+    socket: Socket,
+    line: Arc<Line>,
 }
 
 pub(super) enum Io {
@@ -176,23 +182,30 @@ impl Stall {
     }
 }
 
-// === impl Transport ===
+// === impl Socket ===
 
-impl Transport {
-    pub(super) fn new(io: Io, early: Bytes, line: Arc<Line>, patience: Duration, may_linger: bool) -> Self {
-        Self { io, early, line, stalled: Stall::new(patience), may_linger, lingers: None }
+impl Socket {
+    pub(super) fn new(io: Io, early: Bytes, patience: Duration, may_linger: bool) -> Self {
+        Self { io, early, stalled: Stall::new(patience), may_linger, lingers: None }
     }
 
-    /// What became of a write, unless the connection was cut or the other end has not taken anything for too long.
-    fn wrote<T>(&mut self, cx: &mut Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        if written.is_pending() {
-            self.line.writer.register(cx.waker());
+    /// Lets `unread` be read once more.
+    pub(super) fn put_back(&mut self, unread: Bytes) {
+        self.early = unread;
+    }
+
+    /// Tells the client, if it has all that was said before, that its head did not come in time.
+    pub(super) fn say_late(&mut self) {
+        if self.stalled.running {
+            return;
         }
-        self.line.check()?;
-        self.stalled.watch(cx, written)
+        // What does not go out at once does not go out.
+        let mut nobody = Context::from_waker(Waker::noop());
+        if Pin::new(&mut self.io).poll_write(&mut nobody, LATE).is_ready() {
+            _ = Pin::new(&mut self.io).poll_shutdown(&mut nobody);
+        }
     }
 
-    /// Whether the client waits for an answer to a head that did not come, and has all that was said before.
     /// Reads what nobody wants any more; whether there was something.
     fn discard(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         let mut waste = [MaybeUninit::uninit(); 4096];
@@ -201,24 +214,151 @@ impl Transport {
         Poll::Ready(read.is_ok() && !waste.filled().is_empty())
     }
 
-    fn owes_an_answer(&self) -> bool {
-        let line = &self.line;
-        let begun = line.late.load(Ordering::Relaxed) && line.begun.load(Ordering::Relaxed);
-        begun && !self.stalled.running && line.check().is_ok()
+    fn poll_close(&mut self, cx: &mut Context<'_>, given_away: bool) -> Poll<io::Result<()>> {
+        // Closed with something unread, the connection would be reset, and the client might never see its answer
+        // (RFC 9112 §9.6): it goes on reading for a while.
+        if self.may_linger && self.lingers.is_none() && !given_away && self.discard(cx) == Poll::Ready(true) {
+            self.lingers = Some(Box::pin(sleep(LINGER)));
+        }
+        let Some(over) = &mut self.lingers else {
+            // It is let go of right after this, which says the same by one system call less.
+            if matches!(self.io, Io::Plain(_)) && !given_away {
+                return Poll::Ready(Ok(()));
+            }
+            return Pin::new(&mut self.io).poll_shutdown(cx);
+        };
+        let over = over.as_mut().poll(cx);
+        ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
+        while over.is_pending() && ready!(self.discard(cx)) {}
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if this.early.is_empty() {
+            return Pin::new(&mut this.io).poll_read(cx, buf);
+        }
+        let count = this.early.len().min(buf.remaining());
+        buf.put_slice(&this.early.split_to(count));
+        if this.early.is_empty() {
+            this.early = Bytes::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.io).poll_write(cx, bytes);
+        this.stalled.watch(cx, written)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let mut small = [0; SMALL];
+        let written = match together(slices, &mut small) {
+            Some(bytes) => Pin::new(&mut this.io).poll_write(cx, bytes),
+            None => Pin::new(&mut this.io).poll_write_vectored(cx, slices),
+        };
+        this.stalled.watch(cx, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let flushed = Pin::new(&mut this.io).poll_flush(cx);
+        // One that had nothing to do says nothing of the reader.
+        if flushed.is_ready() { flushed } else { this.stalled.watch(cx, flushed) }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.get_mut().poll_close(cx, false)
+    }
+}
+
+// === impl Transport ===
+
+impl Transport {
+    pub(super) fn new(socket: Socket, line: Arc<Line>) -> Self {
+        Self { socket, line }
+    }
+
+    /// What became of a write, unless the connection was cut.
+    fn wrote<T>(&self, cx: &Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if written.is_pending() {
+            self.line.writer.register(cx.waker());
+        }
+        self.line.check()?;
+        written
     }
 }
 
 impl Drop for Transport {
     fn drop(&mut self) {
-        if self.owes_an_answer() {
-            // What does not go out at once does not go out.
-            let mut nobody = Context::from_waker(Waker::noop());
-            if Pin::new(&mut self.io).poll_write(&mut nobody, LATE).is_ready() {
-                _ = Pin::new(&mut self.io).poll_shutdown(&mut nobody);
-            }
+        let line = &self.line;
+        if line.late.load(Ordering::Relaxed) && line.begun.load(Ordering::Relaxed) && line.check().is_ok() {
+            self.socket.say_late();
         }
-        self.line.gone.store(true, Ordering::Release);
-        self.line.owner.wake();
+        line.gone.store(true, Ordering::Release);
+        line.owner.wake();
+    }
+}
+
+impl AsyncRead for Transport {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let before = buf.filled().len();
+        let read = Pin::new(&mut this.socket).poll_read(cx, buf);
+        if read.is_pending() {
+            this.line.reader.register(cx.waker());
+        } else if buf.filled().len() > before {
+            this.line.begun.store(true, Ordering::Relaxed);
+        }
+        this.line.check()?;
+        read
+    }
+}
+
+impl AsyncWrite for Transport {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.socket).poll_write(cx, bytes);
+        this.wrote(cx, written)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.socket).poll_write_vectored(cx, slices);
+        this.wrote(cx, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let flushed = Pin::new(&mut this.socket).poll_flush(cx);
+        if flushed.is_ready() { flushed } else { this.wrote(cx, flushed) }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        this.socket.poll_close(cx, this.line.given_away.load(Ordering::Relaxed))
     }
 }
 
@@ -262,86 +402,6 @@ impl AsyncWrite for Io {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         each!(self, poll_shutdown, cx)
-    }
-}
-
-impl AsyncRead for Transport {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let before = buf.filled().len();
-        let read = if this.early.is_empty() {
-            Pin::new(&mut this.io).poll_read(cx, buf)
-        } else {
-            let count = this.early.len().min(buf.remaining());
-            buf.put_slice(&this.early.split_to(count));
-            if this.early.is_empty() {
-                this.early = Bytes::new();
-            }
-            Poll::Ready(Ok(()))
-        };
-        if read.is_pending() {
-            this.line.reader.register(cx.waker());
-        } else if buf.filled().len() > before {
-            this.line.begun.store(true, Ordering::Relaxed);
-        }
-        this.line.check()?;
-        read
-    }
-}
-
-impl AsyncWrite for Transport {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        let written = Pin::new(&mut this.io).poll_write(cx, bytes);
-        this.wrote(cx, written)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        let mut small = [0; SMALL];
-        let written = match together(slices, &mut small) {
-            Some(bytes) => Pin::new(&mut this.io).poll_write(cx, bytes),
-            None => Pin::new(&mut this.io).poll_write_vectored(cx, slices),
-        };
-        this.wrote(cx, written)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let flushed = Pin::new(&mut this.io).poll_flush(cx);
-        if flushed.is_ready() {
-            return flushed;
-        }
-        this.wrote(cx, flushed)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let this = self.get_mut();
-        let given_away = this.line.given_away.load(Ordering::Relaxed);
-        // Closed with something unread, the connection would be reset, and the client might never see its answer
-        // (RFC 9112 §9.6): it goes on reading for a while.
-        if this.may_linger && this.lingers.is_none() && !given_away && this.discard(cx) == Poll::Ready(true) {
-            this.lingers = Some(Box::pin(sleep(LINGER)));
-        }
-        let Some(over) = &mut this.lingers else {
-            // hyper lets go of it right after this, which says the same by one system call less.
-            if matches!(this.io, Io::Plain(_)) && !given_away {
-                return Poll::Ready(Ok(()));
-            }
-            return Pin::new(&mut this.io).poll_shutdown(cx);
-        };
-        let over = over.as_mut().poll(cx);
-        ready!(Pin::new(&mut this.io).poll_shutdown(cx))?;
-        while over.is_pending() && ready!(this.discard(cx)) {}
-        Poll::Ready(Ok(()))
     }
 }
 
