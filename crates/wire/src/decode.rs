@@ -148,6 +148,11 @@ fn trailers(input: &[u8]) -> Result<Option<(usize, HeaderMap)>, Malformed> {
     let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
     match httparse::parse_headers(input, &mut fields) {
         Ok(httparse::Status::Complete((length, fields))) => {
+            // Where a lone LF ends a line for one and not for another, they differ on where the body ends.
+            let mut lines = input[..length].split(|byte| *byte == b'\n');
+            if lines.next_back().is_some() && lines.any(|line| line.last() != Some(&b'\r')) {
+                return Err(Malformed("a trailer does not end in CRLF"));
+            }
             let mut trailers = HeaderMap::with_capacity(fields.len());
             for field in fields {
                 let (name, value) =
@@ -235,6 +240,8 @@ mod tests {
             "5;\rx\r\nhello\r\n",
             "00000000000000005\r\nhello",
             "0\r\nx y: 1\r\n\r\n",
+            "0\r\n\nx: 1\r\n\r\n",
+            "0\r\nx: 1\n\r\n",
         ] {
             for step in [1, 1000] {
                 let decoded = decoded(Decoder::CHUNKED, wire, step);

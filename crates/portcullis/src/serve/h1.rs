@@ -28,7 +28,7 @@ use tower_service::Service;
 use super::connection::{Answer, Serve, WithPeer};
 use super::incoming::Incoming;
 use super::stream::date;
-use super::transport::Socket;
+use super::transport::{LATE, Socket};
 use super::{BoxError, Limits};
 
 pub(super) use reader::Reader;
@@ -95,6 +95,9 @@ pub(super) enum Broken {
     /// The answer's body is not as long as its head said.
     Length,
 }
+
+/// What a client gets whose request has two ends.
+const AMBIGUOUS: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 
 /// What there is of a connection that waits for a request.
 #[expect(clippy::large_enum_variant, reason = "it is taken apart at once")]
@@ -216,6 +219,10 @@ impl Connection {
                         return Poll::Ready(Ok(Next::Request(Request::from_parts(parts, body))));
                     }
                     Found::Other => return Poll::Ready(Ok(Next::Other)),
+                    Found::Ambiguous => {
+                        socket.say(AMBIGUOUS);
+                        return Poll::Ready(Ok(Next::End));
+                    }
                 }
             }
             if self.input.buffer.len() >= self.max_head {
@@ -229,7 +236,7 @@ impl Connection {
                     let Some(end) = after(self.since, self.patience) else { return Poll::Pending };
                     ready!(self.alarm.poll(cx, end));
                     if !self.input.buffer.is_empty() {
-                        socket.say_late();
+                        socket.say(LATE);
                     }
                     return Poll::Ready(Ok(Next::End));
                 }

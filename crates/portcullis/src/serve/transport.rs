@@ -75,7 +75,7 @@ pub(super) struct Stall {
 }
 
 /// What a client gets whose head began and did not end in time. hyper would close without a word.
-const LATE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+pub(super) const LATE: &[u8] = b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
 /// How long a client may go on sending what nobody wants, so that it hears the answer.
 const LINGER: Duration = Duration::from_secs(2);
 /// What is copied together, since one piece is cheaper to send than several.
@@ -194,15 +194,11 @@ impl Socket {
         self.early = unread;
     }
 
-    /// Tells the client, if it has all that was said before, that its head did not come in time.
-    pub(super) fn say_late(&mut self) {
-        if self.stalled.running {
-            return;
-        }
-        // What does not go out at once does not go out.
+    /// The last word to a client, if it has all that was said before. What does not go out at once does not go out.
+    pub(super) fn say(&mut self, last: &[u8]) {
         let mut nobody = Context::from_waker(Waker::noop());
-        if Pin::new(&mut self.io).poll_write(&mut nobody, LATE).is_ready() {
-            _ = Pin::new(&mut self.io).poll_shutdown(&mut nobody);
+        if !self.stalled.running && Pin::new(&mut self.io).poll_write(&mut nobody, last).is_ready() {
+            _ = Pin::new(&mut self.io).poll_flush(&mut nobody);
         }
     }
 
@@ -307,7 +303,8 @@ impl Drop for Transport {
     fn drop(&mut self) {
         let line = &self.line;
         if line.late.load(Ordering::Relaxed) && line.begun.load(Ordering::Relaxed) && line.check().is_ok() {
-            self.socket.say_late();
+            self.socket.say(LATE);
+            _ = Pin::new(&mut self.socket.io).poll_shutdown(&mut Context::from_waker(Waker::noop()));
         }
         line.gone.store(true, Ordering::Release);
         line.owner.wake();

@@ -19,6 +19,16 @@ pub(super) enum Found {
     Plain(Parts, Asked),
     /// A request out of the ordinary, or none; nothing of it was taken.
     Other,
+    /// A request whose end is told in two ways, which whoever sent it and whoever passed it on may have understood
+    /// differently (RFC 9112 §6.1).
+    Ambiguous,
+}
+
+/// Why a request is not plain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NotPlain {
+    Other,
+    Ambiguous,
 }
 
 /// What of a request decides how it ends, and its answer.
@@ -73,8 +83,9 @@ impl Found {
         let fields = Fields::of(input, request.headers);
         let head = input.split_to(length).freeze();
         match Self::plain(method, head.slice(target_at), &fields, &head, std::mem::take(memory)) {
-            Some((parts, asked)) => Self::Plain(parts, asked),
-            None => {
+            Ok((parts, asked)) => Self::Plain(parts, asked),
+            Err(NotPlain::Ambiguous) => Self::Ambiguous,
+            Err(NotPlain::Other) => {
                 // As if nothing had been taken.
                 let rest = std::mem::take(input);
                 input.extend_from_slice(&head);
@@ -90,14 +101,14 @@ impl Found {
         fields: &Fields,
         head: &Bytes,
         mut headers: HeaderMap,
-    ) -> Option<(Parts, Asked)> {
+    ) -> Result<(Parts, Asked), NotPlain> {
         headers.clear();
-        fields.read(head, &mut headers).ok()?;
+        fields.read(head, &mut headers).map_err(|_| NotPlain::Other)?;
         let asked = Asked::of(&method, &headers)?;
         let (mut parts, ()) = Request::new(()).into_parts();
-        parts.uri = Uri::from_maybe_shared(target).ok()?;
+        parts.uri = Uri::from_maybe_shared(target).map_err(|_| NotPlain::Other)?;
         (parts.method, parts.headers) = (method, headers);
-        Some((parts, asked))
+        Ok((parts, asked))
     }
 }
 
@@ -107,26 +118,33 @@ impl Asked {
     /// Before the first request.
     pub(super) const NOTHING: Self = Self { body: Decoder::OVER, is_head: false, keep_alive: true, trailers: false };
 
-    /// `None` for a request that is not [plain](Found::read).
-    fn of(method: &Method, headers: &HeaderMap) -> Option<Self> {
+    fn of(method: &Method, headers: &HeaderMap) -> Result<Self, NotPlain> {
         let mut asked = Self { is_head: *method == Method::HEAD, ..Self::NOTHING };
-        let mut is_framed = *method == Method::CONNECT;
+        let (mut length, mut coded, mut plain) = (None, false, *method != Method::CONNECT);
         for (name, value) in headers {
             match name.as_str() {
-                "upgrade" | "expect" => return None,
-                "content-length" if !is_framed => {
-                    (asked.body, is_framed) = (Decoder::Length(parse_length(value.as_bytes())?), true);
+                "content-length" => {
+                    let said = parse_length(value.as_bytes());
+                    plain &= said.is_some() && length.is_none();
+                    length = Some(said.unwrap_or_default());
                 }
-                "transfer-encoding" if !is_framed && value.as_bytes().eq_ignore_ascii_case(b"chunked") => {
-                    (asked.body, is_framed) = (Decoder::CHUNKED, true);
+                "transfer-encoding" => {
+                    plain &= !coded && value.as_bytes().eq_ignore_ascii_case(b"chunked");
+                    coded = true;
                 }
-                "content-length" | "transfer-encoding" => return None,
+                "upgrade" | "expect" => plain = false,
                 "connection" => asked.keep_alive &= !lists(value.as_bytes(), b"close"),
                 "te" => asked.trailers |= lists(value.as_bytes(), b"trailers"),
                 _ => {}
             }
         }
-        (*method != Method::CONNECT).then_some(asked)
+        asked.body = match (length, coded) {
+            (Some(_), true) => return Err(NotPlain::Ambiguous),
+            (Some(length), false) => Decoder::Length(length),
+            (None, true) => Decoder::CHUNKED,
+            (None, false) => Decoder::OVER,
+        };
+        if plain { Ok(asked) } else { Err(NotPlain::Other) }
     }
 }
 
@@ -225,7 +243,7 @@ mod tests {
         match Found::read(&mut input, &mut HeaderMap::new()) {
             Found::Part => panic!("{head:?} is no head"),
             Found::Plain(_, asked) => (Some(asked), input.len()),
-            Found::Other => (None, input.len()),
+            Found::Other | Found::Ambiguous => (None, input.len()),
         }
     }
 
@@ -261,8 +279,6 @@ mod tests {
             "PUT / HTTP/1.1\r\ncontent-length: 5, 5\r\n",
             "PUT / HTTP/1.1\r\ncontent-length: +5\r\n",
             "PUT / HTTP/1.1\r\ncontent-length: \r\n",
-            "PUT / HTTP/1.1\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n",
-            "PUT / HTTP/1.1\r\ntransfer-encoding: chunked\r\ncontent-length: 5\r\n",
             "PUT / HTTP/1.1\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n",
             "PUT / HTTP/1.1\r\ntransfer-encoding: gzip, chunked\r\n",
             "PUT / HTTP/1.1\r\ntransfer-encoding: \x0bchunked\r\n",
@@ -276,6 +292,15 @@ mod tests {
             let mut input = BytesMut::from(format!("{head}\r\nbody").as_bytes());
             assert!(matches!(Found::read(&mut input, &mut HeaderMap::new()), Found::Other), "{head:?}");
             assert_eq!(input, format!("{head}\r\nbody"));
+        }
+    }
+
+    #[test]
+    fn a_request_with_two_ends_is_ambiguous() {
+        let (length, chunks) = ("content-length: 5\r\n", "transfer-encoding: chunked\r\n");
+        for fields in [[length, chunks, ""], [chunks, length, ""], [length, "upgrade: x\r\n", chunks]] {
+            let mut input = BytesMut::from(format!("PUT / HTTP/1.1\r\n{}\r\n", fields.concat()).as_bytes());
+            assert!(matches!(Found::read(&mut input, &mut HeaderMap::new()), Found::Ambiguous), "{fields:?}");
         }
     }
 

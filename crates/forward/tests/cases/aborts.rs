@@ -9,8 +9,9 @@ use portcullis_forward::Forward;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tower::ServiceExt;
 
-use crate::reading::{Read, Reader};
-use crate::{OK, Raw, Upstream, serve, within};
+use super::reading::{Read, Reader};
+use super::{OK, Raw, Upstream, within};
+use crate::Front;
 
 const REQUESTS: [&str; 3] = [
     "GET /a HTTP/1.1\r\nhost: a\r\n\r\n",
@@ -68,8 +69,8 @@ async fn a_client_goes_away_after_every_byte() {
                     tokio::spawn(async move { tell.send(listens(Raw { io, read: Vec::new() }).await) });
                 }
             });
-            let (mut client, server) = tokio::io::duplex(1024);
-            let serving = tokio::spawn(serve(server, ([127, 0, 0, 1], 1).into(), forward.clone()));
+            let front = Front::start(&forward);
+            let (mut client, serving) = front.connect().await;
             client.write_all(&request.as_bytes()[..sent]).await.unwrap();
             // Whatever of it can go on has gone on.
             for _ in 0..20 {
@@ -78,7 +79,7 @@ async fn a_client_goes_away_after_every_byte() {
             drop(client);
             within(serving).await.unwrap();
             is_well(&forward).await;
-            drop(forward);
+            drop((front, forward));
             let mut whole = 0;
             listening.abort();
             while let Some(more) = within(told.recv()).await {
@@ -95,8 +96,8 @@ async fn an_upstream_goes_away_after_every_byte() {
         for sent in 0..=answer.len() {
             let upstream = Upstream::bind().await;
             let forward = forward(&upstream);
-            let (mut client, server) = tokio::io::duplex(1024);
-            let serving = tokio::spawn(serve(server, ([127, 0, 0, 1], 1).into(), forward.clone()));
+            let front = Front::start(&forward);
+            let (mut client, serving) = front.connect().await;
             // What may not be repeated, so that there is one try.
             client
                 .write_all(b"POST / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")

@@ -1,6 +1,4 @@
-//! Bytes in, bytes out: raw sockets on both sides of a [`Forward`] behind hyper's server.
-
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "tests")]
+//! The cases, whatever server they are behind.
 
 mod aborts;
 mod answers;
@@ -16,18 +14,14 @@ mod streams;
 mod tls;
 mod upgrades;
 
-use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use hyper::body::Incoming;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use portcullis_core::{Carried, PeerAddress};
 use portcullis_forward::Forward;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tower::Service;
+
+use crate::Front;
 
 /// Long enough for a loaded machine, short enough to notice what hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -153,29 +147,16 @@ async fn within<F: Future>(future: F) -> F::Output {
 
 /// A client's connection to a server that runs `forward`.
 async fn client(forward: &Forward) -> Raw {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let forward = forward.clone();
-    tokio::spawn(async move {
-        let (io, peer) = listener.accept().await.unwrap();
-        serve(io, peer, forward).await;
-    });
+    let address = listen(forward).await;
     Raw { io: TcpStream::connect(address).await.unwrap(), read: Vec::new() }
 }
 
-/// Runs `forward` on one connection, HTTP/1.1 or HTTP/2 as it comes.
-async fn serve<I>(io: I, peer: SocketAddr, forward: Forward)
-where
-    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let service = service_fn(move |mut request: http::Request<Incoming>| {
-        PeerAddress(peer).attach(request.extensions_mut());
-        let mut forward = forward.clone();
-        async move { Ok::<_, Infallible>(forward.call(request).await.unwrap_or_else(|never| match never {})) }
-    });
-    let mut builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new());
-    let _ = builder.serve_connection_with_upgrades(TokioIo::new(io), service).await;
+/// Where a server that runs `forward` listens, to the end of the test.
+async fn listen(forward: &Forward) -> SocketAddr {
+    let front = Front::start(forward);
+    let address = front.listen().await;
+    std::mem::forget(front);
+    address
 }
 
 /// One request over a fresh pair of connections: what the upstream saw, and what the client got.

@@ -17,7 +17,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tower::ServiceExt;
 
-use crate::{Upstream, within};
+use super::{Upstream, within};
 
 /// The other end of a connection, which goes on as long as it is asked for something.
 type End = Connection<TcpStream, Bytes>;
@@ -258,7 +258,7 @@ async fn an_endpoint_that_answers_pings_may_take_its_time() {
     let upstream = Upstream::bind().await;
     let forward = forward(&upstream);
     let often = Duration::from_millis(5);
-    let call = tokio::spawn(forward.clone().keep_alive(often, crate::PATIENCE).oneshot(post(Empty::<Bytes>::new())));
+    let call = tokio::spawn(forward.clone().keep_alive(often, super::PATIENCE).oneshot(post(Empty::<Bytes>::new())));
     let mut io = upstream.accept().await.io;
     io.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
     io.read_exact(&mut [0; 24]).await.unwrap();

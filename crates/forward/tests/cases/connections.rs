@@ -9,7 +9,7 @@ use portcullis_core::{Address, Carried, Endpoint, Instance, Permit};
 use portcullis_forward::Forward;
 use tower::Service;
 
-use crate::{OK, Raw, Upstream, within};
+use super::{OK, Raw, Upstream, within};
 
 fn endpoint(upstream: &Upstream) -> Endpoint {
     Endpoint::new("s", Instance::new("1", Address::Socket(upstream.address())))

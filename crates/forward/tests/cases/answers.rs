@@ -14,9 +14,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tower::ServiceExt;
 
-use crate::fuzz::{mutate, number, pick, socket};
-use crate::reading::Reader;
-use crate::within;
+use super::fuzz::{mutate, number, pick, socket};
+use super::reading::Reader;
+use super::within;
 
 const STATUS: [&str; 12] = [
     "1.1 200 OK",

@@ -2,7 +2,8 @@
 
 use portcullis_forward::{Forward, Policy};
 
-use crate::{OK, Upstream, client, lines, refused, relay, same};
+use super::{OK, Upstream, client, lines, refused, relay, same};
+use crate::Front;
 
 #[tokio::test]
 async fn bodies_keep_their_framing() {
@@ -30,13 +31,18 @@ async fn bodies_keep_their_framing() {
     }
 }
 
-/// hyper's server settles a request that says both in favour of the chunks; what reaches the upstream says it once.
+/// hyper settles a request that says both in favour of the chunks; what reaches the upstream says it once.
 #[tokio::test]
-async fn of_a_length_and_chunks_one_is_sent_on() {
+async fn a_request_with_a_length_and_chunks_is_refused_or_has_chunks() {
     for fields in
         ["content-length: 3\r\ntransfer-encoding: chunked\r\n", "transfer-encoding: chunked\r\ncontent-length: 3\r\n"]
     {
         let request = format!("POST / HTTP/1.1\r\nhost: a\r\n{fields}\r\n5\r\nhello\r\n0\r\n\r\n");
+        if !Front::IS_HYPER {
+            let (head, _) = refused(same, &request).await;
+            assert!(head.starts_with("HTTP/1.1 400 "), "{head}");
+            continue;
+        }
         let ((head, body), _) = relay(same, &request, OK).await;
         assert!(!head.contains("content-length"), "{head}");
         assert_eq!(body, "5\r\nhello\r\n0\r\n\r\n");
@@ -115,12 +121,12 @@ async fn trailers_pass_both_ways_and_forbidden_ones_do_not() {
     assert_eq!(body, "2\r\nok\r\n0\r\nx-check: 2\r\n\r\n");
 }
 
-/// hyper writes only what was announced, and only to who asked for it; the body is whole all the same.
+/// hyper writes only what was announced. The body is whole all the same.
 #[tokio::test]
-async fn trailers_reach_a_client_of_http_1_that_asks_if_they_were_announced() {
+async fn trailers_reach_a_client_of_http_1_that_asks() {
     for (te, trailer, arrive) in [
         ("te: trailers\r\n", "trailer: x-t\r\n", true),
-        ("te: trailers\r\n", "", false),
+        ("te: trailers\r\n", "", !Front::IS_HYPER),
         ("", "trailer: x-t\r\n", false),
     ] {
         let request = format!("GET / HTTP/1.1\r\nhost: a\r\n{te}\r\n");
@@ -133,7 +139,7 @@ async fn trailers_reach_a_client_of_http_1_that_asks_if_they_were_announced() {
 }
 
 /// hyper reads trailers up to the first empty line, but goes on behind the first whole one: what lies in between is
-/// neither sent on nor taken for a request.
+/// neither sent on nor taken for a request. Others break off.
 #[tokio::test]
 async fn what_hides_among_trailers_is_no_request() {
     let upstream = Upstream::bind().await;
@@ -141,6 +147,12 @@ async fn what_hides_among_trailers_is_no_request() {
     client.send("POST /a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\nGET /b HTTP/1.1\r\nhost: a\r\n\r\n").await;
     client.send("GET /c HTTP/1.1\r\nhost: a\r\n\r\n").await;
     let mut server = upstream.accept().await;
+    if !Front::IS_HYPER {
+        let (sent, answer) = (server.end().await, client.end().await);
+        assert!(sent.starts_with("POST /a ") && sent.ends_with("\r\n\r\n") && !sent.ends_with("0\r\n\r\n"), "{sent}");
+        assert!(answer.starts_with("HTTP/1.1 400 ") && !answer.contains("200"), "{answer}");
+        return;
+    }
     for (line, body) in [("POST /a ", "0\r\n\r\n"), ("GET /c ", "")] {
         let (head, sent) = server.message().await;
         assert!(head.starts_with(line) && sent == body, "{head}{sent}");

@@ -11,7 +11,7 @@ use portcullis_forward::{Forward, ResponseBody};
 use tokio::net::TcpListener;
 use tower::{Service, ServiceExt};
 
-use crate::{OK, Raw, Upstream, client, relay, same, within};
+use super::{OK, Raw, Upstream, client, relay, same, within};
 
 fn get(path: &str) -> Request<Empty<Bytes>> {
     Request::builder().uri(path).header("host", "a").body(Empty::new()).unwrap()
@@ -223,7 +223,7 @@ async fn a_caller_who_goes_away_takes_the_upstream_connection_along() {
     server.head().await;
     drop(client);
     assert_eq!(server.end().await, "", "waiting for the head");
-    let mut client = crate::client(&upstream.forward()).await;
+    let mut client = super::client(&upstream.forward()).await;
     client.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
     let mut server = upstream.accept().await;
     server.head().await;

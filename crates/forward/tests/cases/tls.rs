@@ -19,7 +19,7 @@ use rustls::server::WebPkiClientVerifier;
 use tokio::net::TcpListener;
 use tower::Service;
 
-use crate::within;
+use super::within;
 
 struct Authority {
     pem: String,

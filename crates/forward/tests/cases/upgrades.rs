@@ -13,7 +13,7 @@ use portcullis_forward::{Forward, Policy};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tower::ServiceExt;
 
-use crate::{Upstream, client, lines, relay, same, within};
+use super::{Upstream, client, lines, relay, same, within};
 
 const ASK: &str = "GET /chat HTTP/1.1\r\nhost: a\r\nconnection: keep-alive, Upgrade\r\nupgrade: websocket\r\nsec-websocket-key: k\r\n\r\n";
 const SWITCH: &str =
@@ -144,7 +144,7 @@ async fn connect_opens_a_tunnel_to_the_endpoint_if_asked_for() {
 #[tokio::test]
 async fn connect_opens_a_tunnel_from_a_stream_of_http_2() {
     let upstream = Upstream::bind().await;
-    let mut sender = crate::h2::h2_client::<Empty<Bytes>>(&tunnels(upstream.forward())).await;
+    let mut sender = super::h2::h2_client::<Empty<Bytes>>(&tunnels(upstream.forward())).await;
     let request = Request::connect("elsewhere.test:443").body(Empty::new()).unwrap();
     let (response, mut server) = tokio::join!(sender.send_request(request), upstream.accept());
     let response = response.unwrap();
@@ -196,7 +196,7 @@ async fn a_tunnel_that_cannot_be_is_refused() {
         ("CONNECT a.test:1 HTTP/1.1\r\nhost: a.test:1\r\ncontent-length: 1\r\n\r\nx", 400),
         ("CONNECT a.test:1 HTTP/1.1\r\nhost: a.test:1\r\nvia: 1.1 portcullis\r\n\r\n", 508),
     ] {
-        let (head, _) = crate::refused(tunnels, request).await;
+        let (head, _) = super::refused(tunnels, request).await;
         assert!(head.starts_with(&format!("HTTP/1.1 {status} ")), "{request:?} -> {head}");
     }
     let closed = Upstream::bind().await.address();

@@ -2,7 +2,7 @@
 
 use portcullis_forward::{Edit, Forward, Forwarded, Host, Paths, Policy};
 
-use crate::{OK, lines, refused, relay, same};
+use super::{OK, lines, refused, relay, same};
 
 /// What the upstream sees besides what the client sent.
 const OURS: [&str; 3] = ["via: 1.1 portcullis", "x-forwarded-for: 127.0.0.1", "x-forwarded-proto: http"];

@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
 use tower::Service;
 
-use crate::{OK, Upstream, client, serve, within};
+use super::{OK, Upstream, client, listen, within};
 
 type Out = UnsyncBoxBody<Bytes, Infallible>;
 
@@ -90,13 +90,7 @@ where
     B: http_body::Body<Data = Bytes> + Send + Unpin + 'static,
     B::Error: Into<portcullis_forward::BoxError>,
 {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let forward = forward.clone();
-    tokio::spawn(async move {
-        let (io, peer) = listener.accept().await.unwrap();
-        serve(io, peer, forward).await;
-    });
+    let address = listen(forward).await;
     let io = TokioIo::new(TcpStream::connect(address).await.unwrap());
     let (sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
     tokio::spawn(connection);
