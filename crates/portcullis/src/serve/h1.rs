@@ -362,7 +362,9 @@ impl Connection {
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         self.pass_over(cx);
         while self.upload.is_some() {
-            ready!(self.poll_upload(cx));
+            if self.poll_upload(cx).is_pending() && self.upload.is_some() {
+                return Poll::Pending;
+            }
             self.pass_over(cx);
         }
         if self.headers.capacity() > MAX_FIELDS {
