@@ -127,16 +127,18 @@
 //! or mirror. There is no HTTP/3, no extended `CONNECT`, no PROXY protocol. A reader who does not read is the server's
 //! affair, since a body that is not polled cannot notice: the façade's server lets go of him.
 //!
-//! # What hyper's server settles before it is seen here
+//! # What a server settles before it is seen here
 //!
-//! | what | shown by, in `tests/wire` |
-//! |---|---|
-//! | of `Content-Length` and `Transfer-Encoding` in one request the latter counts, whichever comes first; the former never reaches the upstream | `of_a_length_and_chunks_one_is_sent_on` |
-//! | trailers are read up to the first empty line, and the connection goes on behind the first whole one: what lies in between is lost, but never a request | `what_hides_among_trailers_is_no_request` |
-//! | a chunk's size may be followed by spaces and by extensions of any bytes, which go no further | `nothing_is_smuggled` |
-//! | no 1xx can be sent but 100, when the body is asked for, and 101; others end here | `answers_keep_their_framing`, `a_client_that_expects_100_gets_it_and_the_upstream_gets_the_body` |
-//! | trailers to an HTTP/1.1 caller need to be announced by `Trailer` and asked for by `TE`: others do not arrive | `trailers_reach_a_client_of_http_1_that_asks_if_they_were_announced` |
-//! | fields in lower case are all there is | every test |
+//! Shown by `tests/wire.rs` for hyper's server and by `tests/served.rs` for the façade's:
+//!
+//! | what | hyper | the façade | by |
+//! |---|---|---|---|
+//! | `Content-Length` and `Transfer-Encoding` in one request | the latter counts, the former never reaches the upstream | refused | `a_request_with_a_length_and_chunks_is_refused_or_has_chunks` |
+//! | a lone LF among trailers | what lies behind it is lost, but never a request | breaks off | `what_hides_among_trailers_is_no_request` |
+//! | a chunk's size may be followed by spaces and by extensions of any bytes, which go no further | so | so | `nothing_is_smuggled` |
+//! | no 1xx can be sent but 100, when the body is asked for, and 101; others end here | so | so | `answers_keep_their_framing`, `a_client_that_expects_100_gets_it_and_the_upstream_gets_the_body` |
+//! | trailers to an HTTP/1.1 caller need to be asked for by `TE` | and announced by `Trailer` | so | `trailers_reach_a_client_of_http_1_that_asks` |
+//! | fields in lower case are all there is | so | so | every test |
 //!
 //! A missing `Host` beside a target that names one is overlooked, though RFC 9112 §3.2 would have it refused: requests
 //! made in the same process look like that.

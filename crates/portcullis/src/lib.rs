@@ -51,7 +51,7 @@
 //!
 //! Where others are ahead it is by connections that are made for one request, and with HTTP/2, which is h2's: of a gRPC call's
 //! 70,000 instructions two thirds are spent in it, and of the 40,000 of a request from HTTP/2 to HTTP/1.1 not quite half, as
-//! callgrind counts them. hyper is around HTTP/1 from callers alone.
+//! callgrind counts them. hyper is left with what of HTTP/1 is not plain.
 //!
 //! # Features
 //!

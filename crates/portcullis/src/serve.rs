@@ -57,8 +57,17 @@
 //! answer's. An HTTP/2 connection without requests stays open as long as
 //! its other end answers pings. There is no HTTP/3 and no PROXY protocol.
 //!
-//! HTTP/1 is hyper's; HTTP/2 is h2's without hyper around it, which was worth 4 % of a gRPC call and 3 % of a request that goes
-//! on by HTTP/1.1. So the request's body is [a type of our own](Incoming).
+//! # Who reads the bytes
+//!
+//! Plain requests of HTTP/1.1 are read, asked and answered by the connection's own task: of a request that is forwarded, that
+//! saved 11 % of the instructions. Whatever is not plain is left to hyper, and the connection with it: an upgrade, a tunnel,
+//! `Expect`, HTTP/1.0, and whatever is no sound head. HTTP/2 is h2's without hyper around it, which was worth 4 % of a gRPC
+//! call. So the request's body is [a type of our own](Incoming).
+//!
+//! * A request with both `Content-Length` and `Transfer-Encoding` gets 400, and its connection ends (RFC 9112 §6.1).
+//! * Trailers go to a client that says `TE: trailers`, and to no other of HTTP/1.1.
+//! * A client that closes, or half closes, its connection before it has its answer is answered no more.
+//! * An answer that is not as long as its `Content-Length` says breaks off.
 
 mod connection;
 mod h1;
