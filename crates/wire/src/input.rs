@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::pin::pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -67,12 +67,41 @@ impl Input {
             self.buffer.reserve(self.room);
         }
         let (before, free) = (self.buffer.len(), self.buffer.capacity() - self.buffer.len());
-        let count = ready!(pin!(io.read_buf(&mut self.buffer)).poll(cx))?;
+        let Poll::Ready(read) = pin!(io.read_buf(&mut self.buffer)).poll(cx) else {
+            // Nobody knows how long nothing comes.
+            self.rest();
+            return Poll::Pending;
+        };
+        let count = read?;
         // What comes first is mostly a whole head.
         self.line |= before == 0 || self.buffer[before..].contains(&b'\n');
         // As much as usually comes at once.
         self.room = if count == free { self.room * 2 } else { self.room.min((count * 4).next_power_of_two()) };
         self.room = self.room.clamp(ROOM, MOST_ROOM);
         Poll::Ready(Ok(count))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::task::Waker;
+    use tokio_test::io::Builder;
+
+    #[tokio::test]
+    async fn a_connection_from_which_nothing_comes_holds_little() {
+        let large = vec![0; 2 * MOST_ROOM];
+        let (mut io, _more) = Builder::new().read(&large).build_with_handle();
+        let mut input = Input::new(BytesMut::new());
+        let cx = &mut Context::from_waker(Waker::noop());
+        let mut left = large.len();
+        while left > 0 {
+            let Poll::Ready(Ok(count)) = input.poll_fill(&mut io, cx) else { panic!("there is more") };
+            left -= count;
+            input.buffer.clear();
+        }
+        assert!((ROOM + 1..=2 * MOST_ROOM).contains(&input.buffer.capacity()));
+        assert!(input.poll_fill(&mut io, cx).is_pending());
+        assert_eq!(input.buffer.capacity(), 0);
     }
 }

@@ -212,7 +212,7 @@ impl Connection {
         let Some(socket) = &mut self.socket else { return Poll::Ready(Ok(Next::End)) };
         loop {
             if self.input.has_new_line() {
-                match Found::read(&mut self.input.buffer, &mut self.headers) {
+                match Found::read(&mut self.input.buffer, self.max_head, &mut self.headers) {
                     Found::Part => {}
                     Found::Plain(parts, asked) => {
                         let body = self.begin_request(asked);
@@ -226,6 +226,7 @@ impl Connection {
                 }
             }
             if self.input.buffer.len() >= self.max_head {
+                // Not one line of it has ended.
                 return Poll::Ready(Ok(Next::Other));
             }
             match self.input.poll_fill(socket, cx) {
@@ -249,6 +250,7 @@ impl Connection {
         self.asked = asked;
         self.keep_alive &= asked.keep_alive;
         match asked.body {
+            Decoder::OVER => Incoming::whole(Bytes::new()),
             Decoder::Length(length) if length <= self.input.buffer.len() as u64 => {
                 self.asked.body = Decoder::OVER;
                 // It fits into memory: it is there.

@@ -63,16 +63,17 @@ impl Found {
     /// Takes a head out of `input` once all of it is there.
     ///
     /// A plain request is one of HTTP/1.1 whose body's end is told in just one way, and which asks for nothing but an
-    /// answer: no change of the protocol, no tunnel, no `100 Continue`. Its headers use the `memory` of others.
-    pub(super) fn read(input: &mut BytesMut, memory: &mut HeaderMap) -> Self {
+    /// answer: no change of the protocol, no tunnel, no `100 Continue`. Its head is no longer than `max_head`, and uses the
+    /// `memory` of other headers.
+    pub(super) fn read(input: &mut BytesMut, max_head: usize, memory: &mut HeaderMap) -> Self {
         let mut fields = [const { MaybeUninit::uninit() }; MAX_FIELDS];
         let mut request = httparse::Request::new(&mut []);
         let parsed =
             httparse::ParserConfig::default().parse_request_with_uninit_headers(&mut request, input, &mut fields);
         let length = match parsed {
-            Ok(httparse::Status::Complete(length)) => length,
-            Ok(httparse::Status::Partial) => return Self::Part,
-            Err(_) => return Self::Other,
+            Ok(httparse::Status::Complete(length)) if length <= max_head => length,
+            Ok(httparse::Status::Partial) if input.len() < max_head => return Self::Part,
+            _ => return Self::Other,
         };
         let (Some(method), Some(target), Some(1)) = (request.method, request.path, request.version) else {
             return Self::Other;
@@ -237,10 +238,12 @@ mod tests {
     use http::{HeaderValue, Response};
     use http_body_util::{BodyExt, Empty, Full};
 
+    const MAX_HEAD: usize = 8000;
+
     /// What is found, and how much is left.
     fn found(head: &str) -> (Option<Asked>, usize) {
         let mut input = BytesMut::from(format!("{head}\r\nbody").as_bytes());
-        match Found::read(&mut input, &mut HeaderMap::new()) {
+        match Found::read(&mut input, MAX_HEAD, &mut HeaderMap::new()) {
             Found::Part => panic!("{head:?} is no head"),
             Found::Plain(_, asked) => (Some(asked), input.len()),
             Found::Other | Found::Ambiguous => (None, input.len()),
@@ -288,9 +291,11 @@ mod tests {
             "GET http:// HTTP/1.1\r\n",
             "\x16\x03\x01",
             &format!("GET / HTTP/1.1\r\n{many}"),
+            &format!("GET / HTTP/1.1\r\na: {}\r\n", "b".repeat(MAX_HEAD)),
+            &format!("GET / HTTP/1.1\r\na: {}", "b".repeat(MAX_HEAD)),
         ] {
             let mut input = BytesMut::from(format!("{head}\r\nbody").as_bytes());
-            assert!(matches!(Found::read(&mut input, &mut HeaderMap::new()), Found::Other), "{head:?}");
+            assert!(matches!(Found::read(&mut input, MAX_HEAD, &mut HeaderMap::new()), Found::Other), "{head:?}");
             assert_eq!(input, format!("{head}\r\nbody"));
         }
     }
@@ -300,7 +305,7 @@ mod tests {
         let (length, chunks) = ("content-length: 5\r\n", "transfer-encoding: chunked\r\n");
         for fields in [[length, chunks, ""], [chunks, length, ""], [length, "upgrade: x\r\n", chunks]] {
             let mut input = BytesMut::from(format!("PUT / HTTP/1.1\r\n{}\r\n", fields.concat()).as_bytes());
-            assert!(matches!(Found::read(&mut input, &mut HeaderMap::new()), Found::Ambiguous), "{fields:?}");
+            assert!(matches!(Found::read(&mut input, MAX_HEAD, &mut HeaderMap::new()), Found::Ambiguous), "{fields:?}");
         }
     }
 
@@ -310,12 +315,14 @@ mod tests {
         for cut in 0..head.len() {
             let mut input = BytesMut::from(&head[..cut]);
             assert!(
-                matches!(Found::read(&mut input, &mut HeaderMap::new()), Found::Part) && input.len() == cut,
+                matches!(Found::read(&mut input, MAX_HEAD, &mut HeaderMap::new()), Found::Part) && input.len() == cut,
                 "{cut}"
             );
         }
         let mut memory = HeaderMap::from_iter([(TRANSFER_ENCODING, HeaderValue::from_static("of another"))]);
-        let Found::Plain(parts, _) = Found::read(&mut BytesMut::from(head), &mut memory) else { panic!("it is plain") };
+        let Found::Plain(parts, _) = Found::read(&mut BytesMut::from(head), MAX_HEAD, &mut memory) else {
+            panic!("it is plain")
+        };
         assert_eq!((&parts.method, &parts.uri), (&Method::POST, &"/a/b?c".parse().unwrap()));
         assert_eq!(parts.headers.len(), 3);
         assert_eq!(parts.headers.get_all("x-own").iter().collect::<Vec<_>>(), ["1", "2"]);
