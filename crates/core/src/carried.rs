@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::Extensions;
 
 use self::sealed::Carrier;
-use crate::{Endpoints, Identity, Moment, Permit, ReservedHeaders, Route};
+use crate::{Endpoints, Identity, Moment, Observer, Permit, ReservedHeaders, Route};
 
 /// A value that one layer leaves for the next in the request's extensions.
 ///
@@ -97,7 +97,8 @@ enum Packed {
 #[expect(unnameable_types, reason = "what travels is this crate's choice, and so is the carrier")]
 mod sealed {
     use super::{
-        Deadline, Destination, Endpoints, HeadDeadline, Identity, PeerAddress, PeerTls, Permit, ReservedHeaders, Route,
+        Deadline, Destination, Endpoints, HeadDeadline, Identity, Observer, PeerAddress, PeerTls, Permit,
+        ReservedHeaders, Route,
     };
 
     /// What travels with a request.
@@ -111,6 +112,7 @@ mod sealed {
         pub(super) tls: Option<PeerTls>,
         pub(super) identity: Option<Identity>,
         pub(super) reserved: Option<ReservedHeaders>,
+        pub(super) observer: Option<Observer>,
         pub(super) endpoints: Option<Endpoints>,
         pub(super) permit: Option<Permit>,
     }
@@ -146,6 +148,7 @@ carried! {
     tls: PeerTls,
     identity: Identity,
     reserved: ReservedHeaders,
+    observer: Observer,
     endpoints: Endpoints,
     permit: Permit,
 }

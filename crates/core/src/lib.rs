@@ -11,6 +11,7 @@
 //! | [`ReservedHeaders`] | which headers only we may write | auth | forward |
 //! | [`Endpoints`] | where the service lives | discovery | balance |
 //! | [`Permit`] | the right to call one [`Endpoint`] | balance | circuit-break, forward |
+//! | [`Observer`] | who wants to know how it fares | the application | the gateway |
 //! | [`HeadDeadline`] | when this attempt is given up | balance | forward |
 //!
 //! They are reached by the methods of [`Carried`] and share one entry in the extensions, however many there are.
@@ -37,6 +38,7 @@ mod endpoints;
 mod gate;
 mod grpc;
 mod identity;
+mod observe;
 mod outcome;
 mod path;
 mod peer;
@@ -61,6 +63,7 @@ pub use grpc::{
     grpc_timeout_value, retry_after,
 };
 pub use identity::{Identity, Proof};
+pub use observe::{Observe, Observer};
 pub use outcome::{Classify, Head, Judge, Outcome, Report, Standard, Verdict, judge};
 pub use path::{is_normal_path, normal_path};
 pub use peer::{PeerAddressLayer, WithPeerAddress};

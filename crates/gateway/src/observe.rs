@@ -13,9 +13,11 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use pin_project_lite::pin_project;
-use portcullis::gateway::{self, GatewayBody, Observer};
+use portcullis::gateway::{self, GatewayBody};
 use portcullis::serve::Incoming;
-use portcullis_core::{Body, Carried, Clock, Dialect, GrpcCode, Guard, PeerAddress, PeerTls, Rejection, Route};
+use portcullis_core::{
+    Body, Carried, Clock, Dialect, GrpcCode, Guard, Observer, PeerAddress, PeerTls, Rejection, Route,
+};
 use tower_service::Service;
 
 use self::record::Upload;
@@ -131,7 +133,7 @@ impl Service<Request<Incoming>> for Observed {
         let asked = Asked::of(&request, running.config.log.access || is_exported, is_exported);
         let record = Arc::new(Record::new(self.clock.clone(), trace));
         self.state.telemetry.active.fetch_add(1, Ordering::Relaxed);
-        request.extensions_mut().insert(Observer::new(record.clone()));
+        Observer::new(record.clone()).attach(request.extensions_mut());
         let request = request.map(|body| Body::guarded(body, Upload(record.clone())));
         let exporter = exporter.as_ref().filter(|_| is_exported).cloned();
         let watch = Watch {

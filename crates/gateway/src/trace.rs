@@ -1,7 +1,5 @@
 //! W3C trace context (<https://www.w3.org/TR/trace-context/>): taken over from the caller, or begun here.
 
-use std::fmt;
-
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 /// The trace a request belongs to, and our span in it.
@@ -63,12 +61,22 @@ impl Trace {
         Self { span: fastrand::u64(1..), parent: Some(self.span), ..self }
     }
 
+    /// Its id in hexadecimal digits.
+    pub(crate) fn id_digits(&self) -> [u8; 32] {
+        digits(self.id.to_be_bytes())
+    }
+
+    /// Its span's id in hexadecimal digits.
+    pub(crate) fn span_digits(&self) -> [u8; 16] {
+        digits(self.span.to_be_bytes())
+    }
+
     /// Leaves it in `headers`, as the parent of what comes next.
     pub(crate) fn write(&self, headers: &mut HeaderMap) {
         let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
-        digits(&mut text[3..35], self.id);
-        digits(&mut text[36..52], self.span.into());
-        digits(&mut text[53..55], self.flags.into());
+        text[3..35].copy_from_slice(&self.id_digits());
+        text[36..52].copy_from_slice(&self.span_digits());
+        text[53..55].copy_from_slice(&digits::<1, 2>([self.flags]));
         if let Ok(value) = HeaderValue::from_bytes(&text) {
             headers.insert(TRACEPARENT, value);
         }
@@ -101,24 +109,19 @@ fn single(headers: &HeaderMap) -> Option<&str> {
     values.next().is_none().then_some(only)
 }
 
-/// Writes a number in hexadecimal digits, as many as there is room for.
-fn digits(text: &mut [u8], mut number: u128) {
-    for digit in text.iter_mut().rev() {
-        *digit = b"0123456789abcdef"[(number & 15) as usize];
-        number >>= 4;
+/// Two hexadecimal digits for each byte.
+fn digits<const BYTES: usize, const DIGITS: usize>(bytes: [u8; BYTES]) -> [u8; DIGITS] {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    let mut text = [b'0'; DIGITS];
+    for (pair, byte) in text.as_chunks_mut::<2>().0.iter_mut().zip(bytes) {
+        *pair = [HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 15)]];
     }
+    text
 }
 
 fn hex(text: &str, length: usize) -> Option<u128> {
     let lower = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
     (text.len() == length && text.bytes().all(lower)).then(|| u128::from_str_radix(text, 16).ok()).flatten()
-}
-
-/// The trace's id.
-impl fmt::Display for Trace {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:032x}", self.id)
-    }
 }
 
 #[cfg(test)]
@@ -141,7 +144,7 @@ mod tests {
     fn the_callers_trace_goes_on_with_our_span() {
         let (trace, headers) = carried(PARENT, QUIET);
         let id = "4bf92f3577b34da6a3ce929d0e0e4736";
-        assert_eq!((trace.to_string().as_str(), trace.parent), (id, Some(0x00f0_67aa_0ba9_02b7)));
+        assert_eq!((str::from_utf8(&trace.id_digits()).unwrap(), trace.parent), (id, Some(0x00f0_67aa_0ba9_02b7)));
         assert_eq!(headers[TRACEPARENT], "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000011-01");
         assert_eq!(headers[TRACESTATE], "a=b");
         assert_eq!(carried(&PARENT.replacen("00", "cc", 1), QUIET).0, trace, "a later version");
@@ -165,14 +168,14 @@ mod tests {
             "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
         ] {
             let (trace, headers) = carried(wrong, QUIET);
-            assert_eq!(trace.to_string(), "00000000000000110000000000000011", "{wrong}");
+            assert_eq!(trace.id, 0x11 << 64 | 0x11, "{wrong}");
             assert_eq!(trace.parent, None);
             assert!(!headers.contains_key(TRACESTATE));
         }
         let mut headers = HeaderMap::new();
         headers.append(TRACEPARENT, PARENT.parse().unwrap());
         headers.append(TRACEPARENT, PARENT.parse().unwrap());
-        assert_ne!(Trace::carry(&mut headers, QUIET, || 1).to_string(), "4bf92f3577b34da6a3ce929d0e0e4736");
+        assert_ne!(Trace::carry(&mut headers, QUIET, || 1).id, 0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736);
         assert_eq!(headers.get_all(TRACEPARENT).iter().count(), 1);
         let strangers = Sampling { accept: false, ..QUIET };
         assert_eq!(carried(PARENT, strangers).0.parent, None, "strangers' traces end at the edge");

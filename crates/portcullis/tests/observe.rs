@@ -7,9 +7,9 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request};
 use http_body_util::{BodyExt, Empty};
 use portcullis::balance::{BalanceLayer, Pick, RoundRobin};
-use portcullis::core::{Endpoint, Head, Layer, Rejection};
+use portcullis::core::{Carried, Endpoint, Head, Layer, Observe, Observer, Rejection};
 use portcullis::discovery::FixedRegistry;
-use portcullis::gateway::{Gateway, Observe, Observer, Route};
+use portcullis::gateway::{Gateway, Route};
 use portcullis_testing::Backend;
 use portcullis_testing::process::free_port;
 use tower::ServiceExt;
@@ -56,7 +56,7 @@ fn gateway(addresses: impl IntoIterator<Item = std::net::SocketAddr>) -> Gateway
 
 fn request(target: &str, told: &Arc<Told>) -> Request<Empty<Bytes>> {
     let mut request = Request::get(target).body(Empty::new()).unwrap();
-    request.extensions_mut().insert(Observer::new(told.clone()));
+    Observer::new(told.clone()).attach(request.extensions_mut());
     request
 }
 

@@ -5,8 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use http::{HeaderMap, StatusCode};
-use portcullis::gateway::Observe;
-use portcullis_core::{Clock, Endpoint, Guard, Head, Layer, Moment, Rejection, Side};
+use portcullis_core::{Clock, Endpoint, Guard, Head, Layer, Moment, Observe, Rejection, Side};
 
 use crate::telemetry::{Answered, lock};
 use crate::trace::Trace;

@@ -16,7 +16,7 @@
 //!     upstream
 //! ```
 //!
-//! Who wants to know how a request fared on its way, for a log or for spans, leaves an [`Observer`] in its extensions.
+//! Who wants to know how a request fared on its way, for a log or for spans, leaves an [`Observer`](portcullis_core::Observer) in its extensions.
 
 mod answer;
 mod matches;
@@ -49,7 +49,6 @@ use tower_service::Service;
 pub use self::answer::{Cors, Redirect};
 pub use self::matches::Is;
 use self::observe::Passed;
-pub use self::observe::{Observe, Observer};
 use self::response::{After, State};
 pub use self::response::{GatewayBody, ResponseFuture};
 pub use self::route::Route;

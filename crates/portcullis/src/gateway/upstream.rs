@@ -34,7 +34,8 @@ pub(super) type Way = Discovery<Passed<Balance<CircuitBreak<Sent<Forward>>, Arc<
 #[derive(Clone)]
 pub(super) struct Ways {
     others: Way,
-    own: Arc<HashMap<Arc<str>, Way>>,
+    /// Seeded, and quick: no caller chooses the names.
+    own: Arc<HashMap<Arc<str>, Way, foldhash::fast::RandomState>>,
 }
 
 // === impl Upstream ===
