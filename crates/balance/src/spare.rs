@@ -1,6 +1,6 @@
 //! A request's head, kept in little room for another attempt.
 
-use bytes::{BufMut, Bytes};
+use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
 use portcullis_core::Baggage;
@@ -63,18 +63,18 @@ impl Headers {
         let lengths = headers.iter().map(|(name, value)| LENGTHS + name.as_str().len() + length(value));
         let (mut text, mut long) = (Vec::with_capacity(lengths.sum()), Vec::new());
         for (name, value) in headers {
-            // Neither name is longer: `http` sees to it.
-            text.put_u16(name.as_str().len() as u16);
+            let (name, mut mark, mut short) = (name.as_str().as_bytes(), IS_LONG, &[][..]);
             if value.len() < LONG {
-                let mark = if value.is_sensitive() { IS_SENSITIVE } else { 0 };
-                text.put_u32(value.len() as u32 | mark);
-                text.put_slice(name.as_str().as_bytes());
-                text.put_slice(value.as_bytes());
+                mark = value.len() as u32 | if value.is_sensitive() { IS_SENSITIVE } else { 0 };
+                short = value.as_bytes();
             } else {
-                text.put_u32(IS_LONG);
-                text.put_slice(name.as_str().as_bytes());
                 long.push(value.clone());
             }
+            // No name is longer: `http` sees to it.
+            let ([a, b], [c, d, e, f]) = ((name.len() as u16).to_be_bytes(), mark.to_be_bytes());
+            text.extend_from_slice(&[a, b, c, d, e, f]);
+            text.extend_from_slice(name);
+            text.extend_from_slice(short);
         }
         Self { text: text.into(), long }
     }

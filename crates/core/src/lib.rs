@@ -52,7 +52,9 @@ mod slots;
 mod sync;
 
 pub use body::{Body, Guard};
-pub use carried::{Baggage, Carried, CarriedValues, Deadline, Destination, HeadDeadline, PeerAddress, PeerTls};
+pub use carried::{
+    Baggage, Carried, CarriedValues, Deadline, Destination, HeadDeadline, PeerAddress, PeerTls, clear_extensions,
+};
 pub use client_address::{InvalidNetwork, TrustedProxies, canonical_address, ipv6_prefix};
 pub use clock::{Clock, ManualClock, Moment, WallClock};
 pub use endpoint::{Address, Endpoint, InFlight, Instance, InvalidAddress, Protocol, Scheme, WeakEndpoint};

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::header::{CONNECTION, CONTENT_LENGTH, Entry, HOST, TRANSFER_ENCODING, UPGRADE};
 use http::uri::{Authority, Parts, PathAndQuery, Scheme};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
+use http::{Extensions, HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body as _;
 use hyper::upgrade::OnUpgrade;
 use portcullis_core::{Endpoint, Permit};
@@ -17,6 +17,7 @@ use tokio::time::Instant;
 
 use crate::download::{Limits, ResponseBody, Stream};
 use crate::failure::{Failure, Kind};
+use crate::forwarded::Added;
 use crate::h1::{Answered, Asked, Broken, H1};
 use crate::h2::{Sender, StreamPlace, Upload, is_open};
 use crate::headers::{KEEP_ALIVE, PROXY_CONNECTION, rewrite_te};
@@ -33,9 +34,13 @@ pub(crate) struct Exchange {
     pub(crate) want: Want,
     pub(crate) method: Method,
     pub(crate) headers: HeaderMap,
+    pub(crate) added: Added,
+    /// Nothing but memory for those of the answer.
+    pub(crate) extensions: Extensions,
     pub(crate) target: Target,
     pub(crate) flow: Option<Arc<Flow>>,
-    pub(crate) upgrade: Option<(OnUpgrade, HeaderValue)>,
+    /// Boxed, since few ask for one.
+    pub(crate) upgrade: Option<Box<(OnUpgrade, HeaderValue)>>,
     pub(crate) permit: Option<Permit>,
     pub(crate) times: Times,
     pub(crate) response_limit: Option<u64>,
@@ -48,7 +53,7 @@ pub(crate) struct Exchange {
 /// The two forms of a request's target.
 pub(crate) struct Target {
     /// Origin form, for HTTP/1.1.
-    pub(crate) path: Uri,
+    pub(crate) path: PathAndQuery,
     /// What the upstream sees as `Host` or `:authority`.
     pub(crate) authority: HeaderValue,
 }
@@ -129,7 +134,7 @@ impl Exchange {
                         Again::Never => false,
                     };
                     // Only for a connection that was used before were the fields kept.
-                    if !may || !can_repeat || tries >= TRIES || self.headers.is_empty() {
+                    if !may || !can_repeat || tries >= TRIES || self.is_stripped() {
                         return Err(failure.or_sent(sent));
                     }
                     body = Some(Outgoing::Empty);
@@ -154,8 +159,14 @@ impl Exchange {
         })
     }
 
+    /// Whether the fields went with the request.
+    fn is_stripped(&self) -> bool {
+        self.headers.is_empty() && self.added.via.is_none()
+    }
+
     /// For HTTP/2. The fields are kept if it may have to be made again.
     fn request(&mut self, body: &Outgoing, keep: bool) -> Request<()> {
+        self.added.append_to(&mut self.headers);
         let mut headers = if keep { self.headers.clone() } else { std::mem::take(&mut self.headers) };
         headers.remove(HOST);
         if self.edited {
@@ -183,10 +194,11 @@ impl Exchange {
     async fn try_h1(&mut self, mut h1: Box<H1>, body: Outgoing) -> Tried {
         let asked = Asked {
             method: &self.method,
-            target: self.target.path.path_and_query().map_or("/", |path| path.as_str()),
+            target: self.target.path.as_str(),
             host: &self.target.authority,
             headers: &self.headers,
-            upgrade: self.upgrade.as_ref().map(|(_, protocol)| protocol),
+            added: &self.added,
+            upgrade: self.upgrade.as_deref().map(|(_, protocol)| protocol),
             length: match body.size_hint().exact() {
                 _ if body.is_end_stream() => Length::None,
                 Some(length) => Length::Exact(length),
@@ -229,6 +241,7 @@ impl Exchange {
         *response.status_mut() = status;
         *response.version_mut() = version;
         *response.headers_mut() = headers;
+        *response.extensions_mut() = std::mem::take(&mut self.extensions);
         if let Some(reason) = reason {
             response.extensions_mut().insert(reason);
         }
@@ -259,9 +272,10 @@ impl Exchange {
     }
 
     fn switched(&mut self, mut response: Response<()>, h1: Box<H1>) -> Tried {
-        let (Some((caller, protocol)), Some((upstream, early, place))) = (self.upgrade.take(), h1.into_parts()) else {
+        let (Some(upgrade), Some((upstream, early, place))) = (self.upgrade.take(), h1.into_parts()) else {
             return Tried::Failed(Failure::sent(Kind::Switched), Again::Never);
         };
+        let (caller, protocol) = *upgrade;
         let agreed = response.headers().get(UPGRADE).is_some_and(|answer| {
             let (answer, asked) = (answer.as_bytes().trim_ascii(), protocol.as_bytes().trim_ascii());
             answer.eq_ignore_ascii_case(asked)
@@ -414,8 +428,7 @@ impl Target {
             _ => Scheme::HTTP,
         });
         parts.authority = Authority::try_from(self.authority.as_bytes()).ok();
-        parts.path_and_query =
-            Some(self.path.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/")));
-        Uri::from_parts(parts).unwrap_or_else(|_| self.path.clone())
+        parts.path_and_query = Some(self.path.clone());
+        Uri::from_parts(parts).unwrap_or_else(|_| self.path.clone().into())
     }
 }

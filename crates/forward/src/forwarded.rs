@@ -3,9 +3,11 @@
 use std::cell::RefCell;
 use std::net::IpAddr;
 
-use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue};
+use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue, VIA};
 use http::{Extensions, Version};
 use portcullis_core::{Carried, PeerAddress, PeerTls, TrustedProxies, canonical_address};
+
+use portcullis_wire::write_line;
 
 use crate::headers::Found;
 
@@ -31,7 +33,17 @@ pub enum Forwarded {
     Nothing,
 }
 
-/// Writes the fields. `host` is what the caller asked for.
+/// Fields that are added to nearly every request. Beside the others they need not be sorted in among them, only to be
+/// written out again.
+#[derive(Debug, Default)]
+pub(crate) struct Added {
+    pub(crate) via: Option<HeaderValue>,
+    client: Option<HeaderValue>,
+    proto: Option<&'static str>,
+    host: Option<HeaderValue>,
+}
+
+/// Says where a request came from: in `headers`, and in what is added to them. `host` is what the caller asked for.
 pub(crate) fn write(
     fields: Forwarded,
     proxies: &TrustedProxies,
@@ -39,7 +51,8 @@ pub(crate) fn write(
     extensions: &Extensions,
     host: Option<&HeaderValue>,
     headers: &mut HeaderMap,
-) {
+) -> Added {
+    let mut added = Added::default();
     let peer = PeerAddress::of(extensions).map(|peer| canonical_address(peer.0.ip()));
     let trusted = peer.is_some_and(|peer| proxies.trusts(peer));
     if found.forwarded && (!trusted || fields == Forwarded::Nothing) {
@@ -54,17 +67,16 @@ pub(crate) fn write(
                 Some(chain) => HeaderValue::try_from(format!("{chain}, {peer}")).ok(),
                 None => Some(address(peer)),
             };
-            if let Some(value) = value {
-                headers.insert(FOR, value);
+            if believed {
+                headers.remove(FOR);
             }
+            added.client = value;
         }
         if !believed || !headers.contains_key(PROTO) {
-            headers.insert(PROTO, HeaderValue::from_static(proto));
+            added.proto = Some(proto);
         }
-        if let Some(host) = host
-            && !(believed && headers.contains_key(HOST))
-        {
-            headers.insert(HOST, host.clone());
+        if !believed || !headers.contains_key(HOST) {
+            added.host = host.cloned();
         }
     } else if believed {
         for name in [FOR, PROTO, HOST, PORT, PREFIX] {
@@ -94,6 +106,39 @@ pub(crate) fn write(
             }
         }
         Forwarded::Nothing => {}
+    }
+    added
+}
+
+// === impl Added ===
+
+impl Added {
+    pub(crate) fn write(&self, out: &mut Vec<u8>) {
+        fn of(value: &Option<HeaderValue>) -> Option<&[u8]> {
+            value.as_ref().map(HeaderValue::as_bytes)
+        }
+        for (name, value) in [
+            ("via", of(&self.via)),
+            ("x-forwarded-for", of(&self.client)),
+            ("x-forwarded-proto", self.proto.map(str::as_bytes)),
+            ("x-forwarded-host", of(&self.host)),
+        ] {
+            if let Some(value) = value {
+                write_line(out, name, value);
+            }
+        }
+    }
+
+    /// Puts them among the others.
+    pub(crate) fn append_to(&mut self, headers: &mut HeaderMap) {
+        let Self { via, client, proto, host } = std::mem::take(self);
+        headers.reserve(4);
+        let proto = proto.map(HeaderValue::from_static);
+        for (name, value) in [(VIA, via), (FOR, client), (PROTO, proto), (HOST, host)] {
+            if let Some(value) = value {
+                headers.append(name, value);
+            }
+        }
     }
 }
 
@@ -199,7 +244,14 @@ mod tests {
         let mut extensions = Extensions::new();
         PeerAddress("10.0.0.9:5000".parse().unwrap()).attach(&mut extensions);
         let found = look(&headers);
-        write(fields, proxies, found, &extensions, Some(&HeaderValue::from_static("shop.test")), &mut headers);
+        let host = HeaderValue::from_static("shop.test");
+        let mut added = write(fields, proxies, found, &extensions, Some(&host), &mut headers);
+        let mut out = Vec::new();
+        added.write(&mut out);
+        for line in String::from_utf8(out).unwrap().lines() {
+            assert!(!headers.contains_key(line.split_once(": ").unwrap().0), "{line}, {headers:?}");
+        }
+        added.append_to(&mut headers);
         let mut all: Vec<_> =
             headers.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
         all.sort();

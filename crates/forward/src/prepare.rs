@@ -11,7 +11,8 @@ use http::uri::{Authority, PathAndQuery};
 use http::{Method, Request, Response, StatusCode, Uri, Version};
 use portcullis_core::{
     Address, Body, Carried, Deadline, Dialect, Endpoint, GRPC_TIMEOUT, GrpcCode, HeadDeadline, Instance, Layer, Moment,
-    Permit, Rejection, ReservedHeaders, Route, Scheme, grpc_timeout, grpc_timeout_value, is_normal_path, normal_path,
+    Permit, Rejection, ReservedHeaders, Route, Scheme, clear_extensions, grpc_timeout, grpc_timeout_value,
+    is_normal_path, normal_path,
 };
 use tokio::time::Instant;
 use tracing::debug;
@@ -51,8 +52,6 @@ pub(crate) enum Refusal {
     Answer(Box<Response<Body<ResponseBody>>>),
 }
 
-/// How many fields are usually added: three of `X-Forwarded-*`, and `Via`.
-const ADDED: usize = 4;
 /// How many authorities an open proxy keeps connections to.
 const AUTHORITIES: usize = 256;
 
@@ -106,7 +105,7 @@ impl Shared {
         };
         let upgrade = match upgrade {
             Some(protocol) if want != Want::H2 => {
-                parts.extensions.remove::<hyper::upgrade::OnUpgrade>().map(|caller| (caller, protocol))
+                parts.extensions.remove::<hyper::upgrade::OnUpgrade>().map(|caller| Box::new((caller, protocol)))
             }
             _ => None,
         };
@@ -127,19 +126,19 @@ impl Shared {
             // The server has answered that, or will when the body is asked for.
             headers.remove(EXPECT);
         }
-        // What is added below, at once.
-        headers.reserve(ADDED);
-        forwarded::write(self.forwarded, &self.proxies, found, &parts.extensions, authority.as_ref(), headers);
+        let mut added =
+            forwarded::write(self.forwarded, &self.proxies, found, &parts.extensions, authority.as_ref(), headers);
         if let Some(prefix) = path.stripped
             && self.forwarded != crate::Forwarded::Nothing
             && let Ok(value) = HeaderValue::from_str(prefix)
         {
             headers.insert(forwarded::PREFIX, value);
         }
-        headers.append(VIA, self.via.value(parts.version));
+        added.via = Some(self.via.value(parts.version));
         let mut edited = false;
-        for edits in policy.request_edits() {
-            edited |= !edits.is_empty();
+        for edits in policy.request_edits().filter(|edits| !edits.is_empty()) {
+            edited = true;
+            added.append_to(headers);
             headers::apply(edits, headers);
         }
         let authority = match (policy.host(), authority) {
@@ -165,13 +164,16 @@ impl Shared {
             return Err(rejected(Failure::unsent(Kind::DeadlineInLine).rejection()));
         }
         let shard = endpoint.slot(&self.slot, || Pool::new(self.limits.clone())).shard().clone();
+        clear_extensions(&mut parts.extensions);
         let exchange = Exchange {
             shard,
             endpoint,
             want,
             method: parts.method,
             headers: parts.headers,
-            target: Target { path: path.uri, authority },
+            added,
+            extensions: parts.extensions,
+            target: Target { path: path.target, authority },
             flow,
             upgrade,
             permit,
@@ -421,6 +423,7 @@ fn authority(parts: &http::request::Parts) -> Result<Option<HeaderValue>, Refusa
     }
     match host {
         Some(host) if host.is_empty() => Ok(None),
+        Some(host) if is_plain_host(host.as_bytes()) => Ok(Some(host.clone())),
         Some(host) => match Authority::try_from(host.as_bytes()) {
             Ok(authority) if !authority.as_str().contains('@') => Ok(Some(host.clone())),
             _ => refuse(StatusCode::BAD_REQUEST, "host", "Host is not a host"),
@@ -428,6 +431,14 @@ fn authority(parts: &http::request::Parts) -> Result<Option<HeaderValue>, Refusa
         None if parts.version == Version::HTTP_11 => refuse(StatusCode::BAD_REQUEST, "host", "no Host"),
         None => Ok(None),
     }
+}
+
+/// Whether this is a name or an IPv4 address, with a port or without: an authority that need not be parsed.
+fn is_plain_host(host: &[u8]) -> bool {
+    let end = host.iter().position(|byte| !(byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.')));
+    let (name, port) = host.split_at(end.unwrap_or(host.len()));
+    let is_port = |port: &[u8]| !port.is_empty() && port.iter().all(u8::is_ascii_digit);
+    !name.is_empty() && (port.is_empty() || port.strip_prefix(b":").is_some_and(is_port))
 }
 
 fn check_path(uri: &Uri, paths: Paths) -> Result<(), Refusal> {
@@ -476,7 +487,7 @@ fn max_forwards(parts: &mut http::request::Parts) -> Result<(), Refusal> {
 }
 
 struct Rewritten<'a> {
-    uri: Uri,
+    target: PathAndQuery,
     stripped: Option<&'a str>,
 }
 
@@ -493,13 +504,8 @@ fn rewritten<'a>(uri: &Uri, policy: &'a Merged<'_>) -> Result<Rewritten<'a>, Ref
     }
     let prepend = policy.prepend();
     if stripped.is_none() && prepend.is_none() {
-        let uri = match uri.path_and_query() {
-            // hyper writes what is there: `*`, or a path.
-            Some(path) if uri.authority().is_some() || uri.scheme().is_some() => Uri::from(path.clone()),
-            Some(_) => uri.clone(),
-            None => Uri::from_static("/"),
-        };
-        return Ok(Rewritten { uri, stripped });
+        let target = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+        return Ok(Rewritten { target, stripped });
     }
     let mut target = String::with_capacity(path.len() + 16);
     target.push_str(prepend.unwrap_or_default());
@@ -509,7 +515,7 @@ fn rewritten<'a>(uri: &Uri, policy: &'a Merged<'_>) -> Result<Rewritten<'a>, Ref
         target.push_str(query);
     }
     match PathAndQuery::try_from(target) {
-        Ok(path) if path.as_str().starts_with('/') => Ok(Rewritten { uri: path.into(), stripped }),
+        Ok(target) if target.as_str().starts_with('/') => Ok(Rewritten { target, stripped }),
         _ => refuse(StatusCode::INTERNAL_SERVER_ERROR, "rewrite", "the route's rewritten path is not a path"),
     }
 }

@@ -1,7 +1,7 @@
 //! Fields of a head: read so that they share the memory they arrived in, and written.
 
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_LENGTH};
+use http::header::{self, CONNECTION, CONTENT_LENGTH, InvalidHeaderName};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::Malformed;
@@ -53,13 +53,37 @@ impl Fields {
     pub fn read(&self, head: &Bytes, headers: &mut HeaderMap) -> Result<(), Malformed> {
         headers.reserve(self.count);
         for span in self.few.get(..self.count).unwrap_or(&self.many) {
-            let name = HeaderName::from_bytes(&head[span.name.0 as usize..span.name.1 as usize]);
+            let name = name_of(&head[span.name.0 as usize..span.name.1 as usize]);
             let value = HeaderValue::from_maybe_shared(head.slice(span.value.0 as usize..span.value.1 as usize));
             let (Ok(name), Ok(value)) = (name, value) else { return Err(Malformed("a field that is none")) };
             headers.append(name, value);
         }
         Ok(())
     }
+}
+
+/// Reads a name; most are spelled in one of two ways, and found without going over all that there are.
+fn name_of(text: &[u8]) -> Result<HeaderName, InvalidHeaderName> {
+    Ok(match text {
+        b"Host" | b"host" => header::HOST,
+        b"User-Agent" | b"user-agent" => header::USER_AGENT,
+        b"Accept" | b"accept" => header::ACCEPT,
+        b"Accept-Encoding" | b"accept-encoding" => header::ACCEPT_ENCODING,
+        b"Accept-Language" | b"accept-language" => header::ACCEPT_LANGUAGE,
+        b"Authorization" | b"authorization" => header::AUTHORIZATION,
+        b"Cookie" | b"cookie" => header::COOKIE,
+        b"Connection" | b"connection" => CONNECTION,
+        b"Content-Type" | b"content-type" => header::CONTENT_TYPE,
+        b"Content-Length" | b"content-length" => CONTENT_LENGTH,
+        b"Transfer-Encoding" | b"transfer-encoding" => header::TRANSFER_ENCODING,
+        b"Date" | b"date" => header::DATE,
+        b"Server" | b"server" => header::SERVER,
+        b"Cache-Control" | b"cache-control" => header::CACHE_CONTROL,
+        b"ETag" | b"etag" => header::ETAG,
+        b"Last-Modified" | b"last-modified" => header::LAST_MODIFIED,
+        b"Vary" | b"vary" => header::VARY,
+        _ => return HeaderName::from_bytes(text),
+    })
 }
 
 /// Where `part` of `head` stands in it.
@@ -73,10 +97,15 @@ fn span_of(head: &[u8], part: &[u8]) -> (u32, u32) {
 /// Writes one line of a head.
 #[inline]
 pub fn write_field(out: &mut Vec<u8>, name: &HeaderName, value: &HeaderValue) {
-    out.extend_from_slice(name.as_str().as_bytes());
-    out.extend_from_slice(b": ");
-    out.extend_from_slice(value.as_bytes());
-    out.extend_from_slice(b"\r\n");
+    write_line(out, name.as_str(), value.as_bytes());
+}
+
+/// Writes one line of a head, of a name and a value that are such.
+#[inline]
+pub fn write_line(out: &mut Vec<u8>, name: &str, value: &[u8]) {
+    for part in [name.as_bytes(), b": ", value, b"\r\n"] {
+        out.extend_from_slice(part);
+    }
 }
 
 /// The body's length, if the fields agree on one; then it is said once.
@@ -109,9 +138,12 @@ pub fn length_of(headers: &mut HeaderMap) -> Result<Option<u64>, Malformed> {
 /// The length that one `Content-Length` says: digits and nothing else.
 #[must_use]
 pub fn parse_length(text: &[u8]) -> Option<u64> {
-    let is_number = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
+    let digit = |number: u64, byte: &u8| {
+        let digit = byte.is_ascii_digit().then(|| u64::from(byte - b'0'))?;
+        number.checked_mul(10)?.checked_add(digit)
+    };
+    let number = if text.is_empty() { None } else { text.iter().try_fold(0, digit) };
     // All but the largest two are meant for those who count otherwise.
-    let number = is_number.then(|| str::from_utf8(text).ok()?.parse().ok()).flatten();
     number.filter(|number| *number < u64::MAX - 1)
 }
 
@@ -128,4 +160,60 @@ pub fn keeps_alive(headers: &HeaderMap, is_10: bool) -> bool {
         }
     }
     !close && (keep || !is_10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_as_http_reads_them() {
+        for text in [
+            "Host",
+            "User-Agent",
+            "Accept",
+            "Accept-Encoding",
+            "Accept-Language",
+            "Authorization",
+            "Cookie",
+            "Connection",
+            "Content-Type",
+            "Content-Length",
+            "Transfer-Encoding",
+            "Date",
+            "Server",
+            "Cache-Control",
+            "ETag",
+            "Last-Modified",
+            "Vary",
+            "X-Own",
+            "HOST",
+            "Hos",
+            "Hosts",
+            "",
+            "a b",
+        ] {
+            for text in [text, &text.to_lowercase()] {
+                assert_eq!(name_of(text.as_bytes()).ok(), HeaderName::from_bytes(text.as_bytes()).ok(), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_length_is_digits_alone() {
+        for (text, length) in [
+            ("0", Some(0)),
+            ("00042", Some(42)),
+            ("18446744073709551613", Some(u64::MAX - 2)),
+            ("18446744073709551614", None),
+            ("18446744073709551616", None),
+            ("99999999999999999999", None),
+            ("", None),
+            ("+1", None),
+            ("1 ", None),
+            ("1a", None),
+        ] {
+            assert_eq!(parse_length(text.as_bytes()), length, "{text}");
+        }
+    }
 }

@@ -14,7 +14,7 @@ use std::fmt;
 
 pub use alarm::{Alarm, after, earlier};
 pub use decode::Decoder;
-pub use fields::{Fields, MAX_FIELDS, keeps_alive, length_of, parse_length, write_field};
+pub use fields::{Fields, MAX_FIELDS, keeps_alive, length_of, parse_length, write_field, write_line};
 pub use input::Input;
 pub use send::{Length, SendError, Sending};
 

@@ -2,11 +2,14 @@
 
 use std::mem::MaybeUninit;
 
+use crate::forwarded::Added;
 use bytes::BytesMut;
 use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 use hyper::ext::ReasonPhrase;
-use portcullis_wire::{Decoder, Fields, Length, MAX_FIELDS, Malformed, keeps_alive, length_of, write_field};
+use portcullis_wire::{
+    Decoder, Fields, Length, MAX_FIELDS, Malformed, keeps_alive, length_of, parse_length, write_field,
+};
 
 /// What is said before a request's body.
 pub(crate) struct Asked<'a> {
@@ -16,6 +19,7 @@ pub(crate) struct Asked<'a> {
     pub(crate) host: &'a HeaderValue,
     /// Without `Host` and whatever belongs to the connection; a `Content-Length` is right.
     pub(crate) headers: &'a HeaderMap,
+    pub(crate) added: &'a Added,
     pub(crate) upgrade: Option<&'a HeaderValue>,
     pub(crate) length: Length,
 }
@@ -37,7 +41,7 @@ pub(crate) struct Answered {
 
 impl Asked<'_> {
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
-        out.reserve(64 + self.target.len() + 48 * self.headers.len());
+        out.reserve(256 + self.target.len() + 48 * self.headers.len());
         // Of a target like `http://a?q` this is all there is of the path.
         let root = if self.target.starts_with('?') { " /" } else { " " };
         for part in [self.method.as_str(), root, self.target, " HTTP/1.1\r\nhost: "] {
@@ -50,6 +54,7 @@ impl Asked<'_> {
                 write_field(out, name, value);
             }
         }
+        self.added.write(out);
         match self.length {
             Length::Exact(length) if !self.headers.contains_key(CONTENT_LENGTH) => {
                 write_field(out, &CONTENT_LENGTH, &HeaderValue::from(length));
@@ -120,9 +125,22 @@ fn framing(
     headers: &mut HeaderMap,
 ) -> Result<(Decoder, bool), Malformed> {
     let is_10 = version == Version::HTTP_10;
-    let coded = headers.contains_key(TRANSFER_ENCODING);
-    let length = length_of(headers)?;
-    let mut keep_alive = keeps_alive(headers, is_10);
+    let (mut lengths, mut length, mut coded, mut keep_alive) = (0, None, false, !is_10);
+    let mut options = false;
+    for (name, value) in &*headers {
+        match name.as_str() {
+            "content-length" => (lengths, length) = (lengths + 1, parse_length(value.as_bytes())),
+            "transfer-encoding" => coded = true,
+            "connection" => options = true,
+            _ => {}
+        }
+    }
+    if lengths > 1 || (lengths == 1 && length.is_none()) {
+        length = length_of(headers)?;
+    }
+    if options {
+        keep_alive = keeps_alive(headers, is_10);
+    }
     let body = if status == StatusCode::SWITCHING_PROTOCOLS {
         keep_alive = false;
         Decoder::OVER
@@ -253,21 +271,34 @@ mod tests {
         let header = |name: &'static str, value| (HeaderName::from_static(name), HeaderValue::from_static(value));
         let headers = HeaderMap::from_iter([header("host", "old"), header("content-length", "5"), header("a", "b")]);
         for (length, upgrade, target, want) in [
-            (Length::Exact(5), None, "/x?y", "POST /x?y HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\n\r\n"),
+            (
+                Length::Exact(5),
+                None,
+                "/x?y",
+                "POST /x?y HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nvia: 1.1 us\r\n\r\n",
+            ),
             (
                 Length::None,
                 Some("ws"),
                 "*",
-                "POST * HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nconnection: upgrade\r\nupgrade: ws\r\n\r\n",
+                "POST * HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nvia: 1.1 us\r\nconnection: upgrade\r\nupgrade: ws\r\n\r\n",
             ),
-            (Length::Exact(5), None, "?y", "POST /?y HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\n\r\n"),
+            (
+                Length::Exact(5),
+                None,
+                "?y",
+                "POST /?y HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nvia: 1.1 us\r\n\r\n",
+            ),
         ] {
             let (host, upgrade) = (HeaderValue::from_static("new"), upgrade.map(HeaderValue::from_static));
+            let mut added = Added::default();
+            added.via = Some(HeaderValue::from_static("1.1 us"));
             let asked = Asked {
                 method: &Method::POST,
                 target,
                 host: &host,
                 headers: &headers,
+                added: &added,
                 upgrade: upgrade.as_ref(),
                 length,
             };
@@ -283,7 +314,8 @@ mod tests {
         ] {
             let host = HeaderValue::from_static("new");
             let mut out = Vec::new();
-            Asked { method: &Method::GET, target: "/", host: &host, headers: &none, upgrade: None, length }
+            let added = &Added::default();
+            Asked { method: &Method::GET, target: "/", host: &host, headers: &none, added, upgrade: None, length }
                 .write(&mut out);
             assert_eq!(String::from_utf8(out).unwrap(), format!("GET / HTTP/1.1\r\nhost: new\r\n{want}\r\n"));
         }

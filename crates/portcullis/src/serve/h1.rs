@@ -16,10 +16,10 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, Request, Response, StatusCode, response};
+use http::{Extensions, HeaderMap, Request, Response, StatusCode, response};
 use http_body::Body;
 use pin_project_lite::pin_project;
-use portcullis_core::WallClock;
+use portcullis_core::{WallClock, clear_extensions};
 use portcullis_wire::{Alarm, Decoder, Input, MAX_FIELDS, SendError, Sending, after};
 use tokio::io::AsyncWrite;
 use tokio::time::Instant;
@@ -67,8 +67,9 @@ struct Connection {
     socket: Option<Socket>,
     input: Input,
     sending: Sending,
-    /// Memory of headers that are gone.
+    /// Memory of an answer that is gone.
     headers: HeaderMap,
+    extensions: Extensions,
     /// The request under way.
     asked: Asked,
     /// Who takes its body.
@@ -123,6 +124,7 @@ where
             input: Input::new(early),
             sending: Sending::default(),
             headers: HeaderMap::new(),
+            extensions: Extensions::new(),
             asked: Asked::NOTHING,
             upload: None,
             keep_alive: true,
@@ -214,7 +216,8 @@ impl Connection {
             if self.input.has_new_line() {
                 match Found::read(&mut self.input.buffer, self.max_head, &mut self.headers) {
                     Found::Part => {}
-                    Found::Plain(parts, asked) => {
+                    Found::Plain(mut parts, asked) => {
+                        parts.extensions = std::mem::take(&mut self.extensions);
                         let body = self.begin_request(asked);
                         return Poll::Ready(Ok(Next::Request(Request::from_parts(parts, body))));
                     }
@@ -280,7 +283,8 @@ impl Connection {
         let closes = framing.write(out, &head, !self.keep_alive, date(now).as_bytes());
         self.keep_alive &= !closes;
         head.headers.clear();
-        self.headers = head.headers;
+        clear_extensions(&mut head.extensions);
+        (self.headers, self.extensions) = (head.headers, head.extensions);
         if !self.asked.trailers {
             self.sending.leave_out_trailers();
         }
