@@ -2,26 +2,25 @@
 
 use bytes::Bytes;
 use http::request::Parts;
+use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Uri, Version};
 use portcullis_core::Baggage;
 
 /// A request's head, kept for another attempt that most requests never need: one allocation, where a copy of the head
-/// makes one for each of its maps, and one for each value that came in memory of its own.
-#[derive(Clone, Debug)]
+/// makes one for each of its maps, and one for each part that came in memory of its own.
+#[derive(Clone)]
 pub(crate) struct Spare {
     method: Method,
-    uri: Uri,
+    scheme: Option<Scheme>,
     version: Version,
-    headers: Headers,
-    pub(crate) baggage: Baggage,
-}
-
-/// Headers one after the other: the length of the name, the length and a mark of the value, the name, the value.
-#[derive(Clone)]
-struct Headers {
     text: Bytes,
+    /// How much of the text is the target's authority, and how much after it its path; the fields follow: of each the
+    /// length of the name, the length and a mark of the value, the name, the value.
+    authority: usize,
+    path: usize,
     /// Values that are not worth copying.
     long: Vec<HeaderValue>,
+    pub(crate) baggage: Baggage,
 }
 
 /// Values from this length on are shared.
@@ -35,34 +34,16 @@ const LENGTHS: usize = size_of::<u16>() + size_of::<u32>();
 
 impl Spare {
     pub(crate) fn of(parts: &Parts) -> Self {
-        Self {
-            method: parts.method.clone(),
-            uri: parts.uri.clone(),
-            version: parts.version,
-            headers: Headers::of(&parts.headers),
-            baggage: Baggage::of(&parts.extensions),
-        }
-    }
-
-    pub(crate) fn into_parts(self) -> Parts {
-        let (mut parts, ()) = Request::new(()).into_parts();
-        parts.method = self.method;
-        parts.uri = self.uri;
-        parts.version = self.version;
-        parts.headers = self.headers.into_map();
-        parts.extensions = self.baggage.into_extensions();
-        parts
-    }
-}
-
-// === impl Headers ===
-
-impl Headers {
-    fn of(headers: &HeaderMap) -> Self {
+        let (authority, path) = (parts.uri.authority(), parts.uri.path_and_query());
+        let authority = authority.map_or("", Authority::as_str);
+        let path = path.map_or("", PathAndQuery::as_str);
         let length = |value: &HeaderValue| if value.len() < LONG { value.len() } else { 0 };
-        let lengths = headers.iter().map(|(name, value)| LENGTHS + name.as_str().len() + length(value));
-        let (mut text, mut long) = (Vec::with_capacity(lengths.sum()), Vec::new());
-        for (name, value) in headers {
+        let lengths = parts.headers.iter().map(|(name, value)| LENGTHS + name.as_str().len() + length(value));
+        let mut text = Vec::with_capacity(authority.len() + path.len() + lengths.sum::<usize>());
+        text.extend_from_slice(authority.as_bytes());
+        text.extend_from_slice(path.as_bytes());
+        let mut long = Vec::new();
+        for (name, value) in &parts.headers {
             let (name, mut mark, mut short) = (name.as_str().as_bytes(), IS_LONG, &[][..]);
             if value.len() < LONG {
                 mark = value.len() as u32 | if value.is_sensitive() { IS_SENSITIVE } else { 0 };
@@ -76,39 +57,67 @@ impl Headers {
             text.extend_from_slice(name);
             text.extend_from_slice(short);
         }
-        Self { text: text.into(), long }
+        Self {
+            method: parts.method.clone(),
+            scheme: parts.uri.scheme().cloned(),
+            version: parts.version,
+            text: text.into(),
+            authority: authority.len(),
+            path: path.len(),
+            long,
+            baggage: Baggage::of(&parts.extensions),
+        }
     }
 
-    fn into_map(self) -> HeaderMap {
-        let (mut text, mut long) = (self.text, self.long.into_iter());
-        let mut headers = HeaderMap::new();
-        while let Some((lengths, _)) = text.split_first_chunk::<LENGTHS>() {
-            let [a, b, c, d, e, f] = *lengths;
-            let (name, mark) = (usize::from(u16::from_be_bytes([a, b])), u32::from_be_bytes([c, d, e, f]));
-            let _ = text.split_to(LENGTHS);
-            let name = HeaderName::from_bytes(&text.split_to(name));
-            let value = if mark & IS_LONG != 0 {
-                long.next()
-            } else {
-                let value = HeaderValue::from_maybe_shared(text.split_to((mark & !IS_SENSITIVE) as usize));
-                value.ok().map(|mut value| {
-                    value.set_sensitive(mark & IS_SENSITIVE != 0);
-                    value
-                })
-            };
-            // What was a header is one again.
-            if let (Ok(name), Some(value)) = (name, value) {
-                headers.append(name, value);
-            }
-        }
-        headers
+    pub(crate) fn into_parts(self) -> Parts {
+        let mut text = self.text;
+        let (mut parts, ()) = Request::new(()).into_parts();
+        parts.method = self.method;
+        parts.version = self.version;
+        parts.uri = target(self.scheme, text.split_to(self.authority), text.split_to(self.path));
+        parts.headers = headers(text, self.long);
+        parts.extensions = self.baggage.into_extensions();
+        parts
     }
 }
 
-/// The values may be secrets.
-impl std::fmt::Debug for Headers {
+/// What was a target is one again.
+fn target(scheme: Option<Scheme>, authority: Bytes, path: Bytes) -> Uri {
+    let mut parts = http::uri::Parts::default();
+    parts.scheme = scheme;
+    parts.authority = Authority::from_maybe_shared(authority).ok();
+    parts.path_and_query = if path.is_empty() { None } else { PathAndQuery::from_maybe_shared(path).ok() };
+    Uri::from_parts(parts).unwrap_or_default()
+}
+
+/// What was a header is one again.
+fn headers(mut text: Bytes, long: Vec<HeaderValue>) -> HeaderMap {
+    let (mut headers, mut long) = (HeaderMap::new(), long.into_iter());
+    while let Some((lengths, _)) = text.split_first_chunk::<LENGTHS>() {
+        let [a, b, c, d, e, f] = *lengths;
+        let (name, mark) = (usize::from(u16::from_be_bytes([a, b])), u32::from_be_bytes([c, d, e, f]));
+        let _ = text.split_to(LENGTHS);
+        let name = HeaderName::from_bytes(&text.split_to(name));
+        let value = if mark & IS_LONG != 0 {
+            long.next()
+        } else {
+            let value = HeaderValue::from_maybe_shared(text.split_to((mark & !IS_SENSITIVE) as usize));
+            value.ok().map(|mut value| {
+                value.set_sensitive(mark & IS_SENSITIVE != 0);
+                value
+            })
+        };
+        if let (Ok(name), Some(value)) = (name, value) {
+            headers.append(name, value);
+        }
+    }
+    headers
+}
+
+/// Its parts may be secrets.
+impl std::fmt::Debug for Spare {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Headers").field("size", &self.text.len()).finish_non_exhaustive()
+        f.debug_struct("Spare").field("size", &self.text.len()).finish_non_exhaustive()
     }
 }
 
@@ -150,11 +159,26 @@ mod tests {
     }
 
     #[test]
+    fn a_target_comes_back_as_it_was() {
+        for target in
+            ["/", "/a?b", "*", "a.example:443", "http://a.example", "http://a.example?b", "https://u@[::1]:1/?"]
+        {
+            let parts = Request::builder().uri(target).body(()).unwrap().into_parts().0;
+            let again = Spare::of(&parts).into_parts().uri;
+            assert_eq!((&again, again.to_string()), (&parts.uri, parts.uri.to_string()), "{target}");
+            assert_eq!(again.path_and_query(), parts.uri.path_and_query(), "{target}");
+        }
+    }
+
+    #[test]
     fn a_head_is_kept_in_one_allocation() {
-        let mut request = Request::get("/").header("x-own", "1".to_owned()).header("accept", "2").body(()).unwrap();
+        let mut request = Request::get("https://a/b".to_owned())
+            .header("x-own", "1".to_owned())
+            .header("accept", "2")
+            .body(())
+            .unwrap();
         Destination::new("s").attach(request.extensions_mut());
         let parts = request.into_parts().0;
-        drop(parts.uri.clone());
         assert_eq!(allocation_counter::measure(|| drop(Spare::of(&parts))).count_total, 1);
     }
 }

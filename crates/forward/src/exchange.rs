@@ -15,6 +15,7 @@ use hyper::upgrade::OnUpgrade;
 use portcullis_core::{Endpoint, Permit};
 use tokio::time::Instant;
 
+use crate::Shared;
 use crate::download::{Limits, ResponseBody, Stream};
 use crate::failure::{Failure, Kind};
 use crate::forwarded::Added;
@@ -29,6 +30,7 @@ use portcullis_wire::{Alarm, Length, after, earlier};
 
 /// Everything decided about a request before it is sent.
 pub(crate) struct Exchange {
+    pub(crate) shared: Arc<Shared>,
     pub(crate) endpoint: Endpoint,
     pub(crate) shard: Arc<Shard>,
     pub(crate) want: Want,
@@ -166,7 +168,7 @@ impl Exchange {
 
     /// For HTTP/2. The fields are kept if it may have to be made again.
     fn request(&mut self, body: &Outgoing, keep: bool) -> Request<()> {
-        self.added.append_to(&mut self.headers);
+        self.added.append_to(&self.shared.via, &mut self.headers);
         let mut headers = if keep { self.headers.clone() } else { std::mem::take(&mut self.headers) };
         headers.remove(HOST);
         if self.edited {
@@ -198,6 +200,7 @@ impl Exchange {
             host: &self.target.authority,
             headers: &self.headers,
             added: &self.added,
+            via: &self.shared.via,
             upgrade: self.upgrade.as_deref().map(|(_, protocol)| protocol),
             length: match body.size_hint().exact() {
                 _ if body.is_end_stream() => Length::None,
@@ -325,7 +328,8 @@ impl Exchange {
         .await;
         match polled {
             Ok(Ok(response)) => {
-                let (head, stream) = response.into_parts();
+                let (mut head, stream) = response.into_parts();
+                head.extensions = std::mem::take(&mut self.extensions);
                 let stream = Stream::new(stream, &head.headers);
                 if self.is_too_large(stream.length().unwrap_or_default()) {
                     return Tried::Failed(Failure::sent(Kind::ResponseTooLarge), Again::Never);

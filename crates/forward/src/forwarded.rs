@@ -1,7 +1,7 @@
 //! What the upstream is told about where a request came from.
 
 use std::cell::RefCell;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue, VIA};
 use http::{Extensions, Version};
@@ -37,8 +37,9 @@ pub enum Forwarded {
 /// written out again.
 #[derive(Debug, Default)]
 pub(crate) struct Added {
-    pub(crate) via: Option<HeaderValue>,
-    client: Option<HeaderValue>,
+    /// By which version the request came.
+    pub(crate) via: Option<Version>,
+    client: Option<IpAddr>,
     proto: Option<&'static str>,
     host: Option<HeaderValue>,
 }
@@ -63,14 +64,11 @@ pub(crate) fn write(
     let believed = trusted && found.forwarded;
     if matches!(fields, Forwarded::XForwarded | Forwarded::Both) {
         if let Some(peer) = peer {
-            let value = match believed.then(|| joined(headers)).flatten() {
-                Some(chain) => HeaderValue::try_from(format!("{chain}, {peer}")).ok(),
-                None => Some(address(peer)),
-            };
-            if believed {
-                headers.remove(FOR);
+            let chain = believed.then(|| joined(headers)).flatten();
+            match chain.and_then(|chain| HeaderValue::try_from(format!("{chain}, {peer}")).ok()) {
+                Some(chain) => _ = headers.insert(FOR, chain),
+                None => added.client = Some(peer),
             }
-            added.client = value;
         }
         if !believed || !headers.contains_key(PROTO) {
             added.proto = Some(proto);
@@ -113,28 +111,29 @@ pub(crate) fn write(
 // === impl Added ===
 
 impl Added {
-    pub(crate) fn write(&self, out: &mut Vec<u8>) {
-        fn of(value: &Option<HeaderValue>) -> Option<&[u8]> {
-            value.as_ref().map(HeaderValue::as_bytes)
+    pub(crate) fn write(&self, via: &Via, out: &mut Vec<u8>) {
+        if let Some(version) = self.via {
+            write_line(out, "via", via.value(version).as_bytes());
         }
-        for (name, value) in [
-            ("via", of(&self.via)),
-            ("x-forwarded-for", of(&self.client)),
-            ("x-forwarded-proto", self.proto.map(str::as_bytes)),
-            ("x-forwarded-host", of(&self.host)),
-        ] {
-            if let Some(value) = value {
-                write_line(out, name, value);
-            }
+        if let Some(client) = self.client {
+            with_address(client, |client| write_line(out, "x-forwarded-for", client.as_bytes()));
+        }
+        if let Some(proto) = self.proto {
+            write_line(out, "x-forwarded-proto", proto.as_bytes());
+        }
+        if let Some(host) = &self.host {
+            write_line(out, "x-forwarded-host", host.as_bytes());
         }
     }
 
     /// Puts them among the others.
-    pub(crate) fn append_to(&mut self, headers: &mut HeaderMap) {
-        let Self { via, client, proto, host } = std::mem::take(self);
+    pub(crate) fn append_to(&mut self, via: &Via, headers: &mut HeaderMap) {
+        let added = std::mem::take(self);
         headers.reserve(4);
-        let proto = proto.map(HeaderValue::from_static);
-        for (name, value) in [(VIA, via), (FOR, client), (PROTO, proto), (HOST, host)] {
+        let via = added.via.map(|version| via.value(version).clone());
+        let client = added.client.map(|client| with_address(client, HeaderValue::clone));
+        let proto = added.proto.map(HeaderValue::from_static);
+        for (name, value) in [(VIA, via), (FOR, client), (PROTO, proto), (HOST, added.host)] {
             if let Some(value) = value {
                 headers.append(name, value);
             }
@@ -168,26 +167,23 @@ fn joined(headers: &HeaderMap) -> Option<String> {
 }
 
 /// An address as a field value. A few callers make most of the requests, so the last ones are kept.
-fn address(address: IpAddr) -> HeaderValue {
+fn with_address<T>(address: IpAddr, with: impl FnOnce(&HeaderValue) -> T) -> T {
     const KEPT: usize = 64;
     thread_local! {
-        static LAST: RefCell<Vec<Option<(IpAddr, HeaderValue)>>> = RefCell::new(vec![None; KEPT]);
+        static LAST: RefCell<Vec<(IpAddr, HeaderValue)>> =
+            RefCell::new(vec![(Ipv4Addr::UNSPECIFIED.into(), HeaderValue::from_static("0.0.0.0")); KEPT]);
     }
     let place = match address {
         IpAddr::V4(v4) => v4.to_bits() as usize,
         IpAddr::V6(v6) => (v6.to_bits() ^ (v6.to_bits() >> 64)) as usize,
     } % KEPT;
     LAST.with_borrow_mut(|last| {
-        if let Some(Some((known, value))) = last.get(place)
-            && *known == address
-        {
-            return value.clone();
+        let (known, value) = &mut last[place];
+        if *known != address {
+            let text = HeaderValue::try_from(address.to_string());
+            (*known, *value) = (address, text.unwrap_or_else(|_| HeaderValue::from_static("unknown")));
         }
-        let value = HeaderValue::try_from(address.to_string()).unwrap_or_else(|_| HeaderValue::from_static("unknown"));
-        if let Some(entry) = last.get_mut(place) {
-            *entry = Some((address, value.clone()));
-        }
-        value
+        with(value)
     })
 }
 
@@ -221,13 +217,12 @@ impl Via {
         Some(Self { pseudonym: pseudonym.into(), http10: value("1.0")?, http11: value("1.1")?, http2: value("2.0")? })
     }
 
-    pub(crate) fn value(&self, version: Version) -> HeaderValue {
+    pub(crate) fn value(&self, version: Version) -> &HeaderValue {
         match version {
             Version::HTTP_2 => &self.http2,
             Version::HTTP_09 | Version::HTTP_10 => &self.http10,
             _ => &self.http11,
         }
-        .clone()
     }
 }
 
@@ -247,11 +242,11 @@ mod tests {
         let host = HeaderValue::from_static("shop.test");
         let mut added = write(fields, proxies, found, &extensions, Some(&host), &mut headers);
         let mut out = Vec::new();
-        added.write(&mut out);
+        added.write(&Via::portcullis(), &mut out);
         for line in String::from_utf8(out).unwrap().lines() {
             assert!(!headers.contains_key(line.split_once(": ").unwrap().0), "{line}, {headers:?}");
         }
-        added.append_to(&mut headers);
+        added.append_to(&Via::portcullis(), &mut headers);
         let mut all: Vec<_> =
             headers.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
         all.sort();
@@ -299,7 +294,7 @@ mod tests {
     #[test]
     fn addresses_are_kept_apart() {
         for text in ["10.0.0.1", "10.0.0.65", "10.0.0.1", "::1", "2001:db8::1"] {
-            assert_eq!(address(text.parse().unwrap()), text);
+            with_address(text.parse().unwrap(), |address| assert_eq!(address, text));
         }
     }
 

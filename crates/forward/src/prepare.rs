@@ -36,7 +36,6 @@ pub(crate) struct Prepared {
     way: Way,
     dialect: Dialect,
     route: Option<Route>,
-    shared: Arc<Shared>,
 }
 
 #[expect(clippy::large_enum_variant, reason = "nearly all are exchanges, and they move once, into a box")]
@@ -76,21 +75,22 @@ impl Shared {
         let authority = authority(&parts)?;
         if parts.method == Method::CONNECT {
             let opening = self.opening(parts, body, authority.as_ref(), &policy)?;
-            return Ok(Prepared { way: Way::Tunnel(Box::pin(opening.run())), dialect, route, shared: self.clone() });
+            return Ok(Prepared { way: Way::Tunnel(Box::pin(opening.run())), dialect, route });
         }
         if found.hop_by_hop && has_other_codings(&parts.headers) {
             return refuse(StatusCode::NOT_IMPLEMENTED, "transfer-coding", "the body is coded by more than chunks");
         }
         check_path(&parts.uri, policy.paths())?;
         max_forwards(&mut parts)?;
-        let path = rewritten(&parts.uri, &policy)?;
+        let encrypted = parts.uri.scheme_str() == Some("https");
+        let path = rewritten(std::mem::take(&mut parts.uri), &policy)?;
 
         let limit = policy.request_limit();
         if limit.is_some_and(|limit| body.size_hint().lower() > limit) {
             return Err(rejected(Failure::unsent(Kind::RequestTooLarge).rejection()));
         }
         let permit = Permit::take(&mut parts.extensions);
-        let endpoint = self.endpoint(permit.as_ref(), &parts.uri, authority.as_ref())?;
+        let endpoint = self.endpoint(permit.as_ref(), encrypted, authority.as_ref())?;
         let instance = endpoint.instance();
 
         let upgrade = if found.upgrade && parts.version <= Version::HTTP_11 && body.is_end_stream() {
@@ -134,11 +134,11 @@ impl Shared {
         {
             headers.insert(forwarded::PREFIX, value);
         }
-        added.via = Some(self.via.value(parts.version));
+        added.via = Some(parts.version);
         let mut edited = false;
         for edits in policy.request_edits().filter(|edits| !edits.is_empty()) {
             edited = true;
-            added.append_to(headers);
+            added.append_to(&self.via, headers);
             headers::apply(edits, headers);
         }
         let authority = match (policy.host(), authority) {
@@ -166,6 +166,7 @@ impl Shared {
         let shard = endpoint.slot(&self.slot, || Pool::new(self.limits.clone())).shard().clone();
         clear_extensions(&mut parts.extensions);
         let exchange = Exchange {
+            shared: self.clone(),
             shard,
             endpoint,
             want,
@@ -183,7 +184,7 @@ impl Shared {
             takes_status: is_grpc && parts.version == Version::HTTP_2,
             edited,
         };
-        Ok(Prepared { way: Way::Exchange(exchange, body), dialect, route, shared: self.clone() })
+        Ok(Prepared { way: Way::Exchange(exchange, body), dialect, route })
     }
 
     fn opening<B>(
@@ -204,7 +205,7 @@ impl Shared {
             return refuse(StatusCode::BAD_REQUEST, "connect", "CONNECT has no body");
         }
         let permit = Permit::take(&mut parts.extensions);
-        let endpoint = self.endpoint(permit.as_ref(), &parts.uri, authority)?;
+        let endpoint = self.endpoint(permit.as_ref(), false, authority)?;
         let caller = match parts.extensions.remove::<hyper::upgrade::OnUpgrade>() {
             Some(caller) => Caller::Connection(caller),
             None if parts.version == Version::HTTP_2 => Caller::Stream(Outgoing::new(body, None, None).0),
@@ -246,7 +247,7 @@ impl Shared {
     fn endpoint(
         &self,
         permit: Option<&Permit>,
-        uri: &Uri,
+        encrypted: bool,
         authority: Option<&HeaderValue>,
     ) -> Result<Endpoint, Refusal> {
         if let Some(permit) = permit {
@@ -260,9 +261,8 @@ impl Shared {
                 "no endpoint was picked: the balance layer is missing above forward, and no origin is set",
             ),
             Upstream::Authority(known) => {
-                let https = uri.scheme_str() == Some("https");
                 let text = authority.and_then(|authority| authority.to_str().ok()).unwrap_or_default();
-                let Some(instance) = instance(text, if https { Scheme::Https } else { Scheme::Http }) else {
+                let Some(instance) = instance(text, if encrypted { Scheme::Https } else { Scheme::Http }) else {
                     return refuse(StatusCode::BAD_REQUEST, "no-authority", "the request does not say where it goes");
                 };
                 let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -348,7 +348,7 @@ impl Prepared {
                 Way::Exchange(exchange, body) => {
                     let body = std::mem::replace(body, Outgoing::Empty);
                     exchange.run(body).await.map(|response| {
-                        let (route, shared) = (prepared.route.as_ref(), &prepared.shared);
+                        let (route, shared) = (prepared.route.as_ref(), &exchange.shared);
                         let policy = Merged { route: route.and_then(|route| route.policy()), default: &shared.policy };
                         returned(response, &shared.via, &policy).map(Body::new)
                     })
@@ -379,7 +379,7 @@ fn returned(mut response: Response<ResponseBody>, via: &Via, policy: &Merged<'_>
     if found.te {
         headers.remove(http::header::TE);
     }
-    headers.append(VIA, via.value(version));
+    headers.append(VIA, via.value(version).clone());
     if let Some(Switched(protocol)) = switched {
         headers.insert(http::header::CONNECTION, HeaderValue::from_static("upgrade"));
         headers.insert(http::header::UPGRADE, protocol);
@@ -492,7 +492,7 @@ struct Rewritten<'a> {
 }
 
 /// The target in origin form, with the route's prefixes taken away and added.
-fn rewritten<'a>(uri: &Uri, policy: &'a Merged<'_>) -> Result<Rewritten<'a>, Refusal> {
+fn rewritten<'a>(uri: Uri, policy: &'a Merged<'_>) -> Result<Rewritten<'a>, Refusal> {
     let path = uri.path();
     let mut stripped = None;
     let mut rest = path;
@@ -504,7 +504,7 @@ fn rewritten<'a>(uri: &Uri, policy: &'a Merged<'_>) -> Result<Rewritten<'a>, Ref
     }
     let prepend = policy.prepend();
     if stripped.is_none() && prepend.is_none() {
-        let target = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+        let target = uri.into_parts().path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/"));
         return Ok(Rewritten { target, stripped });
     }
     let mut target = String::with_capacity(path.len() + 16);

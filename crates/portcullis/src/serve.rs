@@ -74,6 +74,7 @@ mod h1;
 mod h2;
 mod incoming;
 mod phase;
+mod spare;
 mod stream;
 mod tls;
 mod transport;

@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use crate::forwarded::Added;
+use crate::forwarded::{Added, Via};
 use bytes::BytesMut;
 use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
@@ -20,6 +20,7 @@ pub(crate) struct Asked<'a> {
     /// Without `Host` and whatever belongs to the connection; a `Content-Length` is right.
     pub(crate) headers: &'a HeaderMap,
     pub(crate) added: &'a Added,
+    pub(crate) via: &'a Via,
     pub(crate) upgrade: Option<&'a HeaderValue>,
     pub(crate) length: Length,
 }
@@ -54,7 +55,7 @@ impl Asked<'_> {
                 write_field(out, name, value);
             }
         }
-        self.added.write(out);
+        self.added.write(self.via, out);
         match self.length {
             Length::Exact(length) if !self.headers.contains_key(CONTENT_LENGTH) => {
                 write_field(out, &CONTENT_LENGTH, &HeaderValue::from(length));
@@ -275,30 +276,31 @@ mod tests {
                 Length::Exact(5),
                 None,
                 "/x?y",
-                "POST /x?y HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nvia: 1.1 us\r\n\r\n",
+                "POST /x?y HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nvia: 1.1 portcullis\r\n\r\n",
             ),
             (
                 Length::None,
                 Some("ws"),
                 "*",
-                "POST * HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nvia: 1.1 us\r\nconnection: upgrade\r\nupgrade: ws\r\n\r\n",
+                "POST * HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nvia: 1.1 portcullis\r\nconnection: upgrade\r\nupgrade: ws\r\n\r\n",
             ),
             (
                 Length::Exact(5),
                 None,
                 "?y",
-                "POST /?y HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nvia: 1.1 us\r\n\r\n",
+                "POST /?y HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nvia: 1.1 portcullis\r\n\r\n",
             ),
         ] {
             let (host, upgrade) = (HeaderValue::from_static("new"), upgrade.map(HeaderValue::from_static));
             let mut added = Added::default();
-            added.via = Some(HeaderValue::from_static("1.1 us"));
+            added.via = Some(Version::HTTP_11);
             let asked = Asked {
                 method: &Method::POST,
                 target,
                 host: &host,
                 headers: &headers,
                 added: &added,
+                via: &Via::portcullis(),
                 upgrade: upgrade.as_ref(),
                 length,
             };
@@ -314,8 +316,8 @@ mod tests {
         ] {
             let host = HeaderValue::from_static("new");
             let mut out = Vec::new();
-            let added = &Added::default();
-            Asked { method: &Method::GET, target: "/", host: &host, headers: &none, added, upgrade: None, length }
+            let (added, via) = (&Added::default(), &Via::portcullis());
+            Asked { method: &Method::GET, target: "/", host: &host, headers: &none, added, via, upgrade: None, length }
                 .write(&mut out);
             assert_eq!(String::from_utf8(out).unwrap(), format!("GET / HTTP/1.1\r\nhost: new\r\n{want}\r\n"));
         }

@@ -16,10 +16,10 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{Extensions, HeaderMap, Request, Response, StatusCode, response};
+use http::{HeaderMap, Request, Response, StatusCode, response};
 use http_body::Body;
 use pin_project_lite::pin_project;
-use portcullis_core::{WallClock, clear_extensions};
+use portcullis_core::WallClock;
 use portcullis_wire::{Alarm, Decoder, Input, MAX_FIELDS, SendError, Sending, after};
 use tokio::io::AsyncWrite;
 use tokio::time::Instant;
@@ -29,7 +29,7 @@ use super::connection::{Answer, Serve, WithPeer};
 use super::incoming::Incoming;
 use super::stream::date;
 use super::transport::{LATE, Socket};
-use super::{BoxError, Limits};
+use super::{BoxError, Limits, spare};
 
 pub(super) use reader::Reader;
 
@@ -67,9 +67,8 @@ struct Connection {
     socket: Option<Socket>,
     input: Input,
     sending: Sending,
-    /// Memory of an answer that is gone.
+    /// Memory of headers that are gone.
     headers: HeaderMap,
-    extensions: Extensions,
     /// The request under way.
     asked: Asked,
     /// Who takes its body.
@@ -124,7 +123,6 @@ where
             input: Input::new(early),
             sending: Sending::default(),
             headers: HeaderMap::new(),
-            extensions: Extensions::new(),
             asked: Asked::NOTHING,
             upload: None,
             keep_alive: true,
@@ -217,7 +215,7 @@ impl Connection {
                 match Found::read(&mut self.input.buffer, self.max_head, &mut self.headers) {
                     Found::Part => {}
                     Found::Plain(mut parts, asked) => {
-                        parts.extensions = std::mem::take(&mut self.extensions);
+                        parts.extensions = spare::extensions();
                         let body = self.begin_request(asked);
                         return Poll::Ready(Ok(Next::Request(Request::from_parts(parts, body))));
                     }
@@ -283,8 +281,8 @@ impl Connection {
         let closes = framing.write(out, &head, !self.keep_alive, date(now).as_bytes());
         self.keep_alive &= !closes;
         head.headers.clear();
-        clear_extensions(&mut head.extensions);
-        (self.headers, self.extensions) = (head.headers, head.extensions);
+        self.headers = head.headers;
+        spare::give_back(head.extensions);
         if !self.asked.trailers {
             self.sending.leave_out_trailers();
         }

@@ -19,7 +19,7 @@ use super::connection::{Serve, WithPeer, bounded};
 use super::incoming::Incoming;
 use super::stream::{Asked, Stream};
 use super::transport::{Line, Transport};
-use super::{BoxError, Limits};
+use super::{BoxError, Limits, spare};
 
 pub(super) struct H2<S> {
     state: State,
@@ -128,7 +128,10 @@ where
             match connection.poll_accept(cx) {
                 Poll::Ready(Some(Ok((request, reply)))) => {
                     let asked = Asked::of(request.method());
-                    let (head, stream) = request.into_parts();
+                    let (mut head, stream) = request.into_parts();
+                    if head.extensions.is_empty() {
+                        head.extensions = spare::extensions();
+                    }
                     let body = Incoming::http2(stream, &head.headers);
                     let answer = Box::pin(this.service.answer(Request::from_parts(head, body)));
                     tokio::spawn(Stream::new(answer, reply, asked, this.patience));

@@ -20,8 +20,8 @@ use pin_project_lite::pin_project;
 use portcullis_core::WallClock;
 use tracing::debug;
 
-use super::BoxError;
 use super::transport::Stall;
+use super::{BoxError, spare};
 
 pin_project! {
     pub(super) struct Stream<F, B> {
@@ -155,6 +155,7 @@ where
                 }
             };
             let is_whole = this.asked.frame(head.status, &mut head.headers, &body);
+            spare::give_back(std::mem::take(&mut head.extensions));
             match this.reply.send_response(Response::from_parts(head, ()), is_whole) {
                 Ok(_) if is_whole => return Poll::Ready(()),
                 Ok(stream) => this.state.set(State::Body { body, sending: Sending { stream, held: None } }),
