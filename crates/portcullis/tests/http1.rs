@@ -16,19 +16,20 @@ use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use portcullis::serve::{Incoming, Server};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 type Out = UnsyncBoxBody<Bytes, BoxError>;
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Says what it was told, once the request has been read.
 #[derive(Clone)]
-struct Tells(mpsc::UnboundedSender<String>);
+struct Tells(mpsc::UnboundedSender<String>, Arc<Notify>);
 
 /// Says that it was dropped.
 struct OnDrop(Tells);
 
 struct Client {
+    address: SocketAddr,
     io: TcpStream,
     told: mpsc::UnboundedReceiver<String>,
 }
@@ -67,6 +68,22 @@ async fn answer(request: Request<Incoming>, tells: Tells) -> Result<Response<Out
             tokio::spawn(tells.read(request.into_body()));
             full("aside")
         }
+        // Somebody else waits for more of it, until told not to.
+        "/leaves" => {
+            let mut body = request.into_body();
+            tokio::spawn(async move {
+                let mut frame = body.frame();
+                let waits = futures::poll!(&mut frame).is_pending();
+                _ = tells.0.send(format!("waits: {waits}"));
+                tells.1.notified().await;
+                drop(frame);
+            });
+            full("leaves")
+        }
+        "/leave" => {
+            tells.1.notify_one();
+            full("left")
+        }
         "/waits" => {
             let _dropped = OnDrop(tells);
             std::future::pending().await
@@ -90,9 +107,9 @@ impl Client {
         let (tell, told) = mpsc::unbounded_channel();
         let server = Server::bind(([127, 0, 0, 1], 0)).unwrap();
         let address: SocketAddr = server.local_addr().unwrap();
-        let tells = Tells(tell);
+        let tells = Tells(tell, Arc::default());
         tokio::spawn(server.serve(tower::service_fn(move |request| answer(request, tells.clone()))));
-        Self { io: TcpStream::connect(address).await.unwrap(), told }
+        Self { address, io: TcpStream::connect(address).await.unwrap(), told }
     }
 
     async fn send(&mut self, bytes: impl AsRef<[u8]>) {
@@ -174,6 +191,17 @@ async fn a_body_may_be_read_by_another_task_when_the_answer_is_out() {
     client.send("56789GET /next HTTP/1.1\r\n\r\n").await;
     assert_eq!(client.told().await, "0123456789");
     client.answer("/next").await;
+}
+
+#[tokio::test]
+async fn whoever_waits_for_a_body_in_vain_and_leaves_ends_the_connection() {
+    let mut client = Client::connect().await;
+    client.send(post("/leaves", 10)).await;
+    client.answer("leaves").await;
+    assert_eq!(client.told().await, "waits: true");
+    let mut other = TcpStream::connect(client.address).await.unwrap();
+    other.write_all(b"GET /leave HTTP/1.1\r\n\r\n").await.unwrap();
+    assert_eq!(client.rest().await, "");
 }
 
 #[tokio::test]

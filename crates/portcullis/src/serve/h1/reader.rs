@@ -36,7 +36,7 @@ struct State {
     over: bool,
     /// Who waits for a frame.
     reader: Option<Waker>,
-    /// Who waits for the frame to be taken.
+    /// Whom to tell what the reader does.
     writer: Option<Waker>,
     /// Nobody reads any more.
     gone: bool,
@@ -74,14 +74,11 @@ impl Writer {
         if state.gone {
             return Reading::Gone;
         }
-        if state.frame.is_none() && state.reader.is_some() {
-            return Reading::Waits;
-        }
         match &mut state.writer {
             Some(writer) => writer.clone_from(cx.waker()),
             none => *none = Some(cx.waker().clone()),
         }
-        Reading::Busy
+        if state.frame.is_none() && state.reader.is_some() { Reading::Waits } else { Reading::Busy }
     }
 
     /// Hands over what comes next, and whether it is the last; whether who reads it is polled by the same task, which has
@@ -90,6 +87,9 @@ impl Writer {
         self.over = over;
         let mut state = self.slot.lock();
         (state.frame, state.over) = (frame, over);
+        if over {
+            state.writer = None;
+        }
         let Some(reader) = state.reader.take() else { return false };
         drop(state);
         let same = reader.will_wake(cx.waker());
@@ -138,12 +138,10 @@ impl Body for Reader {
             Some(reader) => reader.clone_from(cx.waker()),
             none => *none = Some(cx.waker().clone()),
         }
-        if let Some(writer) = state.writer.take() {
+        // One that polls this now will look by itself.
+        if let Some(writer) = state.writer.take_if(|writer| !writer.will_wake(cx.waker())) {
             drop(state);
-            // One that polls this now will look by itself.
-            if !writer.will_wake(cx.waker()) {
-                writer.wake();
-            }
+            writer.wake();
         }
         Poll::Pending
     }
