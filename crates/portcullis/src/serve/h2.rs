@@ -169,6 +169,7 @@ impl Pings {
                 Some(asked) => match self.pings.poll_pong(cx) {
                     Poll::Ready(Ok(_)) => {
                         (self.heard, self.asked) = (Instant::now(), None);
+                        self.alarm.as_mut().reset(self.heard + self.interval);
                         continue;
                     }
                     // The connection is over, and says so itself.
@@ -190,5 +191,35 @@ impl Pings {
                 self.alarm.as_mut().reset(now + self.timeout.min(self.interval));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+    use tokio::time::{sleep_until, timeout};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_is_asked_again_an_interval_after_it_answered_however_late_that_was() {
+        let (near, far) = tokio::io::duplex(1024);
+        let (start, seconds) = (Instant::now(), Duration::from_secs);
+        tokio::spawn(async move {
+            let (_requests, mut connection) = h2::client::handshake(near).await.unwrap();
+            _ = timeout(seconds(1), &mut connection).await;
+            sleep_until(start + seconds(50)).await;
+            _ = connection.await;
+        });
+        let mut connection: Connection<_, Bytes> = h2::server::handshake(far).await.unwrap();
+        let mut pings = Pings::new(connection.ping_pong().unwrap(), seconds(10), seconds(60));
+        let mut asked = Vec::new();
+        let served = poll_fn(|cx| {
+            assert!(connection.poll_accept(cx).is_pending() && pings.poll(cx, false).is_pending());
+            asked.extend(pings.asked.map(|asked| (asked - start).as_secs()));
+            connection.poll_accept(cx).map(drop)
+        });
+        _ = timeout(seconds(85), served).await;
+        asked.dedup();
+        assert_eq!(asked, [10, 60, 70, 80]);
     }
 }
