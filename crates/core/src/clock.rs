@@ -112,9 +112,10 @@ impl Clock {
                     *FIRST.get_or_init(|| std::time::Instant::now().into())
                 }
                 let (origin, now) = (origin(), tokio::time::Instant::now());
-                let after = nanos(now.saturating_duration_since(origin));
-                let before = nanos(origin.saturating_duration_since(now));
-                Moment(ORIGIN.saturating_add(after).saturating_sub(before))
+                Moment(match now.checked_duration_since(origin) {
+                    Some(after) => ORIGIN.saturating_add(nanos(after)),
+                    None => ORIGIN.saturating_sub(nanos(origin.saturating_duration_since(now))),
+                })
             }
             Source::Manual(nanos) => Moment(nanos.load(Ordering::Relaxed)),
         }
@@ -171,7 +172,7 @@ impl<T> Clone for Source<T> {
 }
 
 fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+    duration.as_secs().saturating_mul(1_000_000_000).saturating_add(duration.subsec_nanos().into())
 }
 
 #[cfg(test)]
