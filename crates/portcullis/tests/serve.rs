@@ -29,12 +29,17 @@ async fn within<F: Future>(future: F) -> F::Output {
     tokio::time::timeout(PATIENCE, future).await.expect("in time")
 }
 
-/// Says who is calling; `/slow` waits for `release` first, `/upgrade` changes the protocol and echoes.
+/// Says who is calling; `/slow` waits for `release` first, `/read` reads the body then and returns it, `/upgrade` changes the protocol and echoes.
 async fn answer(mut request: Request<Incoming>, release: Arc<Notify>) -> Result<Response<Full<Bytes>>, Infallible> {
     let PeerAddress(peer) = *PeerAddress::of(request.extensions()).unwrap();
     let tls = PeerTls::of(request.extensions()).is_some();
     match request.uri().path() {
         "/slow" => release.notified().await,
+        "/read" => {
+            release.notified().await;
+            let body = request.into_body().collect().await.unwrap();
+            return Ok(Response::new(Full::from(body.to_bytes())));
+        }
         "/upgrade" => {
             let upgraded = hyper::upgrade::on(&mut request);
             tokio::spawn(async move {
@@ -573,6 +578,32 @@ async fn continuations_without_end_are_let_go() {
         sent += 1;
     }
     assert!(sent < 100_000, "{sent} frames were taken");
+}
+
+#[tokio::test]
+async fn over_http2_a_client_that_waits_is_told_to_go_ahead_once_its_body_is_wanted() {
+    let running = Running::start(local(), PATIENCE);
+    let (mut sender, connection) = h2::client::handshake(running.connect().await).await.unwrap();
+    tokio::spawn(connection);
+    let post = |path: &str, expect: &str| Request::post(format!("http://a{path}")).header("expect", expect).body(());
+    let (mut answer, mut body) = sender.send_request(post("/read", "100-Continue").unwrap(), false).unwrap();
+    // Answered later than the first was begun.
+    let (other, _) = sender.send_request(Request::get("http://a/").body(()).unwrap(), true).unwrap();
+    assert_eq!(within(other).await.unwrap().status(), 200);
+    let told = std::future::poll_fn(|cx| Poll::Ready(answer.poll_informational(cx).is_pending()));
+    assert!(told.await, "nobody wants it yet");
+    running.release.notify_one();
+    let told = within(std::future::poll_fn(|cx| answer.poll_informational(cx))).await.unwrap().unwrap();
+    assert_eq!(told.status(), 100);
+    body.send_data("hello".into(), true).unwrap();
+    let response = within(answer).await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(within(response.into_body().data()).await.unwrap().unwrap(), "hello");
+    // Whoever is answered without is not.
+    let (mut answer, _body) = sender.send_request(post("/", "100-continue").unwrap(), false).unwrap();
+    let told = within(std::future::poll_fn(|cx| answer.poll_informational(cx))).await;
+    assert!(told.is_none(), "{told:?}");
+    assert_eq!(within(answer).await.unwrap().status(), 200);
 }
 
 #[tokio::test]

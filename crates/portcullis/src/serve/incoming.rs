@@ -12,6 +12,7 @@ use http_body::{Body, Frame, SizeHint};
 
 use super::BoxError;
 use super::h1::Reader;
+use super::stream::GoAhead;
 
 /// The body of a request, as it arrives. What is not asked for is not taken from the client. Dropped before its end, it
 /// closes the connection of HTTP/1.1 after the answer, and ends the stream of HTTP/2.
@@ -28,6 +29,8 @@ enum Source {
         left: Option<u64>,
         /// Whether only trailers can follow.
         data_is_over: bool,
+        /// Who waits to be told that it is wanted.
+        expects: Option<GoAhead>,
     },
 }
 
@@ -47,9 +50,10 @@ impl Incoming {
         Self(Source::Hyper(body))
     }
 
-    pub(super) fn http2(stream: RecvStream, headers: &HeaderMap) -> Self {
+    /// `expects` is there if the client waits with it until it is asked for.
+    pub(super) fn http2(stream: RecvStream, headers: &HeaderMap, expects: Option<GoAhead>) -> Self {
         let left = if stream.is_end_stream() { Some(0) } else { announced(headers) };
-        Self(Source::Http2 { stream, left, data_is_over: false })
+        Self(Source::Http2 { stream, left, data_is_over: false, expects })
     }
 }
 
@@ -58,7 +62,7 @@ impl Body for Incoming {
     type Error = BoxError;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let (stream, left, data_is_over) = match &mut self.get_mut().0 {
+        let (stream, left, data_is_over, expects) = match &mut self.get_mut().0 {
             Source::Whole(bytes) => {
                 let bytes = std::mem::take(bytes);
                 return Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))));
@@ -69,8 +73,11 @@ impl Body for Incoming {
             Source::Hyper(body) => {
                 return Pin::new(body).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(Into::into)));
             }
-            Source::Http2 { stream, left, data_is_over } => (stream, left, data_is_over),
+            Source::Http2 { stream, left, data_is_over, expects } => (stream, left, data_is_over, expects),
         };
+        if let Some(expects) = expects.take() {
+            expects.say();
+        }
         let data = if *data_is_over { None } else { ready!(stream.poll_data(cx)) };
         let frame = match data {
             Some(data) => data.map(|data| {

@@ -7,13 +7,18 @@
 use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
+use futures::task::AtomicWaker;
 use h2::server::SendResponse;
-use h2::{Reason, SendStream};
-use http::header::{CONNECTION, CONTENT_LENGTH, DATE, Entry, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE};
+use h2::{Reason, RecvStream, SendStream};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, DATE, EXPECT, Entry, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE,
+};
 use http::{HeaderMap, Method, Response, StatusCode};
 use http_body::{Body, Frame};
 use pin_project_lite::pin_project;
@@ -27,6 +32,7 @@ pin_project! {
     pub(super) struct Stream<F, B> {
         reply: SendResponse<Bytes>,
         asked: Asked,
+        go_ahead: Option<GoAhead>,
         stall: Stall,
         #[pin]
         state: State<F, B>,
@@ -53,6 +59,17 @@ struct Sending {
     stream: SendStream<Bytes>,
     /// What there is no room for yet, and whether it is the last.
     held: Option<(Bytes, bool)>,
+}
+
+/// Tells a stream that the body of its request is wanted, which its client waits to hear
+/// ([RFC 9110 §10.1.1](https://www.rfc-editor.org/rfc/rfc9110#section-10.1.1)).
+#[derive(Clone)]
+pub(super) struct GoAhead(Arc<Wanted>);
+
+#[derive(Default)]
+struct Wanted {
+    said: AtomicBool,
+    stream: AtomicWaker,
 }
 
 /// What a stream waits for.
@@ -113,8 +130,14 @@ where
     B: Body<Data = Bytes>,
 {
     /// `answer` is in a box, since what is moved into a task should be small.
-    pub(super) fn new(answer: Pin<Box<F>>, reply: SendResponse<Bytes>, asked: Asked, patience: Duration) -> Self {
-        Self { reply, asked, stall: Stall::new(patience), state: State::Service { answer } }
+    pub(super) fn new(
+        answer: Pin<Box<F>>,
+        reply: SendResponse<Bytes>,
+        asked: Asked,
+        go_ahead: Option<GoAhead>,
+        patience: Duration,
+    ) -> Self {
+        Self { reply, asked, go_ahead, stall: Stall::new(patience), state: State::Service { answer } }
     }
 }
 
@@ -133,8 +156,15 @@ where
             let answered = match this.state.as_mut().project() {
                 Project::Service { answer } => match answer.as_mut().poll(cx) {
                     Poll::Ready(answered) => answered,
-                    // The client may have given it up.
-                    Poll::Pending => return this.reply.poll_reset(cx).map(drop),
+                    Poll::Pending => {
+                        if this.go_ahead.take_if(|wanted| wanted.is_said(cx)).is_some() {
+                            let mut go_ahead = Response::new(());
+                            *go_ahead.status_mut() = StatusCode::CONTINUE;
+                            _ = this.reply.send_informational(go_ahead);
+                        }
+                        // The client may have given it up.
+                        return this.reply.poll_reset(cx).map(drop);
+                    }
                 },
                 Project::Body { body, sending } => {
                     let Err(waits) = sending.poll(cx, body, this.stall) else { return Poll::Ready(()) };
@@ -166,6 +196,27 @@ where
                 }
             }
         }
+    }
+}
+
+// === impl GoAhead ===
+
+impl GoAhead {
+    /// `None` if the client does not wait for it.
+    pub(super) fn of(headers: &HeaderMap, body: &RecvStream) -> Option<Self> {
+        let expects = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"100-continue");
+        let waits = !body.is_end_stream() && headers.get(EXPECT).is_some_and(expects);
+        waits.then(|| Self(Arc::default()))
+    }
+
+    pub(super) fn say(&self) {
+        self.0.said.store(true, Ordering::Release);
+        self.0.stream.wake();
+    }
+
+    fn is_said(&self, cx: &Context<'_>) -> bool {
+        self.0.stream.register(cx.waker());
+        self.0.said.load(Ordering::Acquire)
     }
 }
 
