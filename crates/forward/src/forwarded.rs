@@ -67,7 +67,10 @@ pub(crate) fn write(
             let chain = believed.then(|| joined(headers)).flatten();
             match chain.and_then(|chain| HeaderValue::try_from(format!("{chain}, {peer}")).ok()) {
                 Some(chain) => _ = headers.insert(FOR, chain),
-                None => added.client = Some(peer),
+                None => {
+                    headers.remove(FOR);
+                    added.client = Some(peer);
+                }
             }
         }
         if !believed || !headers.contains_key(PROTO) {
@@ -289,6 +292,19 @@ mod tests {
         );
         let standard = written(Forwarded::Standard, &proxies, &[("forwarded", "for=1.1.1.1")]);
         assert_eq!(standard, ["forwarded: for=1.1.1.1", "forwarded: for=10.0.0.9;proto=http;host=\"shop.test\""]);
+    }
+
+    #[test]
+    fn a_chain_that_cannot_be_read_is_not_passed_on() {
+        let mut headers = HeaderMap::new();
+        headers.append(FOR, HeaderValue::from_static("1.1.1.1"));
+        headers.append(FOR, HeaderValue::from_bytes(b"\xff").unwrap());
+        let mut extensions = Extensions::new();
+        PeerAddress("10.0.0.9:5000".parse().unwrap()).attach(&mut extensions);
+        let (proxies, found) = (TrustedProxies::networks(["10.0.0.0/8"]).unwrap(), look(&headers));
+        let mut added = write(Forwarded::XForwarded, &proxies, found, &extensions, None, &mut headers);
+        added.append_to(&Via::portcullis(), &mut headers);
+        assert_eq!(headers.get_all(FOR).iter().collect::<Vec<_>>(), ["10.0.0.9"]);
     }
 
     #[test]

@@ -2,7 +2,6 @@
 
 use std::mem::MaybeUninit;
 
-use crate::forwarded::{Added, Via};
 use bytes::BytesMut;
 use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
@@ -10,6 +9,8 @@ use hyper::ext::ReasonPhrase;
 use portcullis_wire::{
     Decoder, Fields, Length, MAX_FIELDS, Malformed, keeps_alive, length_of, parse_length, write_field,
 };
+
+use crate::forwarded::{Added, Via};
 
 /// What is said before a request's body.
 pub(crate) struct Asked<'a> {
