@@ -6,7 +6,6 @@ use std::net::{IpAddr, Ipv4Addr};
 use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue, VIA};
 use http::{Extensions, Version};
 use portcullis_core::{Carried, PeerAddress, PeerTls, TrustedProxies, canonical_address};
-
 use portcullis_wire::write_line;
 
 use crate::headers::Found;

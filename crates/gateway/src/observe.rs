@@ -41,16 +41,36 @@ pin_project! {
         inner: gateway::ResponseFuture<Body<Incoming, Upload>>,
         watch: Option<Watch>,
     }
+
+    /// The caller may go away before there is one.
+    impl PinnedDrop for ResponseFuture {
+        fn drop(this: Pin<&mut Self>) {
+            if let Some(watch) = this.project().watch.take() {
+                watch.finish(Answer::default());
+            }
+        }
+    }
 }
 
-/// One request, from its arrival to the end of its answer.
-pub(crate) struct Watch {
+/// One request, from its arrival on.
+struct Watch {
     state: Arc<State>,
     record: Arc<Record>,
     exporter: Option<Arc<Exporter>>,
     asked: Asked,
-    head: Option<Head>,
+}
+
+/// One request whose answer has begun, to the end of that.
+pub(crate) struct Watched {
+    watch: Option<Watch>,
+    answer: Answer,
     is_grpc: bool,
+}
+
+/// How an answer goes.
+#[derive(Default)]
+struct Answer {
+    head: Option<Head>,
     grpc: Option<GrpcCode>,
     bytes: u64,
     whole: bool,
@@ -113,7 +133,7 @@ impl Observed {
 }
 
 impl Service<Request<Incoming>> for Observed {
-    type Response = Response<Body<GatewayBody, Watch>>;
+    type Response = Response<Body<GatewayBody, Watched>>;
     type Error = Infallible;
     type Future = ResponseFuture;
 
@@ -136,17 +156,7 @@ impl Service<Request<Incoming>> for Observed {
         Observer::new(record.clone()).attach(request.extensions_mut());
         let request = request.map(|body| Body::guarded(body, Upload(record.clone())));
         let exporter = exporter.as_ref().filter(|_| is_exported).cloned();
-        let watch = Watch {
-            state: self.state.clone(),
-            record,
-            exporter,
-            asked,
-            head: None,
-            is_grpc: false,
-            grpc: None,
-            bytes: 0,
-            whole: false,
-        };
+        let watch = Watch { state: self.state.clone(), record, exporter, asked };
         ResponseFuture { inner: running.gateway.clone().call(request), watch: Some(watch) }
     }
 }
@@ -180,17 +190,21 @@ fn kept(text: &str) -> String {
 // === impl ResponseFuture ===
 
 impl Future for ResponseFuture {
-    type Output = Result<Response<Body<GatewayBody, Watch>>, Infallible>;
+    type Output = Result<Response<Body<GatewayBody, Watched>>, Infallible>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let Ok(response) = ready!(this.inner.poll(cx));
-        let Some(mut watch) = this.watch.take() else { return Poll::Pending };
-        watch.head = Some(Head::of(&response, watch.record.age()));
-        watch.is_grpc = Dialect::of(response.headers()) == Dialect::Grpc;
+        let Some(watch) = this.watch.take() else { return Poll::Pending };
+        let answer = Answer {
+            head: Some(Head::of(&response, watch.record.age())),
+            // Of its body nothing is sent, and nobody asks for it.
+            whole: watch.asked.method == Method::HEAD,
+            ..Answer::default()
+        };
+        let is_grpc = Dialect::of(response.headers()) == Dialect::Grpc;
+        let mut watch = Watched { watch: Some(watch), answer, is_grpc };
         watch.trailers(response.headers());
-        // Of its body nothing is sent, and nobody asks for it.
-        watch.whole = watch.asked.method == Method::HEAD;
         Poll::Ready(Ok(response.map(|body| Body::guarded(body, watch))))
     }
 }
@@ -211,38 +225,14 @@ impl Head {
 
 // === impl Watch ===
 
-impl Guard for Watch {
-    fn data(&mut self, bytes: usize) {
-        self.bytes += bytes as u64;
-    }
-
-    fn trailers(&mut self, trailers: &HeaderMap) {
-        if self.is_grpc {
-            self.grpc = GrpcCode::of(trailers);
-        }
-    }
-
-    fn end(&mut self) {
-        self.whole = true;
-    }
-}
-
-/// However it ended: at the end of the body, or because somebody went away.
-impl Drop for Watch {
-    fn drop(&mut self) {
-        let telemetry = &self.state.telemetry;
+impl Watch {
+    /// However it ended: at the end of the body, or because somebody went away.
+    fn finish(self, Answer { head, grpc, bytes, whole }: Answer) {
+        let Self { state, record, exporter, asked } = self;
+        let (attempts, took) = (record.take_attempts(), record.age());
+        let finished = Finished { asked, record, attempts, head, grpc, took, down: bytes, whole };
+        let telemetry = &state.telemetry;
         telemetry.active.fetch_sub(1, Ordering::Relaxed);
-        let nothing = Asked { method: Method::GET, path: None, peer: None, more: None };
-        let finished = Finished {
-            asked: std::mem::replace(&mut self.asked, nothing),
-            attempts: self.record.take_attempts(),
-            record: self.record.clone(),
-            head: self.head.take(),
-            grpc: self.grpc,
-            took: self.record.age(),
-            down: self.bytes,
-            whole: self.whole,
-        };
         let up = finished.record.uploaded();
         telemetry.series(finished.labels()).record(finished.took, up, finished.down);
         if let Some(attempt) = finished.attempts.last() {
@@ -250,9 +240,35 @@ impl Drop for Watch {
             moved.up.fetch_add(up, Ordering::Relaxed);
             moved.down.fetch_add(finished.down, Ordering::Relaxed);
         }
-        access::log(&finished, &self.state.running().config.log);
-        if let Some(exporter) = &self.exporter {
+        access::log(&finished, &state.running().config.log);
+        if let Some(exporter) = exporter {
             exporter.export(finished);
+        }
+    }
+}
+
+// === impl Watched ===
+
+impl Guard for Watched {
+    fn data(&mut self, bytes: usize) {
+        self.answer.bytes += bytes as u64;
+    }
+
+    fn trailers(&mut self, trailers: &HeaderMap) {
+        if self.is_grpc {
+            self.answer.grpc = GrpcCode::of(trailers);
+        }
+    }
+
+    fn end(&mut self) {
+        self.answer.whole = true;
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        if let Some(watch) = self.watch.take() {
+            watch.finish(std::mem::take(&mut self.answer));
         }
     }
 }

@@ -77,7 +77,9 @@ impl Trace {
         text[3..35].copy_from_slice(&self.id_digits());
         text[36..52].copy_from_slice(&self.span_digits());
         text[53..55].copy_from_slice(&digits::<1, 2>([self.flags]));
-        if let Ok(value) = HeaderValue::from_bytes(&text) {
+        if let Ok(mut value) = HeaderValue::from_bytes(&text) {
+            // Said once and never again: HPACK need not keep it, in the place of what is.
+            value.set_sensitive(true);
             headers.insert(TRACEPARENT, value);
         }
     }
