@@ -29,28 +29,29 @@
 //! CPU of the proxy per request, in µs, saturated over loopback on two cores, the median of five interleaved rounds of a
 //! second. The first column is `portcullis-bench`, built by `cargo build --profile dist -p portcullis-bench`: discovery,
 //! balance and forward under [`serve`] on one runtime per core, or all six layers where tokens are shown. The second is the
-//! program `portcullis` with a file that says the same; it counts every request, and traces them besides if told to. Each
+//! program `portcullis` with a file that says the same; it counts every request and writes a line about it. Each
 //! line is one run, and only figures of one line can be compared: machines differ by a third, and so do their ratios.
 //!
 //! | | layers | program | nginx 1.22 | HAProxy 2.6 | Envoy |
 //! |---|---|---|---|---|---|
-//! | HTTP/1.1, 128 B | 15.1 | 19.9 | 11.9 | 13.6 | 44.7 |
-//! | HTTP/1.1, 16 KiB | 20.6 | 26.0 | 19.7 | 22.3 | 56.6 |
-//! | HTTP/1.1, 64 KiB up and down | 63.4 | 70.3 | 62.0 | 62.2 | 100.2 |
-//! | a connection for each request | 33.2 | 36.5 | 25.7 | 26.6 | 85.1 |
-//! | HTTP/2 to HTTP/1.1 | 10.4 | 15.7 | 16.1 | 8.9 | 27.1 |
-//! | gRPC | 10.2 | 15.4 | 26.6 | 7.3 | 17.6 |
-//! | all six layers, HS256 | 17.5 | 22.6 | | 25.7 | 57.2, tokens cached |
-//! | all six layers, RS256 | 18.5 | 22.4 | | 53.3 | 60.6, tokens cached |
-//! | HS256, tokens not cached | 24.7 | | | 29.4 | |
-//! | RS256, tokens not cached | 47.1 | | | 55.9 | |
+//! | HTTP/1.1, 128 B | 18.9 | 25.7 | 17.0 | 20.6 | 63.0 |
+//! | HTTP/1.1, 16 KiB | 24.6 | 32.6 | 25.6 | 29.8 | 76.1 |
+//! | HTTP/1.1, 64 KiB up and down | 65.4 | 77.7 | 78.0 | 78.2 | 121.8 |
+//! | a connection for each request | 38.6 | 44.5 | 32.3 | 35.7 | 125.4 |
+//! | HTTP/2 to HTTP/1.1 | 18.5 | 26.6 | 19.6 | 15.1 | 54.4 |
+//! | gRPC | 23.1 | 30.4 | 30.5 | 14.3 | 60.5 |
+//! | all six layers, HS256 | 21.2 | 28.2 | | 37.6 | 81.6, tokens cached |
+//! | all six layers, RS256 | 18.5 | 26.6 | | 61.8 | 74.9, tokens cached |
+//! | HS256, tokens not cached | 20.9 | | | 30.5 | |
+//! | RS256, tokens not cached | 47.8 | | | 75.0 | |
 //!
-//! Of a request of the first line, 10 µs or so are the four system calls that anybody needs who reads and writes twice, and
-//! 30,000 instructions are ours; with the feature `mimalloc` it is some percent less. Memory under the first load is 6 MB
-//! (the program's 12), nginx's 12; under the third 23 (28), nginx's 16.
+//! Of a request of the first line, two thirds are the kernel's, mostly for the four system calls that anybody needs who reads
+//! and writes twice, and 24,000 instructions are ours. Of the program's 40,500, a third are for its line in the access log, the
+//! trace it begins, and what it counts. Memory under the first load is 6 MB (the program's 11), nginx's 12; under the third 21
+//! (25), nginx's 15.
 //!
 //! Where others are ahead it is by connections that are made for one request, and with HTTP/2, which is h2's: of a gRPC call's
-//! 70,000 instructions two thirds are spent in it, and of the 40,000 of a request from HTTP/2 to HTTP/1.1 not quite half, as
+//! 71,000 instructions two thirds are spent in it, and of the 38,500 of a request from HTTP/2 to HTTP/1.1 not quite half, as
 //! callgrind counts them. hyper is left with what of HTTP/1 is not plain.
 //!
 //! # Features
