@@ -606,6 +606,28 @@ async fn over_http2_a_client_that_waits_is_told_to_go_ahead_once_its_body_is_wan
     assert_eq!(within(answer).await.unwrap().status(), 200);
 }
 
+#[cfg(feature = "forward")]
+#[tokio::test]
+async fn a_tunnel_in_a_stream_says_that_its_other_end_broke() {
+    let upstream = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let policy = portcullis::forward::Policy::new().tunnels(true);
+    let forward = portcullis::forward::Forward::to(&upstream.local_addr().unwrap().to_string()).unwrap();
+    let server = local();
+    let address = server.local_addr().unwrap();
+    tokio::spawn(server.serve(forward.policy(policy)));
+    let (mut sender, connection) = h2::client::handshake(TcpStream::connect(address).await.unwrap()).await.unwrap();
+    tokio::spawn(connection);
+    let (answer, mut near) = sender.send_request(Request::connect("a.test:443").body(()).unwrap(), false).unwrap();
+    let mut far = within(upstream.accept()).await.unwrap().0;
+    let mut heard = within(answer).await.unwrap().into_body();
+    near.send_data("ping".into(), false).unwrap();
+    far.read_exact(&mut [0; 2]).await.unwrap();
+    // With something unread it is no end, but a reset.
+    drop(far);
+    let error = within(heard.data()).await.unwrap().unwrap_err();
+    assert_eq!(error.reason(), Some(h2::Reason::CONNECT_ERROR), "{error}");
+}
+
 #[tokio::test]
 async fn a_client_that_does_not_answer_pings_is_let_go() {
     let (often, soon) = (Duration::from_millis(20), Duration::from_millis(50));

@@ -56,6 +56,7 @@ pub(super) enum Asked {
 }
 
 struct Sending {
+    asked: Asked,
     stream: SendStream<Bytes>,
     /// What there is no room for yet, and whether it is the last.
     held: Option<(Bytes, bool)>,
@@ -188,7 +189,10 @@ where
             spare::give_back(std::mem::take(&mut head.extensions));
             match this.reply.send_response(Response::from_parts(head, ()), is_whole) {
                 Ok(_) if is_whole => return Poll::Ready(()),
-                Ok(stream) => this.state.set(State::Body { body, sending: Sending { stream, held: None } }),
+                Ok(stream) => {
+                    let sending = Sending { asked: *this.asked, stream, held: None };
+                    this.state.set(State::Body { body, sending });
+                }
                 Err(error) => {
                     debug!(%error, "an answer is not sent");
                     this.reply.send_reset(Reason::INTERNAL_ERROR);
@@ -260,7 +264,10 @@ impl Sending {
                 }
                 Some(Ok(Err(frame))) => self.stream.send_trailers(frame.into_trailers().unwrap_or_default()),
                 Some(Err(error)) => {
-                    self.stream.send_reset(reason(&*error.into()));
+                    let reason = reason(&*error.into());
+                    // RFC 9113 §8.5: it is the tunnel's other end that broke.
+                    let is_tunnel = self.asked == Asked::Connect;
+                    self.stream.send_reset(if is_tunnel { Reason::CONNECT_ERROR } else { reason });
                     Ok(())
                 }
                 None => self.stream.send_data(Bytes::new(), true),
