@@ -32,10 +32,12 @@ pub(super) type Way = Discovery<Passed<Balance<CircuitBreak<Sent<Forward>>, Arc<
 
 /// Sends each request the way of the service it asks for.
 #[derive(Clone)]
-pub(super) struct Ways {
+pub(super) struct Ways(Arc<All>);
+
+struct All {
     others: Way,
     /// Seeded, and quick: no caller chooses the names.
-    own: Arc<HashMap<Arc<str>, Way, foldhash::fast::RandomState>>,
+    own: HashMap<Arc<str>, Way, foldhash::fast::RandomState>,
 }
 
 // === impl Upstream ===
@@ -97,7 +99,7 @@ impl fmt::Debug for Upstream {
 impl Ways {
     pub(super) fn new(others: &Upstream, own: &HashMap<Arc<str>, Upstream>) -> Self {
         let own = own.iter().map(|(name, upstream)| (name.clone(), upstream.way())).collect();
-        Self { others: others.way(), own: Arc::new(own) }
+        Self(Arc::new(All { others: others.way(), own }))
     }
 }
 
@@ -110,16 +112,15 @@ where
     type Error = <Way as Service<Request<B>>>::Error;
     type Future = <Way as Service<Request<B>>>::Future;
 
-    /// Every way ends in the one service that is always ready.
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        Service::<Request<B>>::poll_ready(&mut self.others, cx)
+    /// Every way ends in a service that is always ready.
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let own = (!self.own.is_empty()).then(|| Destination::of(request.extensions())).flatten();
-        match own.and_then(|destination| self.own.get(destination.name())) {
-            Some(way) => way.clone().call(request),
-            None => self.others.call(request),
-        }
+        let All { others, own } = &*self.0;
+        let named = if own.is_empty() { None } else { Destination::of(request.extensions()) };
+        let way = named.and_then(|destination| own.get(destination.name())).unwrap_or(others);
+        way.clone().call(request)
     }
 }
