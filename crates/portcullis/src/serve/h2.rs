@@ -17,7 +17,7 @@ use tracing::debug;
 
 use super::connection::{Serve, WithPeer, bounded};
 use super::incoming::Incoming;
-use super::stream::{Asked, GoAhead, Stream};
+use super::stream::{Asked, Stream};
 use super::transport::{Line, Transport};
 use super::{BoxError, Limits, spare};
 
@@ -132,8 +132,7 @@ where
                     if head.extensions.is_empty() {
                         head.extensions = spare::extensions();
                     }
-                    let go_ahead = GoAhead::of(&head.headers, &stream);
-                    let body = Incoming::http2(stream, &head.headers, go_ahead.clone());
+                    let (body, go_ahead) = Incoming::http2(stream, &head.headers);
                     let answer = Box::pin(this.service.answer(Request::from_parts(head, body)));
                     tokio::spawn(Stream::new(answer, reply, asked, go_ahead, this.patience));
                 }

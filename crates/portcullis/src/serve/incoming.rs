@@ -27,6 +27,8 @@ enum Source {
         stream: RecvStream,
         /// What is still to come, if its length was announced.
         left: Option<u64>,
+        /// Whether it was asked for.
+        is_wanted: bool,
         /// Whether only trailers can follow.
         data_is_over: bool,
         /// Who waits to be told that it is wanted.
@@ -50,10 +52,14 @@ impl Incoming {
         Self(Source::Hyper(body))
     }
 
-    /// `expects` is there if the client waits with it until it is asked for.
-    pub(super) fn http2(stream: RecvStream, headers: &HeaderMap, expects: Option<GoAhead>) -> Self {
-        let left = if stream.is_end_stream() { Some(0) } else { announced(headers) };
-        Self(Source::Http2 { stream, left, data_is_over: false, expects })
+    /// The body, and what is said in it if the client waits until it is asked for.
+    pub(super) fn http2(stream: RecvStream, headers: &HeaderMap) -> (Self, Option<GoAhead>) {
+        if stream.is_end_stream() {
+            return (Self::whole(Bytes::new()), None);
+        }
+        let (left, expects) = (announced(headers), GoAhead::of(headers));
+        let go_ahead = expects.clone();
+        (Self(Source::Http2 { stream, left, is_wanted: false, data_is_over: false, expects }), go_ahead)
     }
 }
 
@@ -62,7 +68,7 @@ impl Body for Incoming {
     type Error = BoxError;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let (stream, left, data_is_over, expects) = match &mut self.get_mut().0 {
+        let (stream, left, data_is_over) = match &mut self.get_mut().0 {
             Source::Whole(bytes) => {
                 let bytes = std::mem::take(bytes);
                 return Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))));
@@ -73,11 +79,14 @@ impl Body for Incoming {
             Source::Hyper(body) => {
                 return Pin::new(body).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(Into::into)));
             }
-            Source::Http2 { stream, left, data_is_over, expects } => (stream, left, data_is_over, expects),
+            Source::Http2 { stream, left, is_wanted, data_is_over, expects } => {
+                *is_wanted = true;
+                if let Some(expects) = expects.take() {
+                    expects.say();
+                }
+                (stream, left, data_is_over)
+            }
         };
-        if let Some(expects) = expects.take() {
-            expects.say();
-        }
         let data = if *data_is_over { None } else { ready!(stream.poll_data(cx)) };
         let frame = match data {
             Some(data) => data.map(|data| {
@@ -100,7 +109,8 @@ impl Body for Incoming {
             Source::Whole(bytes) => bytes.is_empty(),
             Source::Http1(body) => body.is_end_stream(),
             Source::Hyper(body) => body.is_end_stream(),
-            Source::Http2 { stream, .. } => stream.is_end_stream(),
+            // It was not when it came, and to ask takes a lock.
+            Source::Http2 { stream, is_wanted, .. } => *is_wanted && stream.is_end_stream(),
         }
     }
 

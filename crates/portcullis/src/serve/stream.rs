@@ -15,7 +15,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use bytes::Bytes;
 use futures::task::AtomicWaker;
 use h2::server::SendResponse;
-use h2::{Reason, RecvStream, SendStream};
+use h2::{Reason, SendStream};
 use http::header::{
     CONNECTION, CONTENT_LENGTH, DATE, EXPECT, Entry, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE,
 };
@@ -207,10 +207,9 @@ where
 
 impl GoAhead {
     /// `None` if the client does not wait for it.
-    pub(super) fn of(headers: &HeaderMap, body: &RecvStream) -> Option<Self> {
-        let expects = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"100-continue");
-        let waits = !body.is_end_stream() && headers.get(EXPECT).is_some_and(expects);
-        waits.then(|| Self(Arc::default()))
+    pub(super) fn of(headers: &HeaderMap) -> Option<Self> {
+        let expects = headers.get(EXPECT)?.as_bytes().eq_ignore_ascii_case(b"100-continue");
+        expects.then(|| Self(Arc::default()))
     }
 
     pub(super) fn say(&self) {
