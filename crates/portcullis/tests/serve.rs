@@ -29,7 +29,8 @@ async fn within<F: Future>(future: F) -> F::Output {
     tokio::time::timeout(PATIENCE, future).await.expect("in time")
 }
 
-/// Says who is calling; `/slow` waits for `release` first, `/read` reads the body then and returns it, `/upgrade` changes the protocol and echoes.
+/// Says who is calling; `/slow` waits for `release` first, `/read` then reads the body and returns it, `/upgrade` changes the
+/// protocol and echoes.
 async fn answer(mut request: Request<Incoming>, release: Arc<Notify>) -> Result<Response<Full<Bytes>>, Infallible> {
     let PeerAddress(peer) = *PeerAddress::of(request.extensions()).unwrap();
     let tls = PeerTls::of(request.extensions()).is_some();

@@ -21,8 +21,8 @@ pub struct Input {
 
 /// Room for a head, and a small body with it.
 const ROOM: usize = 4096;
-/// For 64 KiB at once, which is what many write, and a head before them. With twice that, a thousand bodies at once hold
-/// 60 MB more, and long ones do not come faster.
+/// For 64 KiB at once, which is what many write, and a head before them. Twice that would hold twice as much for each body
+/// under way, and long ones would not come faster.
 const MOST_ROOM: usize = 72 * 1024;
 
 // === impl Input ===

@@ -127,8 +127,7 @@ fn framing(
     headers: &mut HeaderMap,
 ) -> Result<(Decoder, bool), Malformed> {
     let is_10 = version == Version::HTTP_10;
-    let (mut lengths, mut length, mut coded, mut keep_alive) = (0, None, false, !is_10);
-    let mut options = false;
+    let (mut lengths, mut length, mut coded, mut options) = (0, None, false, false);
     for (name, value) in &*headers {
         match name.as_str() {
             "content-length" => (lengths, length) = (lengths + 1, parse_length(value.as_bytes())),
@@ -137,12 +136,10 @@ fn framing(
             _ => {}
         }
     }
-    if lengths > 1 || (lengths == 1 && length.is_none()) {
+    if lengths > 1 || lengths == 1 && length.is_none() {
         length = length_of(headers)?;
     }
-    if options {
-        keep_alive = keeps_alive(headers, is_10);
-    }
+    let mut keep_alive = if options { keeps_alive(headers, is_10) } else { !is_10 };
     let body = if status == StatusCode::SWITCHING_PROTOCOLS {
         keep_alive = false;
         Decoder::OVER

@@ -14,8 +14,9 @@ use super::BoxError;
 use super::h1::Reader;
 use super::stream::GoAhead;
 
-/// The body of a request, as it arrives. What is not asked for is not taken from the client. Dropped before its end, it
-/// closes the connection of HTTP/1.1 after the answer, and ends the stream of HTTP/2.
+/// The body of a request, as it arrives. What is not asked for is not taken from the client, and one that waits with it
+/// (`Expect: 100-continue`) hears when it is. Dropped before its end, it closes the connection of HTTP/1.1 after the answer,
+/// and ends the stream of HTTP/2.
 pub struct Incoming(Source);
 
 enum Source {

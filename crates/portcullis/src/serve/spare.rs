@@ -9,7 +9,7 @@ thread_local! {
     static EXTENSIONS: RefCell<Vec<Extensions>> = const { RefCell::new(Vec::new()) };
 }
 
-/// More are not answered at once by a thread that is not busy.
+/// A thread keeps the memory of so many.
 const KEPT: usize = 64;
 
 /// Nothing but memory, if there is any.
