@@ -4,6 +4,7 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Frame, SizeHint};
 
+use crate::room::cut;
 use crate::{MAX_FIELDS, Malformed};
 
 /// What comes next of a body, and by which of the rules of
@@ -79,7 +80,10 @@ impl Decoder {
         loop {
             match self {
                 Self::Length(left) => return Ok(take(input, left).map(Frame::data)),
-                Self::Close => return Ok((!input.is_empty()).then(|| Frame::data(input.split().freeze()))),
+                Self::Close => {
+                    let all = input.len();
+                    return Ok((all > 0).then(|| Frame::data(cut(input, all))));
+                }
                 Self::Size => {
                     let Some(end) = input.iter().position(|byte| *byte == b'\n') else {
                         return if input.len() < LINE {
@@ -126,7 +130,7 @@ fn skip(input: &mut BytesMut, count: usize) {
 fn take(input: &mut BytesMut, left: &mut u64) -> Option<Bytes> {
     let count = usize::try_from(*left).map_or(input.len(), |left| left.min(input.len()));
     *left -= count as u64;
-    (count > 0).then(|| input.split_to(count).freeze())
+    (count > 0).then(|| cut(input, count))
 }
 
 /// What the line before a chunk, without its LF, says of its size.

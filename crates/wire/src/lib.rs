@@ -8,6 +8,7 @@ mod alarm;
 mod decode;
 mod fields;
 mod input;
+mod room;
 mod send;
 
 use std::fmt;
@@ -16,6 +17,7 @@ pub use alarm::{Alarm, after, earlier};
 pub use decode::Decoder;
 pub use fields::{Fields, MAX_FIELDS, keeps_alive, length_of, parse_length, write_field, write_line};
 pub use input::Input;
+pub use room::cut;
 pub use send::{Length, SendError, Sending};
 
 /// What arrived is not HTTP.

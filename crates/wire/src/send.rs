@@ -178,7 +178,12 @@ impl Sending {
             self.at += head;
             count -= head;
             let data = count.min(self.data.len());
-            self.data.advance(data);
+            if data == self.data.len() {
+                // Even an empty piece holds the memory it was cut from.
+                self.data = Bytes::new();
+            } else {
+                self.data.advance(data);
+            }
             self.tail = &self.tail[count - data..];
             if self.at == self.buffer.len() && self.data.is_empty() {
                 // What follows a frame is short, and goes out with the next.

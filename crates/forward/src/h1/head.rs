@@ -7,7 +7,7 @@ use http::header::{CONTENT_LENGTH, HOST, TRANSFER_ENCODING};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Version};
 use hyper::ext::ReasonPhrase;
 use portcullis_wire::{
-    Decoder, Fields, Length, MAX_FIELDS, Malformed, keeps_alive, length_of, parse_length, write_field,
+    Decoder, Fields, Length, MAX_FIELDS, Malformed, cut, keeps_alive, length_of, parse_length, write_field,
 };
 
 use crate::forwarded::{Added, Via};
@@ -106,7 +106,7 @@ impl Answered {
                 response.reason.filter(|reason| !reason.is_empty() && Some(*reason) != status.canonical_reason());
             let reason = reason.and_then(|reason| ReasonPhrase::try_from(reason.as_bytes()).ok());
             let fields = Fields::of(input, response.headers);
-            let head = input.split_to(length).freeze();
+            let head = cut(input, length);
             if status.is_informational() && status != StatusCode::SWITCHING_PROTOCOLS {
                 continue;
             }

@@ -20,7 +20,7 @@ use http::{HeaderMap, Request, Response, StatusCode, response};
 use http_body::Body;
 use pin_project_lite::pin_project;
 use portcullis_core::WallClock;
-use portcullis_wire::{Alarm, Decoder, Input, MAX_FIELDS, SendError, Sending, after};
+use portcullis_wire::{Alarm, Decoder, Input, MAX_FIELDS, SendError, Sending, after, cut};
 use tokio::io::AsyncWrite;
 use tokio::time::Instant;
 use tower_service::Service;
@@ -255,7 +255,7 @@ impl Connection {
             Decoder::Length(length) if length <= self.input.buffer.len() as u64 => {
                 self.asked.body = Decoder::OVER;
                 // It fits into memory: it is there.
-                Incoming::whole(self.input.buffer.split_to(length as usize).freeze())
+                Incoming::whole(cut(&mut self.input.buffer, length as usize))
             }
             body => {
                 let length = if let Decoder::Length(length) = body { Some(length) } else { None };

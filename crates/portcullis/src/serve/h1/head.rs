@@ -9,7 +9,7 @@ use http::request::Parts;
 use http::{HeaderMap, Method, Request, StatusCode, Uri, response};
 use http_body::Body;
 use hyper::ext::ReasonPhrase;
-use portcullis_wire::{Decoder, Fields, Length, MAX_FIELDS, parse_length, write_field};
+use portcullis_wire::{Decoder, Fields, Length, MAX_FIELDS, cut, parse_length, write_field};
 
 /// What was found where a request begins.
 #[expect(clippy::large_enum_variant, reason = "it is taken apart at once")]
@@ -82,7 +82,7 @@ impl Found {
         let target_at = target.as_ptr().addr() - input.as_ptr().addr();
         let target_at = target_at..target_at + target.len();
         let fields = Fields::of(input, request.headers);
-        let head = input.split_to(length).freeze();
+        let head = cut(input, length);
         match Self::plain(method, head.slice(target_at), &fields, &head, std::mem::take(memory)) {
             Ok((parts, asked)) => Self::Plain(parts, asked),
             Err(NotPlain::Ambiguous) => Self::Ambiguous,
