@@ -62,7 +62,8 @@
 //! Plain requests of HTTP/1.1 are read, asked and answered by the connection's own task: of a request that is forwarded, that
 //! saved 11 % of the instructions. Whatever is not plain is left to hyper, and the connection with it: an upgrade, a tunnel,
 //! `Expect`, HTTP/1.0, and whatever is no sound head. HTTP/2 is h2's without hyper around it, which was worth 4 % of a gRPC
-//! call. So the request's body is [a type of our own](Incoming).
+//! call; its requests are answered in tasks that go on to others, which was worth 4 % more. So the request's body is [a type
+//! of our own](Incoming).
 //!
 //! * A request with both `Content-Length` and `Transfer-Encoding` gets 400, and its connection ends (RFC 9112 §6.1).
 //! * Trailers go to a client that says `TE: trailers`, and to no other of HTTP/1.1.
@@ -70,6 +71,7 @@
 //! * An answer that is not as long as its `Content-Length` says breaks off.
 
 mod connection;
+mod crew;
 mod h1;
 mod h2;
 mod incoming;
@@ -100,6 +102,7 @@ use tracing::{info, warn};
 pub use incoming::Incoming;
 pub use tls::{ClientCertificates, ServerTls};
 
+use crew::Crew;
 use phase::{Phase, Tell};
 use worker::Worker;
 
@@ -273,6 +276,7 @@ impl Server {
         for listener in self.listeners {
             let worker = Worker {
                 service: service.clone(),
+                crew: Crew::new(),
                 limits: self.limits.clone(),
                 phase: phase.clone(),
                 open: open.clone(),

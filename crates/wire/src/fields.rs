@@ -51,7 +51,8 @@ impl Fields {
     ///
     /// When one is no field.
     pub fn read(&self, head: &Bytes, headers: &mut HeaderMap) -> Result<(), Malformed> {
-        headers.reserve(self.count);
+        // And one that is added on the way, as each intermediary does.
+        headers.reserve(self.count + 1);
         for span in self.few.get(..self.count).unwrap_or(&self.many) {
             let name = name_of(&head[span.name.0 as usize..span.name.1 as usize]);
             let value = HeaderValue::from_maybe_shared(head.slice(span.value.0 as usize..span.value.1 as usize));

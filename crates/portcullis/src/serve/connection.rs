@@ -22,10 +22,12 @@ use tokio::time::{sleep, timeout};
 use tower_service::Service;
 use tracing::debug;
 
+use super::crew::Crew;
 use super::h1::H1;
 use super::h2::H2;
 use super::incoming::Incoming;
 use super::phase::{Phase, Watch};
+use super::stream::Call;
 use super::transport::{HeadTimer, Io, Line, Socket, Transport};
 use super::{BoxError, Limits, tls};
 
@@ -69,8 +71,14 @@ const FIRST_WORD: Duration = Duration::from_millis(500);
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// One connection, from the handshake until nobody holds it any more.
-pub(super) async fn connection<S, B>(stream: TcpStream, peer: SocketAddr, limits: Limits, service: S, phase: Watch)
-where
+pub(super) async fn connection<S, B>(
+    stream: TcpStream,
+    peer: SocketAddr,
+    limits: Limits,
+    service: S,
+    crew: Crew<Call<S>>,
+    phase: Watch,
+) where
     S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
     S::Error: Into<BoxError>,
     S::Future: Send,
@@ -90,7 +98,7 @@ where
     let line = Arc::new(Line::default());
     let ended = if is_h2 {
         let transport = Transport::new(Socket::new(io, early.freeze(), limits.write, false), line.clone());
-        drive(H2::new(transport, line.clone(), &limits, service), &phase).await
+        drive(H2::new(transport, line.clone(), &limits, service, crew), &phase).await
     } else {
         let socket = Socket::new(io, Bytes::new(), limits.write, true);
         let Some(Some(socket)) = drive(H1::new(socket, early, &limits, service.clone()), &phase).await else { return };
@@ -208,18 +216,18 @@ where
     S: Service<Request<Incoming>> + Clone,
     S::Error: Into<BoxError>,
 {
-    pub(super) fn answer(&self, mut request: Request<Incoming>) -> Answer<S, S::Future, Incoming> {
+    pub(super) fn answer(&self, request: Request<Incoming>) -> Answer<S, S::Future, Incoming> {
+        let (service, request) = self.with(request);
+        Answer::new(service, request)
+    }
+
+    /// A service, and the request with what is known of the connection.
+    pub(super) fn with(&self, mut request: Request<Incoming>) -> (S, Request<Incoming>) {
         self.peer.attach(request.extensions_mut());
         if let Some(tls) = &self.tls {
             tls.clone().attach(request.extensions_mut());
         }
-        let mut service = self.service.clone();
-        // Nearly always it is ready, and the request need not be put aside.
-        match service.poll_ready(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(Ok(())) => Answer::Called { future: service.call(request) },
-            Poll::Ready(Err(error)) => Answer::Failed { error: Some(error.into()) },
-            Poll::Pending => Answer::Waiting { service, request: Some(request) },
-        }
+        (self.service.clone(), request)
     }
 }
 
@@ -239,6 +247,23 @@ where
             self.line.may_be_given_away();
         }
         self.service.answer(request.map(Incoming::hyper))
+    }
+}
+
+// === impl Answer ===
+
+impl<S, B> Answer<S, S::Future, B>
+where
+    S: Service<Request<B>>,
+    S::Error: Into<BoxError>,
+{
+    pub(super) fn new(mut service: S, request: Request<B>) -> Self {
+        // Nearly always it is ready, and the request need not be put aside.
+        match service.poll_ready(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(())) => Self::Called { future: service.call(request) },
+            Poll::Ready(Err(error)) => Self::Failed { error: Some(error.into()) },
+            Poll::Pending => Self::Waiting { service, request: Some(request) },
+        }
     }
 }
 

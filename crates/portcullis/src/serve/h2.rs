@@ -1,4 +1,4 @@
-//! A connection of HTTP/2: its task reads and writes, and gives each stream a task of its own.
+//! A connection of HTTP/2: its task reads and writes, and hands each stream to another.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -9,21 +9,25 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::server::{Builder, Connection, Handshake};
 use h2::{Ping, PingPong, Reason};
-use http::{Request, Response};
-use http_body::Body;
+use http::Request;
 use tokio::time::{Instant, Sleep, sleep};
 use tower_service::Service;
 use tracing::debug;
 
 use super::connection::{Serve, WithPeer, bounded};
+use super::crew::{Crew, Work};
 use super::incoming::Incoming;
-use super::stream::{Asked, Stream};
+use super::stream::Call;
 use super::transport::{Line, Transport};
 use super::{BoxError, Limits, spare};
 
-pub(super) struct H2<S> {
+pub(super) struct H2<S>
+where
+    Call<S>: Work,
+{
     state: State,
     service: WithPeer<S>,
+    crew: Crew<Call<S>>,
     line: Arc<Line>,
     /// How long a reader may take nothing.
     patience: Duration,
@@ -55,8 +59,17 @@ const SEND_BUFFER: usize = 400 << 10;
 
 // === impl H2 ===
 
-impl<S> H2<S> {
-    pub(super) fn new(transport: Transport, line: Arc<Line>, limits: &Limits, service: WithPeer<S>) -> Self {
+impl<S> H2<S>
+where
+    Call<S>: Work,
+{
+    pub(super) fn new(
+        transport: Transport,
+        line: Arc<Line>,
+        limits: &Limits,
+        service: WithPeer<S>,
+        crew: Crew<Call<S>>,
+    ) -> Self {
         let handshake = Builder::new()
             .initial_window_size(WINDOW)
             .initial_connection_window_size(WINDOW)
@@ -67,6 +80,7 @@ impl<S> H2<S> {
         Self {
             state: State::Handshaking(handshake),
             service,
+            crew,
             line,
             patience: limits.write,
             keep_alive: limits.keep_alive,
@@ -76,16 +90,13 @@ impl<S> H2<S> {
 }
 
 /// Nothing of it is pinned.
-impl<S> Unpin for H2<S> {}
+impl<S> Unpin for H2<S> where Call<S>: Work {}
 
-impl<S, B> Serve for H2<S>
+impl<S> Serve for H2<S>
 where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone,
+    S: Service<Request<Incoming>> + Clone,
     S::Error: Into<BoxError>,
-    S::Future: Send + 'static,
-    S: Send + 'static,
-    B: Body<Data = Bytes> + Send + 'static,
-    B::Error: Into<BoxError>,
+    Call<S>: Work,
 {
     type End = ();
     type Error = h2::Error;
@@ -98,13 +109,11 @@ where
     }
 }
 
-impl<S, B> Future for H2<S>
+impl<S> Future for H2<S>
 where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S: Service<Request<Incoming>> + Clone,
     S::Error: Into<BoxError>,
-    S::Future: Send + 'static,
-    B: Body<Data = Bytes> + Send + 'static,
-    B::Error: Into<BoxError>,
+    Call<S>: Work,
 {
     type Output = Result<(), h2::Error>;
 
@@ -127,14 +136,13 @@ where
             };
             match connection.poll_accept(cx) {
                 Poll::Ready(Some(Ok((request, reply)))) => {
-                    let asked = Asked::of(request.method());
                     let (mut head, stream) = request.into_parts();
                     if head.extensions.is_empty() {
                         head.extensions = spare::extensions();
                     }
                     let (body, go_ahead) = Incoming::http2(stream, &head.headers);
-                    let answer = Box::pin(this.service.answer(Request::from_parts(head, body)));
-                    tokio::spawn(Stream::new(answer, reply, asked, go_ahead, this.patience));
+                    let (service, request) = this.service.with(Request::from_parts(head, body));
+                    this.crew.hand(Call { service, request, reply, go_ahead, patience: this.patience });
                 }
                 Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(error)),
                 Poll::Ready(None) => return Poll::Ready(Ok(())),

@@ -19,12 +19,16 @@ use h2::{Reason, SendStream};
 use http::header::{
     CONNECTION, CONTENT_LENGTH, DATE, EXPECT, Entry, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE,
 };
-use http::{HeaderMap, Method, Response, StatusCode};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body::{Body, Frame};
 use pin_project_lite::pin_project;
 use portcullis_core::WallClock;
+use tower_service::Service;
 use tracing::debug;
 
+use super::connection::Answer;
+use super::crew::Work;
+use super::incoming::Incoming;
 use super::transport::Stall;
 use super::{BoxError, spare};
 
@@ -39,17 +43,27 @@ pin_project! {
     }
 }
 
+/// A request, and where its answer goes.
+pub(super) struct Call<S> {
+    pub(super) service: S,
+    pub(super) request: Request<Incoming>,
+    pub(super) reply: SendResponse<Bytes>,
+    pub(super) go_ahead: Option<GoAhead>,
+    /// How long a reader may take nothing.
+    pub(super) patience: Duration,
+}
+
 pin_project! {
     #[project = Project]
     enum State<F, B> {
-        Service { answer: Pin<Box<F>> },
+        Service { #[pin] answer: F },
         Body { #[pin] body: B, sending: Sending },
     }
 }
 
 /// What of a request decides how its answer is framed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Asked {
+enum Asked {
     Head,
     Connect,
     Other,
@@ -93,7 +107,7 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 // === impl Asked ===
 
 impl Asked {
-    pub(super) fn of(method: &Method) -> Self {
+    fn of(method: &Method) -> Self {
         match *method {
             Method::HEAD => Self::Head,
             Method::CONNECT => Self::Connect,
@@ -123,24 +137,27 @@ impl Asked {
     }
 }
 
-// === impl Stream ===
+// === impl Call ===
 
-impl<F, B, E> Stream<F, B>
+impl<S, B> Work for Call<S>
 where
-    F: Future<Output = Result<Response<B>, E>>,
-    B: Body<Data = Bytes>,
+    S: Service<Request<Incoming>, Response = Response<B>> + Send + 'static,
+    S::Error: Into<BoxError>,
+    S::Future: Send,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
 {
-    /// `answer` is in a box, since what is moved into a task should be small.
-    pub(super) fn new(
-        answer: Pin<Box<F>>,
-        reply: SendResponse<Bytes>,
-        asked: Asked,
-        go_ahead: Option<GoAhead>,
-        patience: Duration,
-    ) -> Self {
-        Self { reply, asked, go_ahead, stall: Stall::new(patience), state: State::Service { answer } }
+    type Doing = Stream<Answer<S, S::Future, Incoming>, B>;
+
+    fn begin(self) -> Self::Doing {
+        let Self { service, request, reply, go_ahead, patience } = self;
+        let asked = Asked::of(request.method());
+        let state = State::Service { answer: Answer::new(service, request) };
+        Stream { reply, asked, go_ahead, stall: Stall::new(patience), state }
     }
 }
+
+// === impl Stream ===
 
 impl<F, B, E> Future for Stream<F, B>
 where
@@ -155,7 +172,7 @@ where
         let mut this = self.project();
         loop {
             let answered = match this.state.as_mut().project() {
-                Project::Service { answer } => match answer.as_mut().poll(cx) {
+                Project::Service { answer } => match answer.poll(cx) {
                     Poll::Ready(answered) => answered,
                     Poll::Pending => {
                         if this.go_ahead.take_if(|wanted| wanted.is_said(cx)).is_some() {

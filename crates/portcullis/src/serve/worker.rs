@@ -15,13 +15,20 @@ use tower_service::Service;
 use tracing::warn;
 
 use super::connection::connection;
+use super::crew::{Crew, Work};
 use super::incoming::Incoming;
 use super::phase::{Phase, Watch};
+use super::stream::Call;
 use super::{BoxError, Limits};
 
 /// One listener's share of the server: all it takes to serve connections in some runtime.
-pub(super) struct Worker<S> {
+pub(super) struct Worker<S>
+where
+    Call<S>: Work,
+{
     pub(super) service: S,
+    /// For the streams of HTTP/2.
+    pub(super) crew: Crew<Call<S>>,
     pub(super) limits: Limits,
     pub(super) phase: Watch,
     /// Open as long as a connection is.
@@ -76,11 +83,11 @@ where
     }
 
     fn spawn(&self, stream: TcpStream, peer: SocketAddr, place: OwnedSemaphorePermit) {
-        let (limits, service) = (self.limits.clone(), self.service.clone());
+        let (limits, service, crew) = (self.limits.clone(), self.service.clone(), self.crew.clone());
         let (phase, open) = (self.phase.clone(), self.open.clone());
         tokio::spawn(async move {
             let _held = (place, open);
-            connection(stream, peer, limits, service, phase).await;
+            connection(stream, peer, limits, service, crew, phase).await;
         });
     }
 }
