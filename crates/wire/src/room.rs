@@ -39,7 +39,7 @@ pub(crate) fn give_back(room: BytesMut) {
     });
 }
 
-/// Cuts off what may be held for long. With it no more is held than five times its size, or [`LITTLE`].
+/// Cuts off what may be held for long. With it no more is held than five times its size, or 4 KiB.
 pub fn cut(input: &mut BytesMut, length: usize) -> Bytes {
     let room = input.capacity();
     if room <= LITTLE || length >= room / 5 {
