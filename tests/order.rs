@@ -13,7 +13,7 @@ use portcullis::core::{Carried, Destination, Mover, Rejection, Route};
 use portcullis::discovery::{DiscoveryLayer, EmbeddedRegistry, Registry, ServiceDefinition};
 use portcullis::forward::Forward;
 use portcullis::rate_limit::{Rate, RateLimitLayer};
-use portcullis_testing::process::free_port;
+use portcullis_testing::process::Nobody;
 use support::{Count, bearer};
 use tower::{Service, ServiceBuilder, ServiceExt};
 
@@ -45,8 +45,8 @@ async fn each_refusal_stops_before_the_next_layer() {
     let registry = EmbeddedRegistry::new();
     let backends = support::backends(&["a"]).await;
     let _orders = support::register(&registry, "orders", support::places(&backends)).await;
-    let nobody = format!("127.0.0.1:{}", free_port()).parse::<portcullis::core::Address>().unwrap();
-    let _dead = registry.register(ServiceDefinition::new("dead", "d", nobody)).await.unwrap();
+    let nobody = Nobody::new();
+    let _dead = registry.register(ServiceDefinition::new("dead", "d", nobody.address())).await.unwrap();
 
     let passed: [Count; 6] = Default::default();
     let [after_auth, after_limit, after_discovery, after_balance, after_breaker, _] = passed.clone();
@@ -97,11 +97,11 @@ async fn each_refusal_stops_before_the_next_layer() {
 #[tokio::test]
 async fn a_breaker_alone_refuses_before_forward() {
     let passed = Count::default();
-    let nobody = format!("http://127.0.0.1:{}", free_port());
+    let nobody = Nobody::new();
     let stack = ServiceBuilder::new()
         .layer(CircuitBreakLayer::new())
         .layer(passed.clone())
-        .service(Forward::to(&nobody).unwrap());
+        .service(Forward::to(&format!("http://{}", nobody.address())).unwrap());
     for _ in 0..5 {
         assert_eq!(answer(&stack, request("orders", None)).await, (502, "forward"));
     }

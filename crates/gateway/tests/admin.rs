@@ -17,7 +17,7 @@ use portcullis::serve::{Server, ServerTls};
 use portcullis_testing::Backend;
 use portcullis_testing::backend::serve;
 use portcullis_testing::client::{get, request};
-use portcullis_testing::process::{free_port, scratch_folder};
+use portcullis_testing::process::{Nobody, scratch_folder};
 use serde_json::{Value as Json, json};
 use tonic_health::ServingStatus;
 
@@ -43,7 +43,8 @@ async fn until(program: &Program, target: &str, what: &str) {
 
 #[tokio::test]
 async fn each_request_is_a_line_with_the_time_of_each_stage() {
-    let (alive, dead) = (Backend::start("one").await, SocketAddr::from(([127, 0, 0, 1], free_port())));
+    let (alive, nobody) = (Backend::start("one").await, Nobody::new());
+    let dead = nobody.address();
     let more = format!("log.format = \"json\"\nlimits.few = {{ rate = \"4/h\" }}\nlimiter.default = [\"few\"]\n{ALL}");
     let text = file(&[("a", &[dead, alive.address()])], &more)
         .replace("breaker = { failures = 3 }", "balance = { policy = \"round-robin\" }");
@@ -423,7 +424,8 @@ async fn the_file_has_endpoints_asked_how_they_are_over_tcp_and_grpc() {
     let (reporter, service) = tonic_health::server::health_reporter();
     let (orders, server) = serve(([127, 0, 0, 1], 0).into(), service).await;
     reporter.set_service_status("shop.v1.Orders", ServingStatus::NotServing).await;
-    let silent = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let nobody = Nobody::new();
+    let silent = nobody.address();
     let often = "interval = \"10ms\", unhealthy = 1, healthy = 1";
     let text = format!(
         "listeners.main = {{ address = \"127.0.0.1:0\" }}\nadmin = {{ address = \"127.0.0.1:0\" }}\n\

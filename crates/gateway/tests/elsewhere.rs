@@ -5,7 +5,7 @@ mod common;
 use std::time::Duration;
 
 use portcullis_testing::client::get;
-use portcullis_testing::process::{free_port, scratch_folder};
+use portcullis_testing::process::{Nobody, free_port, scratch_folder};
 use portcullis_testing::{Backend, Consul, Redis};
 use serde_json::json;
 use tokio::time::Instant;
@@ -296,7 +296,8 @@ async fn what_a_registry_said_is_remembered_for_a_start_without_it() {
     drop(program);
     let folder = scratch_folder("remembered");
     std::fs::write(folder.join("seen.json"), kept).expect("a folder to write in");
-    let program = Program::start_in(folder, &text(&format!("http://127.0.0.1:{}", free_port())));
+    let nobody = Nobody::new();
+    let program = Program::start_in(folder, &text(&format!("http://{}", nobody.address())));
     program.until("/ready", |answer| answer.status == 200).await;
     assert_eq!(program.get("/").await.header("x-backend"), "one");
 }

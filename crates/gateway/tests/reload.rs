@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use portcullis_testing::client::get;
-use portcullis_testing::process::free_port;
+use portcullis_testing::process::Nobody;
 use portcullis_testing::{Backend, Consul};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -143,7 +143,8 @@ async fn what_a_registry_said_stays_when_it_is_asked_in_another_way_and_does_not
     program.until("/ready", |answer| answer.status == 200).await;
     assert_eq!(program.get("/").await.status, 200);
     consul.kill();
-    let nowhere = format!("http://127.0.0.1:{}", free_port());
+    let nobody = Nobody::new();
+    let nowhere = format!("http://{}", nobody.address());
     for text in [
         text(&consul.url(), ", token = \"another\""),
         text(&consul.url(), ", token = \"another\"")
@@ -187,10 +188,9 @@ async fn who_is_registered_by_hand_stays_when_the_registry_is_believed_longer() 
 /// Every endpoint was taken for well again, until it had failed some checks.
 #[tokio::test]
 async fn what_is_sick_stays_so_when_it_is_asked_or_connected_to_otherwise() {
-    let one = Backend::start("one").await;
-    let sick = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let (one, sick) = (Backend::start("one").await, Nobody::new());
     let text = |more: &str| {
-        file(&[("a", &[one.address(), sick])], ALL)
+        file(&[("a", &[one.address(), sick.address()])], ALL)
             .replace("breaker = { failures = 3 }", &format!("breaker.enabled = false, {more}"))
     };
     let asked = |interval: &str| format!("health = {{ kind = \"tcp\", interval = \"{interval}\", unhealthy = 3 }}");

@@ -13,7 +13,7 @@ use std::time::Duration;
 use http::Method;
 use portcullis_testing::Backend;
 use portcullis_testing::client::{get, request};
-use portcullis_testing::process::{free_port, scratch_folder};
+use portcullis_testing::process::{Nobody, free_port, scratch_folder};
 use serde_json::json;
 
 use common::{ALL, Program, file, log, program};
@@ -235,8 +235,9 @@ async fn checks_keep_requests_from_what_is_sick() {
 
 #[tokio::test]
 async fn a_registry_that_is_not_there_is_waited_for() {
+    let nobody = Nobody::new();
     let mut text = file(&[], "[[routes]]\npath = \"/{*rest}\"\nto = \"a\"\n[services.a]\nregistry = \"r\"\n");
-    text.push_str(&format!("[registries.r]\nkind = \"consul\"\naddress = \"http://127.0.0.1:{}\"\n", free_port()));
+    text.push_str(&format!("[registries.r]\nkind = \"consul\"\naddress = \"http://{}\"\n", nobody.address()));
     let mut program = Program::start(&text);
     let ready = program.ask("/ready").await;
     assert_eq!((ready.status.as_u16(), ready.text().as_str()), (503, "not ready: nothing is known yet of a\n"));

@@ -20,7 +20,7 @@ use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use portcullis::serve::{Incoming, Server, ServerTls};
 use portcullis_testing::Backend;
 use portcullis_testing::client::get;
-use portcullis_testing::process::free_port;
+use portcullis_testing::process::Nobody;
 use prost::Message;
 use tokio::sync::mpsc;
 
@@ -109,9 +109,9 @@ fn exporting(services: &[(&str, &[SocketAddr])], collector: SocketAddr, more: &s
 #[tokio::test]
 async fn a_request_is_a_span_and_each_attempt_a_span_below_it() {
     let mut collector = Collector::start(None).await;
-    let (alive, dead) = (Backend::start("alive").await, SocketAddr::from(([127, 0, 0, 1], free_port())));
+    let (alive, nobody) = (Backend::start("alive").await, Nobody::new());
     let text = exporting(
-        &[("a", &[dead, alive.address()])],
+        &[("a", &[nobody.address(), alive.address()])],
         collector.address,
         ", resource = { \"deployment.environment.name\" = \"test\" }",
     );
@@ -151,7 +151,7 @@ async fn a_request_is_a_span_and_each_attempt_a_span_below_it() {
     assert!(request.events.iter().all(|event| event.time_unix_nano >= request.start_time_unix_nano));
 
     let [first, second] = attempts[..] else { panic!("{attempts:?}") };
-    assert_eq!(attribute(first, "server.port"), Some(dead.port().to_string()));
+    assert_eq!(attribute(first, "server.port"), Some(nobody.address().port().to_string()));
     assert_eq!(attribute(first, "error.type").as_deref(), Some("connect-failed"));
     assert_eq!(first.status.as_ref().map(|status| status.code), Some(2));
     assert_eq!(attribute(second, "url.full"), Some(format!("http://{}/x", alive.address())));

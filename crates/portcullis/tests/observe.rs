@@ -11,7 +11,7 @@ use portcullis::core::{Carried, Endpoint, Head, Layer, Observe, Observer, Reject
 use portcullis::discovery::FixedRegistry;
 use portcullis::gateway::{Gateway, Route};
 use portcullis_testing::Backend;
-use portcullis_testing::process::free_port;
+use portcullis_testing::process::Nobody;
 use tower::ServiceExt;
 
 #[derive(Default)]
@@ -62,8 +62,8 @@ fn request(target: &str, told: &Arc<Told>) -> Request<Empty<Bytes>> {
 
 #[tokio::test]
 async fn every_stage_and_every_attempt_is_told_in_order() {
-    let (alive, dead) = (Backend::start("alive").await, ([127, 0, 0, 1], free_port()).into());
-    let gateway = gateway([dead, alive.address()]);
+    let (alive, nobody) = (Backend::start("alive").await, Nobody::new());
+    let gateway = gateway([nobody.address(), alive.address()]);
     gateway.ready().await;
     let told = Arc::new(Told::default());
     let mut saw_two = false;
@@ -79,7 +79,10 @@ async fn every_stage_and_every_attempt_is_told_in_order() {
         assert!(attempts.ends_with(&last), "{attempts:?}");
         if attempts.len() == 4 {
             saw_two = true;
-            assert_eq!(attempts[..2], [format!("to {dead}"), String::from("502 Some(\"connect-failed\")")]);
+            assert_eq!(
+                attempts[..2],
+                [format!("to {}", nobody.address()), String::from("502 Some(\"connect-failed\")")]
+            );
         }
     }
     assert!(saw_two, "one of two requests goes to the dead one first");

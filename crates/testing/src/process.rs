@@ -8,6 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::net::TcpSocket;
+
 /// A running program; dropping it kills it.
 #[derive(Debug)]
 pub struct Process {
@@ -29,6 +31,36 @@ pub fn free_port() -> u16 {
         if GIVEN.lock().unwrap_or_else(PoisonError::into_inner).insert(port) {
             return port;
         }
+    }
+}
+
+/// An address of the loopback interface on which nobody listens, nor can while this lives: a [free port](free_port) may be
+/// somebody's a moment later.
+#[derive(Debug)]
+pub struct Nobody(TcpSocket);
+
+impl Nobody {
+    /// Takes a port.
+    ///
+    /// # Panics
+    ///
+    /// When there is none.
+    #[must_use]
+    #[expect(clippy::new_without_default, reason = "each is another")]
+    pub fn new() -> Self {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port");
+        Self(socket)
+    }
+
+    /// Where it is.
+    ///
+    /// # Panics
+    ///
+    /// Never.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.0.local_addr().expect("a bound socket")
     }
 }
 
