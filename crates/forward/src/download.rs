@@ -7,8 +7,6 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use h2::RecvStream;
-use http::header::CONTENT_LENGTH;
 use http::{HeaderMap, HeaderValue};
 use http_body::{Body, Frame, SizeHint};
 use portcullis_core::{Endpoint, GRPC_MESSAGE, GRPC_STATUS, GrpcCode, Permit};
@@ -20,7 +18,7 @@ use crate::h2::StreamPlace;
 use crate::headers::clean_trailers;
 use crate::pool::Shard;
 use crate::tunnel::Heard;
-use portcullis_wire::{Alarm, after, earlier};
+use portcullis_wire::{Alarm, Received, after, earlier};
 
 /// The upstream's body, streamed as it arrives. A body that was cut short ends in an error, so that nobody takes it for
 /// whole.
@@ -37,17 +35,8 @@ enum Source {
     Whole(Bytes),
     /// This body drives the connection.
     H1(Box<H1>, Arc<Shard>, Endpoint),
-    H2(Stream, #[expect(dead_code, reason = "held until the body ends")] StreamPlace),
+    H2(Received, #[expect(dead_code, reason = "held until the body ends")] StreamPlace),
     Tunnel(Heard),
-}
-
-/// The body of an answer in a stream of HTTP/2.
-pub(crate) struct Stream {
-    stream: RecvStream,
-    /// What is still to come, if its length was announced.
-    left: Option<u64>,
-    /// Whether only trailers can follow.
-    data_is_over: bool,
 }
 
 /// What may end the body early.
@@ -89,8 +78,13 @@ impl ResponseBody {
         Self { source: Source::H1(h1, shard, endpoint), limits, permit, over: false }
     }
 
-    pub(crate) fn h2(stream: Stream, place: StreamPlace, limits: Option<Box<Limits>>, permit: Option<Permit>) -> Self {
-        if stream.stream.is_end_stream() {
+    pub(crate) fn h2(
+        stream: Received,
+        place: StreamPlace,
+        limits: Option<Box<Limits>>,
+        permit: Option<Permit>,
+    ) -> Self {
+        if stream.is_over() {
             return Self::whole(Bytes::new());
         }
         Self { source: Source::H2(stream, place), limits, permit, over: false }
@@ -113,7 +107,7 @@ impl ResponseBody {
         match &self.source {
             Source::Whole(bytes) => bytes.is_empty(),
             Source::H1(h1, ..) => h1.is_over(),
-            Source::H2(stream, _) => stream.stream.is_end_stream(),
+            Source::H2(stream, _) => stream.is_over(),
             Source::Tunnel(_) => false,
         }
     }
@@ -139,46 +133,6 @@ impl ResponseBody {
         }
         Poll::Ready(Some(Err(cut.into())))
     }
-}
-
-// === impl Stream ===
-
-impl Stream {
-    pub(crate) fn new(stream: RecvStream, headers: &HeaderMap) -> Self {
-        let left = if stream.is_end_stream() { Some(0) } else { announced(headers) };
-        Self { stream, left, data_is_over: false }
-    }
-
-    /// What was announced, or is known, to come.
-    pub(crate) fn length(&self) -> Option<u64> {
-        self.left
-    }
-
-    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, h2::Error>>> {
-        let polled = if self.data_is_over { None } else { ready!(self.stream.poll_data(cx)) };
-        let frame = match polled {
-            Some(data) => data.map(|data| {
-                // The endpoint may send as much again, now that this goes on.
-                _ = self.stream.flow_control().release_capacity(data.len());
-                self.left = self.left.map(|left| left.saturating_sub(data.len() as u64));
-                Some(Frame::data(data))
-            }),
-            None => {
-                self.data_is_over = true;
-                ready!(self.stream.poll_trailers(cx)).map(|trailers| trailers.map(Frame::trailers))
-            }
-        };
-        // One that was given early and is whole (RFC 9113 §8.1) ends before the reset behind it.
-        Poll::Ready(frame.transpose())
-    }
-}
-
-/// The length a head says, if it says one.
-fn announced(headers: &HeaderMap) -> Option<u64> {
-    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
-    let first = lengths.next()?;
-    let agree = lengths.all(|other| other == first);
-    first.to_str().ok().filter(|_| agree)?.parse().ok()
 }
 
 // === impl Limits ===
@@ -270,7 +224,7 @@ impl Body for ResponseBody {
         match &self.source {
             Source::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Source::H1(h1, ..) => h1.size_hint(),
-            Source::H2(stream, _) => stream.left.map_or_else(SizeHint::default, SizeHint::with_exact),
+            Source::H2(stream, _) => stream.size_hint(),
             Source::Tunnel(_) => SizeHint::default(),
         }
     }

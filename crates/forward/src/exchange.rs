@@ -16,7 +16,7 @@ use portcullis_core::{Endpoint, Permit};
 use tokio::time::Instant;
 
 use crate::Shared;
-use crate::download::{Limits, ResponseBody, Stream};
+use crate::download::{Limits, ResponseBody};
 use crate::failure::{Failure, Kind};
 use crate::forwarded::Added;
 use crate::h1::{Answered, Asked, Broken, H1};
@@ -26,7 +26,7 @@ use crate::lease::{Lease, Want};
 use crate::pool::Shard;
 use crate::tunnel;
 use crate::upload::{Flow, Outgoing, Progress};
-use portcullis_wire::{Alarm, Length, after, earlier};
+use portcullis_wire::{Alarm, Length, Received, after, earlier};
 
 /// Everything decided about a request before it is sent.
 pub(crate) struct Exchange {
@@ -330,8 +330,8 @@ impl Exchange {
             Ok(Ok(response)) => {
                 let (mut head, stream) = response.into_parts();
                 head.extensions = std::mem::take(&mut self.extensions);
-                let stream = Stream::new(stream, &head.headers);
-                if self.is_too_large(stream.length().unwrap_or_default()) {
+                let stream = Received::new(stream, &head.headers);
+                if self.is_too_large(stream.left().unwrap_or_default()) {
                     return Tried::Failed(Failure::sent(Kind::ResponseTooLarge), Again::Never);
                 }
                 if let (Some(upload), Some(flow)) = (upload, &self.flow) {

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::{Builder, Connection, SendRequest};
-use h2::{Ping, PingPong, Reason, SendStream};
+use h2::{Reason, SendStream};
 use http_body::Body as _;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::OwnedSemaphorePermit;
@@ -24,7 +24,7 @@ use crate::failure::{Failure, Kind};
 use crate::pool::{Limits, Shard};
 use crate::stream::Stream;
 use crate::upload::{Flow, Outgoing};
-use portcullis_wire::{Alarm, after};
+use portcullis_wire::{Alarm, Pings, after, poll_room, reason};
 
 /// Begins streams on a connection.
 pub(crate) type Sender = SendRequest<Bytes>;
@@ -58,18 +58,6 @@ struct State {
 struct Heard {
     stream: Stream,
     state: Arc<State>,
-}
-
-/// Asks an endpoint from which nothing comes whether it is still there.
-struct Pings {
-    pings: PingPong,
-    interval: Duration,
-    timeout: Duration,
-    alarm: Alarm,
-    /// When something arrived, or was last not waited for.
-    heard: Instant,
-    /// When the answer must be there that is waited for.
-    due: Option<Instant>,
 }
 
 /// A request's body on its way into its stream.
@@ -116,14 +104,8 @@ impl H2 {
             .handshake(Heard { stream, state: state.clone() })
             .await
             .map_err(|error| Failure::unsent(Kind::Connect).because(&error))?;
-        let pings = limits.keep_alive.zip(connection.ping_pong()).map(|((interval, timeout), pings)| Pings {
-            pings,
-            interval,
-            timeout,
-            alarm: Alarm::default(),
-            heard: now,
-            due: None,
-        });
+        let pings = limits.keep_alive.zip(connection.ping_pong());
+        let pings = pings.map(|((interval, timeout), pings)| Pings::new(pings, interval, timeout));
         tokio::spawn(state.clone().drive(connection, pings));
         Ok((Self { sender, state: state.clone(), retire, last_used: now }, StreamPlace(state)))
     }
@@ -240,33 +222,6 @@ pub(crate) fn is_open(sender: &mut Sender) -> Result<(), h2::Error> {
     }
 }
 
-// === impl Pings ===
-
-impl Pings {
-    /// Ready when the endpoint does not answer.
-    fn poll(&mut self, cx: &mut Context<'_>, heard: bool, is_used: bool) -> Poll<()> {
-        if heard {
-            self.heard = Instant::now();
-        }
-        loop {
-            if let Some(due) = self.due {
-                match self.pings.poll_pong(cx) {
-                    Poll::Ready(Ok(_)) => (self.heard, self.due) = (Instant::now(), None),
-                    // The connection is over, and says so itself.
-                    Poll::Ready(Err(_)) => return Poll::Pending,
-                    Poll::Pending => return self.alarm.poll(cx, due),
-                }
-            }
-            let Some(next) = after(self.heard, self.interval) else { return Poll::Pending };
-            ready!(self.alarm.poll(cx, next));
-            self.heard = Instant::now();
-            if is_used && self.pings.send_ping(Ping::opaque()).is_ok() {
-                self.due = after(self.heard, self.timeout);
-            }
-        }
-    }
-}
-
 // === impl Upload ===
 
 impl Upload {
@@ -278,7 +233,7 @@ impl Upload {
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
             if let Some((data, last)) = self.held.take() {
-                if !self.has_room(cx) {
+                if poll_room(&mut self.stream, cx).is_pending() {
                     self.held = Some((data, last));
                     return self.waits(cx);
                 }
@@ -315,18 +270,6 @@ impl Upload {
         }
     }
 
-    /// Whether something can be sent, or it shows at once that nothing ever can.
-    fn has_room(&mut self, cx: &mut Context<'_>) -> bool {
-        while self.stream.capacity() == 0 {
-            match self.stream.poll_capacity(cx) {
-                Poll::Ready(Some(Ok(_))) => {}
-                Poll::Ready(Some(Err(_)) | None) => return true,
-                Poll::Pending => return false,
-            }
-        }
-        true
-    }
-
     /// Ready when the endpoint wants no more, which must be noticed while there is nothing to send.
     fn waits(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         self.stream.poll_reset(cx).map(drop)
@@ -347,13 +290,6 @@ impl Upload {
         })
         .await;
     }
-}
-
-/// Why the caller broke off, to be told to the endpoint: that it gave up, or nothing that asks for anything.
-fn reason(error: &(dyn std::error::Error + 'static)) -> Reason {
-    let mut causes = std::iter::successors(Some(error), |cause| cause.source());
-    let reason = causes.find_map(|cause| cause.downcast_ref::<h2::Error>()).and_then(h2::Error::reason);
-    reason.filter(|reason| *reason == Reason::CANCEL).unwrap_or(Reason::INTERNAL_ERROR)
 }
 
 // === impl Heard ===

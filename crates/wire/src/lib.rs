@@ -1,5 +1,5 @@
 //! What the server and the forwarder share: HTTP/1.1 messages in bytes ([RFC 9112](https://www.rfc-editor.org/rfc/rfc9112)),
-//! both ways, and a timer that is set once in a while.
+//! both ways, what both do with streams of HTTP/2, and a timer that is set once in a while.
 //!
 //! This is a part of Portcullis and not meant to be used by itself. Nothing here knows whether it is a client or a server,
 //! and nothing runs: whoever holds a connection polls.
@@ -7,12 +7,14 @@
 mod alarm;
 mod decode;
 mod fields;
+mod h2;
 mod input;
 mod room;
 mod send;
 
 use std::fmt;
 
+pub use self::h2::{Pings, Received, poll_room, reason};
 pub use alarm::{Alarm, after, earlier};
 pub use decode::Decoder;
 pub use fields::{Fields, MAX_FIELDS, keeps_alive, length_of, parse_length, write_field, write_line};

@@ -7,14 +7,14 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
+use h2::Reason;
 use h2::server::{Builder, Connection, Handshake};
-use h2::{Ping, PingPong, Reason};
 use http::Request;
-use tokio::time::{Instant, Sleep, sleep};
+use portcullis_wire::Pings;
 use tower_service::Service;
 use tracing::debug;
 
-use super::connection::{Serve, WithPeer, bounded};
+use super::connection::{Serve, WithPeer};
 use super::crew::{Crew, Work};
 use super::incoming::Incoming;
 use super::stream::Call;
@@ -38,18 +38,6 @@ where
 enum State {
     Handshaking(Handshake<Transport, Bytes>),
     Serving(Connection<Transport, Bytes>, Option<Pings>),
-}
-
-/// Asks a client from which nothing comes whether it is still there.
-struct Pings {
-    pings: PingPong,
-    interval: Duration,
-    timeout: Duration,
-    /// Set once in a while.
-    alarm: Pin<Box<Sleep>>,
-    heard: Instant,
-    /// When a ping was sent that is not answered.
-    asked: Option<Instant>,
 }
 
 /// How much a stream may send before it is asked for, and all streams of a connection together.
@@ -128,8 +116,7 @@ where
                         connection.graceful_shutdown();
                     }
                     let (interval, timeout) = this.keep_alive;
-                    let pings = bounded(interval).and_then(|_| connection.ping_pong());
-                    let pings = pings.map(|pings| Pings::new(pings, interval, timeout));
+                    let pings = connection.ping_pong().map(|pings| Pings::new(pings, interval, timeout));
                     this.state = State::Serving(connection, pings);
                     continue;
                 }
@@ -148,7 +135,7 @@ where
                 Poll::Ready(None) => return Poll::Ready(Ok(())),
                 Poll::Pending => {
                     let heard = this.line.has_heard();
-                    if pings.as_mut().is_none_or(|pings| pings.poll(cx, heard).is_pending()) {
+                    if pings.as_mut().is_none_or(|pings| pings.poll(cx, heard, true).is_pending()) {
                         return Poll::Pending;
                     }
                     debug!("a client does not answer pings");
@@ -157,77 +144,5 @@ where
                 }
             }
         }
-    }
-}
-
-// === impl Pings ===
-
-impl Pings {
-    fn new(pings: PingPong, interval: Duration, timeout: Duration) -> Self {
-        Self { pings, interval, timeout, alarm: Box::pin(sleep(interval)), heard: Instant::now(), asked: None }
-    }
-
-    /// Ready when the client does not answer.
-    fn poll(&mut self, cx: &mut Context<'_>, heard: bool) -> Poll<()> {
-        if heard {
-            self.heard = Instant::now();
-        }
-        loop {
-            let due = match self.asked {
-                Some(asked) => match self.pings.poll_pong(cx) {
-                    Poll::Ready(Ok(_)) => {
-                        (self.heard, self.asked) = (Instant::now(), None);
-                        self.alarm.as_mut().reset(self.heard + self.interval);
-                        continue;
-                    }
-                    // The connection is over, and says so itself.
-                    Poll::Ready(Err(_)) => return Poll::Pending,
-                    Poll::Pending => bounded(self.timeout).map(|timeout| asked + timeout),
-                },
-                None => Some(self.heard + self.interval),
-            };
-            let Some(due) = due else { return Poll::Pending };
-            ready!(self.alarm.as_mut().poll(cx));
-            let now = Instant::now();
-            if now < due {
-                self.alarm.as_mut().reset(due);
-            } else if self.asked.is_some() {
-                return Poll::Ready(());
-            } else {
-                self.heard = now;
-                self.asked = self.pings.send_ping(Ping::opaque()).is_ok().then_some(now);
-                self.alarm.as_mut().reset(now + self.timeout.min(self.interval));
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::future::poll_fn;
-    use tokio::time::{sleep_until, timeout};
-
-    #[tokio::test(start_paused = true)]
-    async fn a_client_is_asked_again_an_interval_after_it_answered_however_late_that_was() {
-        let (near, far) = tokio::io::duplex(1024);
-        let (start, seconds) = (Instant::now(), Duration::from_secs);
-        tokio::spawn(async move {
-            let (_requests, mut connection) = h2::client::handshake(near).await.unwrap();
-            _ = timeout(seconds(1), &mut connection).await;
-            sleep_until(start + seconds(50)).await;
-            _ = connection.await;
-        });
-        let mut connection: Connection<_, Bytes> = h2::server::handshake(far).await.unwrap();
-        let mut pings = Pings::new(connection.ping_pong().unwrap(), seconds(10), seconds(60));
-        let mut asked = Vec::new();
-        let served = poll_fn(|cx| {
-            assert!(connection.poll_accept(cx).is_pending() && pings.poll(cx, false).is_pending());
-            asked.extend(pings.asked.map(|asked| (asked - start).as_secs()));
-            connection.poll_accept(cx).map(drop)
-        });
-        _ = timeout(seconds(85), served).await;
-        asked.dedup();
-        assert_eq!(asked, [10, 60, 70, 80]);
     }
 }

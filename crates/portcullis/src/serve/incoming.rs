@@ -2,13 +2,13 @@
 
 use std::fmt;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use h2::RecvStream;
 use http::HeaderMap;
-use http::header::CONTENT_LENGTH;
 use http_body::{Body, Frame, SizeHint};
+use portcullis_wire::Received;
 
 use super::BoxError;
 use super::h1::Reader;
@@ -25,13 +25,9 @@ enum Source {
     Http1(Reader),
     Hyper(hyper::body::Incoming),
     Http2 {
-        stream: RecvStream,
-        /// What is still to come, if its length was announced.
-        left: Option<u64>,
+        body: Received,
         /// Whether it was asked for.
         is_wanted: bool,
-        /// Whether only trailers can follow.
-        data_is_over: bool,
         /// Who waits to be told that it is wanted.
         expects: Option<GoAhead>,
     },
@@ -58,9 +54,9 @@ impl Incoming {
         if stream.is_end_stream() {
             return (Self::whole(Bytes::new()), None);
         }
-        let (left, expects) = (announced(headers), GoAhead::of(headers));
+        let (body, expects) = (Received::new(stream, headers), GoAhead::of(headers));
         let go_ahead = expects.clone();
-        (Self(Source::Http2 { stream, left, is_wanted: false, data_is_over: false, expects }), go_ahead)
+        (Self(Source::Http2 { body, is_wanted: false, expects }), go_ahead)
     }
 }
 
@@ -69,40 +65,21 @@ impl Body for Incoming {
     type Error = BoxError;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let (stream, left, data_is_over) = match &mut self.get_mut().0 {
+        match &mut self.get_mut().0 {
             Source::Whole(bytes) => {
                 let bytes = std::mem::take(bytes);
-                return Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))));
+                Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
             }
-            Source::Http1(body) => {
-                return Pin::new(body).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(Into::into)));
-            }
-            Source::Hyper(body) => {
-                return Pin::new(body).poll_frame(cx).map(|frame| frame.map(|frame| frame.map_err(Into::into)));
-            }
-            Source::Http2 { stream, left, is_wanted, data_is_over, expects } => {
+            Source::Http1(body) => Pin::new(body).poll_frame(cx).map(told),
+            Source::Hyper(body) => Pin::new(body).poll_frame(cx).map(told),
+            Source::Http2 { body, is_wanted, expects } => {
                 *is_wanted = true;
                 if let Some(expects) = expects.take() {
                     expects.say();
                 }
-                (stream, left, data_is_over)
+                body.poll_frame(cx).map(told)
             }
-        };
-        let data = if *data_is_over { None } else { ready!(stream.poll_data(cx)) };
-        let frame = match data {
-            Some(data) => data.map(|data| {
-                // The client may send as much again, now that this goes on.
-                _ = stream.flow_control().release_capacity(data.len());
-                *left = left.map(|left| left.saturating_sub(data.len() as u64));
-                Some(Frame::data(data))
-            }),
-            None => {
-                *data_is_over = true;
-                ready!(stream.poll_trailers(cx)).map(|trailers| trailers.map(Frame::trailers))
-            }
-        };
-        // Whatever a client says of its reset, the request is not whole.
-        Poll::Ready(frame.map_err(Into::into).transpose())
+        }
     }
 
     fn is_end_stream(&self) -> bool {
@@ -111,7 +88,7 @@ impl Body for Incoming {
             Source::Http1(body) => body.is_end_stream(),
             Source::Hyper(body) => body.is_end_stream(),
             // It was not when it came, and to ask takes a lock.
-            Source::Http2 { stream, is_wanted, .. } => *is_wanted && stream.is_end_stream(),
+            Source::Http2 { body, is_wanted, .. } => *is_wanted && body.is_over(),
         }
     }
 
@@ -120,7 +97,7 @@ impl Body for Incoming {
             Source::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Source::Http1(body) => body.size_hint(),
             Source::Hyper(body) => body.size_hint(),
-            Source::Http2 { left, .. } => left.map_or_else(SizeHint::default, SizeHint::with_exact),
+            Source::Http2 { body, .. } => body.size_hint(),
         }
     }
 }
@@ -131,10 +108,6 @@ impl fmt::Debug for Incoming {
     }
 }
 
-/// The length a head says, if it says one.
-fn announced(headers: &HeaderMap) -> Option<u64> {
-    let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
-    let first = lengths.next()?;
-    let agree = lengths.all(|other| other == first);
-    first.to_str().ok().filter(|_| agree)?.parse().ok()
+fn told<E: Into<BoxError>>(frame: Option<Result<Frame<Bytes>, E>>) -> Option<Result<Frame<Bytes>, BoxError>> {
+    frame.map(|frame| frame.map_err(Into::into))
 }

@@ -9,7 +9,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
@@ -23,6 +23,7 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body::{Body, Frame};
 use pin_project_lite::pin_project;
 use portcullis_core::WallClock;
+use portcullis_wire::{poll_room, reason};
 use tower_service::Service;
 use tracing::debug;
 
@@ -198,7 +199,7 @@ where
             let (mut head, body) = match answered {
                 Ok(response) => response.into_parts(),
                 Err(error) => {
-                    this.reply.send_reset(reason(&*error.into()));
+                    this.reply.send_reset(broken(&*error.into()));
                     return Poll::Ready(());
                 }
             };
@@ -251,7 +252,7 @@ impl Sending {
     {
         loop {
             if let Some((mut data, last)) = self.held.take() {
-                if self.poll_room(cx).is_pending() {
+                if poll_room(&mut self.stream, cx).is_pending() {
                     self.held = Some((data, last));
                     return Err(Waits::Reader);
                 }
@@ -280,7 +281,7 @@ impl Sending {
                 }
                 Some(Ok(Err(frame))) => self.stream.send_trailers(frame.into_trailers().unwrap_or_default()),
                 Some(Err(error)) => {
-                    let reason = reason(&*error.into());
+                    let reason = broken(&*error.into());
                     // RFC 9113 §8.5: it is the tunnel's other end that broke.
                     let is_tunnel = self.asked == Asked::Connect;
                     self.stream.send_reset(if is_tunnel { Reason::CONNECT_ERROR } else { reason });
@@ -294,25 +295,12 @@ impl Sending {
             return Ok(());
         }
     }
-
-    /// Ready when something can be sent, or it shows that nothing ever can.
-    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        while self.stream.capacity() == 0 {
-            match ready!(self.stream.poll_capacity(cx)) {
-                Some(Ok(_)) => {}
-                Some(Err(_)) | None => break,
-            }
-        }
-        Poll::Ready(())
-    }
 }
 
-/// Why the answer broke off, to be told to the client: nothing that it could take for an end, or for leave to repeat.
-fn reason(error: &(dyn std::error::Error + 'static)) -> Reason {
+/// Why the answer broke off, to be told to the client.
+fn broken(error: &(dyn std::error::Error + 'static)) -> Reason {
     debug!(%error, "an answer broke off");
-    let mut causes = std::iter::successors(Some(error), |cause| cause.source());
-    let reason = causes.find_map(|cause| cause.downcast_ref::<h2::Error>()).and_then(h2::Error::reason);
-    reason.filter(|reason| *reason == Reason::CANCEL).unwrap_or(Reason::INTERNAL_ERROR)
+    reason(error)
 }
 
 /// Removes what HTTP/2 has no use for, which one answer in many has.
