@@ -47,11 +47,11 @@
 //!
 //! Of a request of the first line, two thirds are the kernel's, mostly for the four system calls that anybody needs who reads
 //! and writes twice, and 24,000 instructions are ours. Of the program's 40,500, a third are for its line in the access log, the
-//! trace it begins, and what it counts. Memory under the first load is 6 MB (the program's 11), nginx's 12; under the third 21
-//! (25), nginx's 15.
+//! trace it begins, and what it counts. Memory under the first load is 6 MB (the program's 12), nginx's 12; under the third 6
+//! (12), nginx's 16, and at its peak 11 (16), nginx's 27.
 //!
 //! Where others are ahead it is by connections that are made for one request, and with HTTP/2, which is h2's: of a gRPC call's
-//! 71,000 instructions two thirds are spent in it, and of the 38,500 of a request from HTTP/2 to HTTP/1.1 not quite half, as
+//! 69,000 instructions two thirds are spent in it, and of the 36,400 of a request from HTTP/2 to HTTP/1.1 not quite half, as
 //! callgrind counts them. hyper is left with what of HTTP/1 is not plain.
 //!
 //! # Features
