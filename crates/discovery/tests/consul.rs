@@ -317,7 +317,7 @@ async fn over_tls_with_certificates_on_both_sides_few_connections_carry_many_wat
     // One connection before HTTP/2 is agreed on; none of a hundred watches is parked after that.
     let known = trusting.client_certificate(client.0, client.1).connections(1);
     let catalog = RsConsul::new(known.clone()).unwrap();
-    assert_eq!(catalog.services().await.unwrap(), ["consul"]);
+    until(async || catalog.services().await.unwrap() == ["consul"]).await;
     let layer = DiscoveryLayer::new(ConsulRegistry::new(known).unwrap());
     for i in 0..100 {
         consul.put("/v1/agent/service/register", &format!(r#"{{"Name":"s-{i}","ID":"{i}","Port":1}}"#)).await;
