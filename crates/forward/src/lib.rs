@@ -156,6 +156,7 @@ mod policy;
 mod pool;
 mod prepare;
 mod stream;
+mod target;
 #[cfg(feature = "tls")]
 mod tls;
 mod tunnel;
@@ -263,8 +264,7 @@ impl Forward {
     ///
     /// When it is none of these.
     pub fn to(origin: &str) -> Result<Self, Error> {
-        let instance =
-            prepare::origin(origin).ok_or(Error("not an origin: want `http://host:port` or `unix:/path`"))?;
+        let instance = target::origin(origin).ok_or(Error("not an origin: want `http://host:port` or `unix:/path`"))?;
         Ok(Self::to_instance(instance))
     }
 

@@ -72,6 +72,12 @@ pub enum Edit {
     Remove(HeaderName),
 }
 
+/// A route's policy over the default.
+pub(crate) struct Merged<'a> {
+    pub(crate) route: Option<&'a Policy>,
+    pub(crate) default: &'a Policy,
+}
+
 // === impl Policy ===
 
 impl Policy {
@@ -188,6 +194,55 @@ impl Policy {
     pub fn edit_response(mut self, edit: Edit) -> Self {
         self.response.push(edit);
         self
+    }
+}
+
+// === impl Merged ===
+
+impl Merged<'_> {
+    pub(crate) fn pick<T>(&self, field: impl Fn(&Policy) -> Option<T>) -> Option<T> {
+        self.route.and_then(&field).or_else(|| field(self.default))
+    }
+
+    pub(crate) fn time(&self, field: impl Fn(&Policy) -> Option<Duration>) -> Option<Duration> {
+        self.pick(field)
+    }
+
+    pub(crate) fn paths(&self) -> Paths {
+        self.pick(|policy| policy.paths).unwrap_or_default()
+    }
+
+    pub(crate) fn tunnels(&self) -> bool {
+        self.pick(|policy| policy.tunnels).unwrap_or_default()
+    }
+
+    pub(crate) fn host(&self) -> &Host {
+        self.route.and_then(|policy| policy.host.as_ref()).or(self.default.host.as_ref()).unwrap_or(&Host::Keep)
+    }
+
+    pub(crate) fn request_limit(&self) -> Option<u64> {
+        self.pick(|policy| policy.request_limit)
+    }
+
+    pub(crate) fn response_limit(&self) -> Option<u64> {
+        self.pick(|policy| policy.response_limit)
+    }
+
+    pub(crate) fn strip(&self) -> Option<&str> {
+        self.route.and_then(|policy| policy.strip.as_deref()).or(self.default.strip.as_deref())
+    }
+
+    pub(crate) fn prepend(&self) -> Option<&str> {
+        self.route.and_then(|policy| policy.prepend.as_deref()).or(self.default.prepend.as_deref())
+    }
+
+    /// The default's edits, then the route's.
+    pub(crate) fn request_edits(&self) -> impl Iterator<Item = &[Edit]> {
+        [Some(self.default), self.route].into_iter().flatten().map(|policy| &*policy.request)
+    }
+
+    pub(crate) fn response_edits(&self) -> impl Iterator<Item = &[Edit]> {
+        [Some(self.default), self.route].into_iter().flatten().map(|policy| &*policy.response)
     }
 }
 
