@@ -13,7 +13,7 @@ pub(crate) const LITTLE: usize = 4096;
 /// For 64 KiB at once, which is what many write, and a head before them. Twice that would hold twice as much for each body
 /// under way, and long ones would not come faster.
 pub(crate) const LARGE: usize = 72 * 1024;
-/// A thread keeps so much.
+/// A thread keeps so many of them: 2.25 MiB.
 const KEPT: usize = 32;
 
 /// Room that nobody uses: what was given back last of that, since it is nearest.
@@ -39,7 +39,8 @@ pub(crate) fn give_back(room: BytesMut) {
     });
 }
 
-/// Cuts off what may be held for long. With it no more is held than five times its size, or 4 KiB.
+/// Cuts off what may be held for long. What is less than a fifth of the room that is left, if that is more than 4 KiB, is
+/// copied, so that it does not hold that.
 pub fn cut(input: &mut BytesMut, length: usize) -> Bytes {
     let room = input.capacity();
     if room <= LITTLE || length >= room / 5 {

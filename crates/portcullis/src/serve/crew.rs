@@ -1,7 +1,7 @@
 //! Tasks that do one piece of work after the other.
 //!
 //! A task takes memory that is aligned to two lines of the caches, which allocators are slow to give, and an entry in the
-//! runtime's list of tasks: where work is small, that is a twentieth of it.
+//! runtime's list of tasks: where work is small, that shows.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -47,9 +47,7 @@ pin_project! {
     /// One who works.
     struct Hand<W: Work> {
         bench: Arc<Bench<W>>,
-        // Made when it first has nothing to do.
-        post: Option<Arc<Post<W>>>,
-        work: Option<W>,
+        post: Arc<Post<W>>,
         #[pin]
         doing: Option<W::Doing>,
     }
@@ -73,7 +71,7 @@ impl<W: Work> Crew<W> {
         match idle {
             Some(post) => post.give(work),
             None => {
-                tokio::spawn(Hand { bench: bench.clone(), post: None, work: Some(work), doing: None });
+                tokio::spawn(Hand { bench: bench.clone(), post: Post::new(work), doing: None });
             }
         }
     }
@@ -116,8 +114,8 @@ impl<W> Bench<W> {
 // === impl Post ===
 
 impl<W> Post<W> {
-    fn new(waker: &Waker) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(Given { work: None, is_over: false, waker: waker.clone() })))
+    fn new(work: W) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Given { work: Some(work), is_over: false, waker: Waker::noop().clone() })))
     }
 
     fn give(&self, work: W) {
@@ -144,17 +142,11 @@ impl<W: Work> Future for Hand<W> {
             if let Some(doing) = this.doing.as_mut().as_pin_mut() {
                 ready!(doing.poll(cx));
                 this.doing.set(None);
-                let post = this.post.get_or_insert_with(|| Post::new(cx.waker()));
-                if !this.bench.sit(post) {
+                if !this.bench.sit(this.post) {
                     return Poll::Ready(());
                 }
             }
-            if let Some(work) = this.work.take() {
-                this.doing.set(Some(work.begin()));
-                continue;
-            }
-            let Some(post) = this.post else { return Poll::Ready(()) };
-            let mut given = lock(&post.0);
+            let mut given = lock(&this.post.0);
             match given.work.take() {
                 Some(work) => {
                     drop(given);
