@@ -181,9 +181,10 @@ where
                     ready!(pause.as_mut().poll(cx));
                     Some(Next::Ready)
                 }
-                (Project::Readying, Some(call)) => match ready!(call.service.poll_ready(cx)) {
-                    Ok(()) => call.go_on(),
-                    Err(error) => Some(Next::Return(Err(error))),
+                (Project::Readying, Some(call)) => match call.service.poll_ready(cx) {
+                    Poll::Ready(Ok(())) => call.go_on(),
+                    Poll::Ready(Err(error)) => Some(Next::Return(Err(error))),
+                    Poll::Pending => ready!(call.poll_not_ready(cx)),
                 },
                 (Project::Passing { future } | Project::Calling { future }, None) => {
                     Some(Next::Return(ready!(future.poll(cx)).map(|response| response.map(Body::new))))
@@ -269,6 +270,7 @@ where
     /// Picks for the request that waits.
     fn go_on(&mut self) -> Option<NextOf<S, P, R, B>> {
         let trouble = self.trouble.as_mut()?;
+        trouble.timeout = None;
         let (parts, body) = trouble.next.take()?;
         // The service may have taken its time to be ready.
         let is_over = |Deadline(end): &Deadline| self.shared.clock.now() >= *end;
@@ -276,6 +278,25 @@ where
             return Some(self.nobody(Nobody::Empty, parts, body));
         }
         Some(self.pick(parts, body))
+    }
+
+    /// Waits no longer for the service to be ready for another attempt than for the attempt itself.
+    fn poll_not_ready(&mut self, cx: &mut Context<'_>) -> Poll<Option<NextOf<S, P, R, B>>> {
+        let policy = policy_of(self.route.as_ref(), &self.shared);
+        let Some(trouble) = self.trouble.as_mut().filter(|trouble| trouble.last.is_some()) else {
+            return Poll::Pending;
+        };
+        if trouble.timeout.is_none() {
+            let now = self.shared.clock.now();
+            let caller = trouble.next.as_ref().and_then(|(parts, _)| Deadline::of(&parts.extensions));
+            let ends = [caller.map(|Deadline(end)| *end), policy.attempt_timeout.map(|limit| now + limit)];
+            let end = ends.into_iter().flatten().min();
+            trouble.timeout = end.map(|end| (end, Box::pin(sleep(end.since(now)))));
+        }
+        let Some((_, timeout)) = &mut trouble.timeout else { return Poll::Pending };
+        ready!(timeout.as_mut().poll(cx));
+        let next = trouble.next.take();
+        Poll::Ready(next.map(|(parts, body)| self.nobody(Nobody::Empty, parts, body)))
     }
 
     #[cold]
@@ -405,7 +426,8 @@ where
         }
         let last = attempts + 1 >= usize::from(policy.attempts);
         let spare = if last { self.spare.take() } else { self.spare.clone() };
-        self.trouble().next = Some((spare?.into_parts(), None));
+        let trouble = self.trouble();
+        (trouble.next, trouble.timeout) = (Some((spare?.into_parts(), None)), None);
         Some(if wait.is_zero() { Next::Ready } else { Next::Pause(wait) })
     }
 

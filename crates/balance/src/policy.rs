@@ -93,7 +93,8 @@ impl Policy {
 
     /// Gives an attempt up after so long without the head of a response, and tries another endpoint if the method is
     /// idempotent; the last attempt ends with 504. Default none. Inner layers see it as the attempt's
-    /// [`HeadDeadline`](portcullis_core::HeadDeadline) and may answer 504 by then, so that a breaker below counts it.
+    /// [`HeadDeadline`](portcullis_core::HeadDeadline) and may answer 504 by then, so that a breaker below counts it. The
+    /// inner service gets as long to be ready for another attempt, and then the answer is that of the attempt before.
     #[must_use]
     pub const fn attempt_timeout(mut self, timeout: Duration) -> Self {
         self.attempt_timeout = Some(timeout);

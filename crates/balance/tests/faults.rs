@@ -230,6 +230,37 @@ async fn a_service_that_is_ready_only_after_the_deadline_is_not_called_again() {
     }
 }
 
+/// One that admits only so many calls may never be ready.
+#[tokio::test(start_paused = true)]
+async fn a_service_is_waited_for_no_longer_than_the_attempt_would_be() {
+    for (deadline, limit) in
+        [(Some(1000), None), (None, Some(1000)), (Some(1000), Some(3000)), (Some(3000), Some(1000))]
+    {
+        let (inner, mut calls) = probe::<Replay<ProbeBody>>();
+        let mut request = request_of(Method::GET, &endpoints(2), "");
+        if let Some(millis) = deadline {
+            Deadline(Clock::system().now() + Duration::from_millis(millis)).attach(request.extensions_mut());
+        }
+        let mut policy = Policy::new();
+        if let Some(millis) = limit {
+            policy = policy.attempt_timeout(Duration::from_millis(millis));
+        }
+        let mut call = Box::pin(BalanceLayer::new(RoundRobin::new()).policy(policy).layer(inner).oneshot(request));
+        assert!(futures::poll!(&mut call).is_pending());
+        let first = calls.next().await;
+        calls.be_pending();
+        first.answer(rejected(StatusCode::BAD_GATEWAY, false));
+        assert!(futures::poll!(&mut call).is_pending());
+        tokio::time::advance(Duration::from_millis(999)).await;
+        assert!(futures::poll!(&mut call).is_pending());
+        tokio::time::advance(Duration::from_millis(2)).await;
+        let std::task::Poll::Ready(response) = futures::poll!(&mut call) else { panic!("{deadline:?}, {limit:?}") };
+        let response = response.unwrap();
+        let attempts = response.extensions().get::<Served>().unwrap().attempts();
+        assert_eq!((response.status(), attempts), (StatusCode::BAD_GATEWAY, 1));
+    }
+}
+
 /// More than is kept must not pass to the attempt that has failed: its answer would be the caller's, after the wait.
 #[tokio::test(start_paused = true)]
 async fn an_upload_waits_while_another_attempt_does() {
