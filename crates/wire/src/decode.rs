@@ -22,8 +22,8 @@ pub enum Decoder {
     Data(u64),
     /// The line end after a chunk.
     DataEnd,
-    /// What follows the last chunk.
-    Trailers,
+    /// What follows the last chunk; in so many bytes of it no line is new.
+    Trailers(usize),
 }
 
 /// The longest line before a chunk, its extensions included. Nobody uses them.
@@ -94,7 +94,7 @@ impl Decoder {
                     };
                     let size = size(&input[..end])?;
                     skip(input, end + 1);
-                    *self = if size == 0 { Self::Trailers } else { Self::Data(size) };
+                    *self = if size == 0 { Self::Trailers(0) } else { Self::Data(size) };
                 }
                 Self::Data(left) => {
                     let data = take(input, left);
@@ -111,8 +111,14 @@ impl Decoder {
                     [] | [b'\r'] => return Ok(None),
                     _ => return Err(Malformed("a chunk is longer than it says")),
                 },
-                Self::Trailers => {
-                    let Some((length, trailers)) = trailers(input)? else { return Ok(None) };
+                Self::Trailers(seen) => {
+                    // Read anew with each line and not with each byte: there are only so many lines.
+                    let has_new_line = input.get(*seen..).is_some_and(|new| new.contains(&b'\n'));
+                    let read = if has_new_line { trailers(input)? } else { None };
+                    let Some((length, trailers)) = read else {
+                        *seen = input.len();
+                        return if *seen < TRAILERS { Ok(None) } else { Err(Malformed("the trailers are too large")) };
+                    };
                     skip(input, length);
                     *self = Self::OVER;
                     return Ok((!trailers.is_empty()).then(|| Frame::trailers(trailers)));
@@ -166,8 +172,7 @@ fn trailers(input: &[u8]) -> Result<Option<(usize, HeaderMap)>, Malformed> {
             }
             Ok(Some((length, trailers)))
         }
-        Ok(httparse::Status::Partial) if input.len() < TRAILERS => Ok(None),
-        Ok(httparse::Status::Partial) => Err(Malformed("the trailers are too large")),
+        Ok(httparse::Status::Partial) => Ok(None),
         Err(_) => Err(Malformed("the trailers are no fields")),
     }
 }
