@@ -4,7 +4,7 @@
 //!
 //! Without `--alg` the stack is discovery, balance (round robin) and forward; with it, all six layers: tokens are verified
 //! (issuer `bench`, audience `gateway`), each subject has a limit that is never reached, the least busy of two is
-//! picked, and each endpoint has a breaker. `--bare` is forward alone, to the first upstream.
+//! picked, and each endpoint has a breaker. `--bare` is forward alone, to the first upstream. SIGTERM ends it.
 //!
 //! With the feature `mimalloc` memory comes from there instead of from the system's allocator.
 
@@ -23,6 +23,7 @@ use portcullis::discovery::{DiscoveryLayer, FixedRegistry};
 use portcullis::forward::Forward;
 use portcullis::rate_limit::{Rate, RateLimitLayer};
 use portcullis::serve::{Incoming, Server};
+use tokio::signal::unix::{SignalKind, signal};
 use tower::ServiceBuilder;
 
 #[cfg(feature = "mimalloc")]
@@ -39,7 +40,10 @@ async fn main() {
     let listen: SocketAddr = argument("--listen").unwrap_or("127.0.0.1:8080").parse().expect("an address");
     let upstreams = argument("--upstreams").expect("--upstreams");
     let threads: usize = argument("--threads").unwrap_or("1").parse().expect("a number");
-    let server = Server::bind_per_core(listen, NonZeroUsize::new(threads).expect("threads")).expect("a free port");
+    let mut terminate = signal(SignalKind::terminate()).expect("signals");
+    let told = async move { _ = terminate.recv().await };
+    let threads = NonZeroUsize::new(threads).expect("threads");
+    let server = Server::bind_per_core(listen, threads).expect("a free port").graceful(told, Duration::ZERO);
     let forward = Forward::new();
     if arguments.iter().any(|argument| argument == "--bare") {
         let first = upstreams.split(',').next().unwrap_or_default();
@@ -76,5 +80,5 @@ async fn main() {
         .layer(BalanceLayer::new(PowerOfTwo).leaves_served(false))
         .layer(CircuitBreakLayer::new())
         .service(forward);
-    server.graceful(std::future::pending(), Duration::ZERO).serve(stack).await.expect("served");
+    server.serve(stack).await.expect("served");
 }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -150,6 +150,21 @@ impl Process {
     #[must_use]
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Waits until it has exited.
+    ///
+    /// # Panics
+    ///
+    /// With the end of its log, when it still runs after 30 seconds.
+    pub async fn ended(&mut self) -> ExitStatus {
+        for _ in 0..1200 {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                return status;
+            }
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+        panic!("still there after 30 s; it said:\n{}", self.said());
     }
 
     /// Kills it at once and waits until it is gone.
