@@ -59,8 +59,8 @@ pin_project! {
         Calling { #[pin] future: F },
         Pausing { pause: Pin<Box<Sleep>> },
         Readying,
-        // Empty once it was returned.
-        Answered { answer: Option<T> },
+        // Empty once it was returned. Rare, and not to make room for in every future.
+        Answered { answer: Option<Box<T>> },
     }
 }
 
@@ -189,7 +189,9 @@ where
                 (Project::Passing { future } | Project::Calling { future }, None) => {
                     Some(Next::Return(ready!(future.poll(cx)).map(|response| response.map(Body::new))))
                 }
-                (Project::Answered { answer }, _) => return answer.take().map_or(Poll::Pending, Poll::Ready),
+                (Project::Answered { answer }, _) => {
+                    return answer.take().map_or(Poll::Pending, |answer| Poll::Ready(*answer));
+                }
                 (Project::Passing { .. } | Project::Readying, _) => None,
             };
             // `None` cannot be: the state says what there is.
@@ -222,7 +224,7 @@ impl<F, T> State<F, T> {
             Next::Call(future) => Self::Calling { future },
             Next::Pause(wait) => Self::Pausing { pause: Box::pin(sleep(wait)) },
             Next::Ready => Self::Readying,
-            Next::Return(answer) => Self::Answered { answer: Some(answer) },
+            Next::Return(answer) => Self::Answered { answer: Some(Box::new(answer)) },
         }
     }
 }
