@@ -29,30 +29,32 @@
 //! CPU of the proxy per request, in µs, saturated over loopback on two cores, the median of five interleaved rounds of a
 //! second. The first column is `portcullis-bench`, built by `cargo build --profile dist -p portcullis-bench`: discovery,
 //! balance and forward under [`serve`] on one runtime per core, or all six layers where tokens are shown. The second is the
-//! program `portcullis` with a file that says the same; it counts every request and writes a line about it. Each
-//! line is one run, and only figures of one line can be compared: machines differ by a third, and so do their ratios.
+//! same, optimized by a profile of itself: `cargo run -p portcullis-gateway --example pgo -- bench`. The third is the
+//! program `portcullis`, optimized in that way, with a file that says the same; it counts every request and writes a line
+//! about it. Each line is one run, and only figures of one line can be compared: machines differ by a third, and so do their
+//! ratios.
 //!
-//! | | layers | program | nginx 1.22 | HAProxy 2.6 | Envoy |
-//! |---|---|---|---|---|---|
-//! | HTTP/1.1, 128 B | 18.9 | 25.7 | 17.0 | 20.6 | 63.0 |
-//! | HTTP/1.1, 16 KiB | 24.6 | 32.6 | 25.6 | 29.8 | 76.1 |
-//! | HTTP/1.1, 64 KiB up and down | 65.4 | 77.7 | 78.0 | 78.2 | 121.8 |
-//! | a connection for each request | 38.6 | 44.5 | 32.3 | 35.7 | 125.4 |
-//! | HTTP/2 to HTTP/1.1 | 18.5 | 26.6 | 19.6 | 15.1 | 54.4 |
-//! | gRPC | 23.1 | 30.4 | 30.5 | 14.3 | 60.5 |
-//! | all six layers, HS256 | 21.2 | 28.2 | | 37.6 | 81.6, tokens cached |
-//! | all six layers, RS256 | 18.5 | 26.6 | | 61.8 | 74.9, tokens cached |
-//! | HS256, tokens not cached | 20.9 | | | 30.5 | |
-//! | RS256, tokens not cached | 47.8 | | | 75.0 | |
+//! | | layers | layers, by profile | program, by profile | nginx 1.22 | HAProxy 2.6 | Envoy |
+//! |---|---|---|---|---|---|---|
+//! | HTTP/1.1, 128 B | 21.1 | 16.4 | 22.7 | 18.0 | 19.7 | 67.0 |
+//! | HTTP/1.1, 16 KiB | 26.0 | 22.3 | 29.5 | 27.0 | 31.6 | 86.0 |
+//! | HTTP/1.1, 64 KiB up and down | 64.7 | 59.5 | 61.7 | 89.5 | 85.4 | 143.5 |
+//! | a connection for each request | 43.5 | 40.7 | 50.1 | 33.6 | 36.0 | 128.3 |
+//! | HTTP/2 to HTTP/1.1 | 19.0 | 15.7 | 21.5 | 20.7 | 16.9 | 70.6 |
+//! | gRPC | 21.5 | 18.0 | 26.6 | 34.5 | 14.5 | 72.8 |
+//! | all six layers, HS256 | 24.2 | 21.4 | 27.4 | | 43.9 | 94.8, tokens cached |
+//! | all six layers, RS256 | 24.9 | 23.2 | 29.3 | | 81.4 | 100.6, tokens cached |
+//! | HS256, tokens not cached | 27.0 | 25.5 | | | 37.3 | |
+//! | RS256, tokens not cached | 47.3 | 44.3 | | | 60.9 | |
 //!
 //! Of a request of the first line, two thirds are the kernel's, mostly for the four system calls that anybody needs who reads
-//! and writes twice, and 24,000 instructions are ours. Of the program's 40,500, a third are for its line in the access log, the
-//! trace it begins, and what it counts. Memory under the first load is 6 MB (the program's 12), nginx's 12; under the third 6
-//! (12), nginx's 16, and at its peak 11 (16), nginx's 27.
+//! and writes twice, and 24,300 instructions are ours, 18,700 by the profile. Of the program's 31,900, a third are for its
+//! line in the access log, the trace it begins, and what it counts. Memory under the first load is 6 MB (the program's 9),
+//! nginx's 12; under the third 7, nginx's 16, and at its peak 11, nginx's 26.
 //!
-//! Where others are ahead it is by connections that are made for one request, and with HTTP/2, which is h2's: of a gRPC call's
-//! 69,000 instructions two thirds are spent in it, and of the 36,400 of a request from HTTP/2 to HTTP/1.1 not quite half, as
-//! callgrind counts them. hyper is left with what of HTTP/1 is not plain.
+//! Where others are ahead it is by connections that are made for one request, and with gRPC, which is h2's: of a call's
+//! 54,400 instructions by the profile half are spent in it, and of the 28,100 of a request from HTTP/2 to HTTP/1.1 not quite
+//! two fifths, as callgrind counts them. hyper is left with what of HTTP/1 is not plain.
 //!
 //! # Features
 //!
