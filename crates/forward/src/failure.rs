@@ -102,6 +102,8 @@ impl Failure {
         match self.kind {
             // The endpoint was not asked.
             Kind::Exhausted | Kind::DeadlineInLine => rejection.with_side(Side::Gateway),
+            // Nor is it at fault here: who asks for what is large must not make it look sick.
+            Kind::ResponseTooLarge => rejection.with_side(Side::Gateway),
             _ => rejection,
         }
     }

@@ -118,7 +118,7 @@
 //! | 101 nobody asked for, or to something else | 502 `unexpected-upgrade` | yes |
 //! | no head in time; no time left | 504 `response-timeout`; `deadline-exceeded` | as counted |
 //! | the request's body stops; breaks off; is too large | 408; 400; 413 | as counted |
-//! | the response is announced too large | 502 `response-too-large` | yes |
+//! | the response is announced too large | 502 `response-too-large`, of the gateway's own side | yes |
 //! | the response's body stops, breaks off, turns out too large | the head it had, and a body that ends in an error | |
 //!
 //! # What it does not do

@@ -6,8 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Empty, Full};
-use portcullis_core::{Body, Carried, Clock, Deadline, Rejection, Side};
-use portcullis_forward::{Forward, ResponseBody};
+use portcullis_core::{Body, Carried, Classify, Clock, Deadline, Head, Outcome, Rejection, Side, Standard, Verdict};
+use portcullis_forward::{Forward, Policy, ResponseBody};
 use tokio::net::TcpListener;
 use tower::{Service, ServiceExt};
 
@@ -126,6 +126,22 @@ async fn a_slow_head_is_504() {
         server
     });
     assert_eq!(rejection(&response), (504, "response-timeout", true));
+}
+
+/// Callers of one large answer must not get its endpoint avoided.
+#[tokio::test]
+async fn an_answer_announced_too_large_says_nothing_of_the_endpoint() {
+    let upstream = Upstream::bind().await;
+    let forward = upstream.forward().policy(Policy::new().response_limit(4));
+    let (response, _server) = tokio::join!(call(&forward, get("/")), async {
+        let mut server = upstream.accept().await;
+        server.head().await;
+        server.send("HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello").await;
+        server
+    });
+    assert_eq!(rejection(&response), (502, "response-too-large", true));
+    let said = Standard::default().head(Head::of(&response));
+    assert_eq!(said, Verdict::Decided(Outcome::Ignored));
 }
 
 #[tokio::test]
