@@ -100,10 +100,8 @@ impl Failure {
             };
         let rejection = rejection.with_sent(self.sent);
         match self.kind {
-            // The endpoint was not asked.
-            Kind::Exhausted | Kind::DeadlineInLine => rejection.with_side(Side::Gateway),
-            // Nor is it at fault here: who asks for what is large must not make it look sick.
-            Kind::ResponseTooLarge => rejection.with_side(Side::Gateway),
+            // The endpoint was not asked, or did nothing wrong: who wants what is large must not make it look sick.
+            Kind::Exhausted | Kind::DeadlineInLine | Kind::ResponseTooLarge => rejection.with_side(Side::Gateway),
             _ => rejection,
         }
     }

@@ -47,7 +47,6 @@ trait Io: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Io for T {}
 
 /// Who is asked, and how: over TLS if there is a connector.
-#[derive(Clone)]
 struct Asked {
     address: SocketAddr,
     tls: Option<TlsConnector>,
@@ -100,12 +99,13 @@ fn build(package: &str, program: &str, more: &[String], flag: &str) -> PathBuf {
     let version = output(Command::new("rustc").arg("-vV"));
     // With a target that is named, what runs while building is built without the flag.
     let host = version.lines().find_map(|line| line.strip_prefix("host: ")).expect("a host");
-    let mut flags = env::var_os("RUSTFLAGS").unwrap_or_default();
-    flags.push(format!(" {flag}"));
+    // In cargo's own encoding, where a flag may hold a path with spaces.
+    let flags = env::var("RUSTFLAGS").unwrap_or_default();
+    let flags = flags.split_whitespace().chain([flag]).collect::<Vec<_>>().join("\x1f");
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let target = portcullis_testing::program::target_folder().join("pgo");
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(workspace).env("RUSTFLAGS", flags);
+    cargo.current_dir(workspace).env("CARGO_ENCODED_RUSTFLAGS", flags);
     cargo.args(["build", "--locked", "--profile", "dist", "--target", host, "--package", package]);
     run(cargo.arg("--bin").arg(program).arg("--target-dir").arg(&target).args(more));
     target.join(host).join("dist").join(program)

@@ -48,8 +48,8 @@
 //! | RS256, tokens not cached | 47.3 | 44.3 | | | 60.9 | |
 //!
 //! Of a request of the first line, two thirds are the kernel's, mostly for the four system calls that anybody needs who reads
-//! and writes twice, and 24,300 instructions are ours, 18,700 by the profile. Of the program's 31,900, a third are for its
-//! line in the access log, the trace it begins, and what it counts. Memory under the first load is 6 MB (the program's 9),
+//! and writes twice, and 24,300 instructions are ours, 18,700 by the profile. Of the program's 31,900, the two fifths that
+//! are more are mostly for its line in the access log, the trace it begins, and what it counts. Memory under the first load is 6 MB (the program's 9),
 //! nginx's 12; under the third 7, nginx's 16, and at its peak 11, nginx's 26.
 //!
 //! Where others are ahead it is by connections that are made for one request, and with gRPC, which is h2's: of a call's

@@ -22,7 +22,7 @@ pub enum Decoder {
     Data(u64),
     /// The line end after a chunk.
     DataEnd,
-    /// What follows the last chunk; in so many bytes of it no line is new.
+    /// What follows the last chunk; so many bytes of it were looked at, and more are needed.
     Trailers(usize),
 }
 

@@ -118,11 +118,11 @@ impl Record {
             Some(_) => rejection.map(Rejection::reason),
             None => Some("given-up"),
         };
-        // What forward would not send says nothing of the endpoint.
-        let is_sent = rejection.is_none_or(|rejection| rejection.side() == Side::Upstream);
+        // What forward would not send, or not pass on, says nothing of the endpoint.
+        let is_of_endpoint = rejection.is_none_or(|rejection| rejection.side() == Side::Upstream);
         attempt.status = answer.filter(|_| attempt.failed.is_none()).map(|head| head.status);
         let took = now.saturating_sub(attempt.began);
-        if is_sent {
+        if is_of_endpoint {
             Answered::by(&attempt.endpoint).record(took, attempt.status);
         }
     }
