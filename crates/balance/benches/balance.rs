@@ -161,6 +161,8 @@ fn picks(c: &mut Criterion) {
     one(c, "maglev", || Maglev::by(by_path()), &sizes);
     one(c, "ring-hash", || RingHash::by(by_path()), &sizes);
     one(c, "rendezvous", || Rendezvous::by(by_path()), &sizes[..2]);
+    let endpoint = Endpoint::new("bench", Instance::new("1", SocketAddr::from(([10, 0, 0, 1], 1))));
+    c.bench_function("the permit alone", |b| best(b, || drop(black_box(endpoint.permit_by_force()))));
     c.bench_function("clock", |b| best(b, || assert!(black_box(Clock::system().now()) > Moment::MIN)));
 }
 

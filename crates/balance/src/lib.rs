@@ -254,7 +254,7 @@ use tower_layer::Layer;
 use tower_service::Service;
 
 use crate::shape::Shape;
-use crate::view::{Choice, Chosen, Nobody, Viewed};
+use crate::view::{Choice, Chosen, Nobody, Terms, Viewed};
 use crate::waiting::Waiting;
 
 /// Applies [`Balance`]. All services made from one layer share one state.
@@ -434,10 +434,8 @@ impl<P: Pick> BalanceLayer<P> {
     pub fn prepare(&self, endpoints: &Endpoints) {
         let request = Request::new(());
         let shared = &*self.shared;
-        let (pick, shape, asked) = (&*shared.pick, &shared.shape, Asked::of(&request));
-        let whole = Choice { pick, shape, subset: None, asked, tried: &[], clock: &shared.clock };
-        let choice = Choice { subset: shared.policy.subset.as_ref(), ..whole };
-        shared.viewed(endpoints, &whole).subset(endpoints, &choice).prepare(endpoints, &choice);
+        let choice = shared.choice(&shared.policy, Asked::of(&request), &[]);
+        shared.viewed(endpoints, &choice).subset(endpoints, &choice).prepare(endpoints, &choice);
     }
 
     fn change(&mut self) -> &mut Shared<P> {
@@ -494,20 +492,18 @@ impl<P: Pick> Shared<P> {
         asked: Asked<'_>,
         tried: &[Failed],
     ) -> Result<Chosen, Nobody> {
-        let asked = Asked { hash_key: policy.hash_key.as_ref(), ..asked };
-        let whole = Choice { pick: &*self.pick, shape: &self.shape, subset: None, asked, tried, clock: &self.clock };
+        let choice = self.choice(policy, asked, tried);
         if let Some(prefer) = asked.extensions.get::<Prefer>() {
             let ids = || (0..).zip(endpoints.iter()).map(|(i, endpoint)| (endpoint.id().clone(), i)).collect();
             let position = endpoints.slot(&IDS, ids).get(&prefer.id);
-            let chosen = position.and_then(|i| whole.enter(endpoints.get(*i as usize)?));
+            let chosen = position.and_then(|i| choice.enter(endpoints.get(*i as usize)?));
             match chosen {
                 Some(chosen) => return Ok(chosen),
                 None if prefer.strict => return Err(Nobody::Preferred),
                 None => {}
             }
         }
-        let choice = Choice { subset: policy.subset.as_ref(), ..whole };
-        let viewed = self.viewed(endpoints, &whole);
+        let viewed = self.viewed(endpoints, &choice);
         let offered = viewed.subset(endpoints, &choice);
         if let Some(sticky) = &policy.sticky
             && let Some(token) = sticky.read(asked.headers)
@@ -515,15 +511,23 @@ impl<P: Pick> Shared<P> {
             && let endpoint = &endpoints[*i as usize]
             && endpoint.weight() > 0
             && offered.holds(endpoint, &choice)
-            && let Some(chosen) = whole.enter(endpoint)
+            && let Some(chosen) = choice.enter(endpoint)
         {
             return Ok(chosen);
         }
         offered.choose(endpoints, &choice)
     }
 
-    fn viewed<'a>(&self, endpoints: &'a Endpoints, whole: &Choice<'_, P>) -> &'a Viewed {
-        endpoints.slot(&self.key, || Viewed::new(endpoints, whole))
+    #[inline]
+    fn choice<'a>(&'a self, policy: &'a Policy, asked: Asked<'a>, tried: &'a [Failed]) -> Choice<'a, P> {
+        let asked = Asked { hash_key: policy.hash_key.as_ref(), ..asked };
+        let terms = Terms { shape: &self.shape, subset: policy.subset.as_ref(), asked, tried, clock: &self.clock };
+        Choice { pick: &*self.pick, terms }
+    }
+
+    #[inline]
+    fn viewed<'a>(&self, endpoints: &'a Endpoints, choice: &Choice<'_, P>) -> &'a Viewed {
+        endpoints.slot(&self.key, || Viewed::new(endpoints, &choice.within(None)))
     }
 }
 

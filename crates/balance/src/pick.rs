@@ -7,13 +7,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{Extensions, HeaderMap, Method, Request, Uri};
-use portcullis_core::{Clock, Endpoint, Endpoints, Moment, Outcome, SlotKey};
+use portcullis_core::{Endpoint, Endpoints, Moment, Outcome, SlotKey};
 
 use crate::group::Group;
 use crate::hash_key::HashKey;
-use crate::served::Failed;
 use crate::shape::Subset;
-use crate::view::Choice;
+use crate::view::Terms;
 
 /// Picks one endpoint for a request. One value serves all services of a layer, on all threads, without locks.
 ///
@@ -73,11 +72,8 @@ pub trait Pick: Send + Sync + 'static {
 pub struct Candidates<'a> {
     endpoints: &'a Endpoints,
     group: &'a Group,
-    subset: Option<&'a Subset>,
-    asked: Asked<'a>,
-    tried: &'a [Failed],
     panic: bool,
-    clock: &'a Clock,
+    terms: &'a Terms<'a>,
     now: OnceCell<Moment>,
     seed: Cell<u64>,
     skipped: Cell<[u32; SKIPPED]>,
@@ -181,24 +177,16 @@ impl Call {
 // === impl Candidates ===
 
 impl<'a> Candidates<'a> {
-    pub(crate) fn new<P: ?Sized>(
-        endpoints: &'a Endpoints,
-        group: &'a Group,
-        panic: bool,
-        choice: &Choice<'a, P>,
-    ) -> Self {
+    pub(crate) fn new(endpoints: &'a Endpoints, group: &'a Group, panic: bool, terms: &'a Terms<'a>) -> Self {
         Self {
             endpoints,
             group,
-            subset: choice.subset,
-            asked: choice.asked,
-            tried: choice.tried,
             panic,
-            clock: choice.clock,
+            terms,
             now: OnceCell::new(),
             seed: Cell::new(0),
             skipped: Cell::new([NOBODY; SKIPPED]),
-            fewer: Cell::new(!choice.tried.is_empty()),
+            fewer: Cell::new(!terms.tried.is_empty()),
         }
     }
 
@@ -238,7 +226,7 @@ impl<'a> Candidates<'a> {
     pub fn usable(&self, index: usize) -> bool {
         let endpoint = &self[index];
         let admits = || self.panic || endpoint.gate().peek(|| self.now()).is_ok();
-        !self.tried.iter().any(|failed| failed.endpoint == *endpoint) && !self.is_skipped(index) && admits()
+        !self.terms.tried.iter().any(|failed| failed.endpoint == *endpoint) && !self.is_skipped(index) && admits()
     }
 
     /// Whether all are [usable](Self::usable), as far as is known without asking the gates.
@@ -346,13 +334,13 @@ impl<'a> Candidates<'a> {
     /// The time, read once.
     #[must_use]
     pub fn now(&self) -> Moment {
-        *self.now.get_or_init(|| self.clock.now())
+        *self.now.get_or_init(|| self.terms.clock.now())
     }
 
     /// The request.
     #[must_use]
     pub fn asked(&self) -> Asked<'a> {
-        self.asked
+        self.terms.asked
     }
 
     /// What the policy with this key derived from these candidates, derived when it is first asked for. It is dropped
@@ -386,7 +374,7 @@ impl<'a> Candidates<'a> {
 
     /// Which of the service's endpoints they are taken from.
     pub(crate) fn subset(&self) -> Option<&'a Subset> {
-        self.subset
+        self.terms.subset
     }
 
     /// Requests in flight at those that are [usable](Self::usable), this one counted, for each unit of their weight;
@@ -433,7 +421,10 @@ impl Index<usize> for Candidates<'_> {
 
 impl fmt::Debug for Candidates<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Candidates").field("len", &self.len()).field("tried", &self.tried.len()).finish_non_exhaustive()
+        f.debug_struct("Candidates")
+            .field("len", &self.len())
+            .field("tried", &self.terms.tried.len())
+            .finish_non_exhaustive()
     }
 }
 

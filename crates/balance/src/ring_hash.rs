@@ -16,9 +16,16 @@ pub struct RingHash {
     bound: Option<f64>,
 }
 
+/// The points in their order, and an index as long: whoever is looked for stands a step or two from where it points, however
+/// many there are.
 #[derive(Debug)]
 pub(crate) struct Ring {
-    points: Box<[(u64, u32)]>,
+    hashes: Box<[u64]>,
+    positions: Box<[u32]>,
+    /// Where the points begin whose hashes have these bits above.
+    starts: Box<[u32]>,
+    /// So many bits are below.
+    below: u32,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -107,12 +114,21 @@ impl Table for Ring {
             points.extend((0..count as u64).map(|i| (mix(hash.wrapping_add(i.wrapping_mul(STEP))), *position)));
         }
         points.sort_unstable();
-        Self { points: points.into() }
+        let (hashes, positions): (Vec<u64>, Vec<u32>) = points.into_iter().unzip();
+        let bits = hashes.len().max(2).ilog2();
+        let (below, mut next) = (u64::BITS - bits, 0);
+        let start = |above: u64| {
+            next += hashes[next..].iter().take_while(|hash| *hash >> below < above).count();
+            next as u32
+        };
+        let starts = (0..1 << bits).map(start).collect();
+        Self { hashes: hashes.into(), positions: positions.into(), starts, below }
     }
 
     fn walk(&self, hash: u64) -> impl Iterator<Item = u32> {
-        let start = self.points.partition_point(|point| point.0 < hash);
-        self.points[start..].iter().chain(&self.points[..start]).map(|point| point.1)
+        let near = self.starts[(hash >> self.below) as usize] as usize;
+        let start = near + self.hashes[near..].iter().take_while(|point| **point < hash).count();
+        self.positions[start..].iter().chain(&self.positions[..start]).copied()
     }
 }
 
@@ -142,6 +158,21 @@ mod tests {
     fn shares_are_even_and_as_weights_say() {
         assert!(spread(&ring(), &[1; 10], 100_000) < 1.09);
         assert!(spread(&ring(), &[4, 2, 1, 1], 100_000) < 1.12);
+    }
+
+    #[test]
+    fn a_walk_begins_with_the_next_point_and_goes_round() {
+        for each in [1, 2, 3, 1000] {
+            let placed = |position: u32| Placed { hash: mix(position.into()), weight: 1 + position, position };
+            let ring = Ring::build(&(0..3).map(placed).collect::<Vec<_>>(), &Size { each, most: MOST });
+            let around = |hash: u64| [hash.wrapping_sub(1), hash, hash.wrapping_add(1)];
+            let some = (0..1000).map(mix).chain(ring.hashes.iter().copied().flat_map(around)).chain([0, u64::MAX]);
+            for hash in some {
+                let next = ring.hashes.partition_point(|point| *point < hash);
+                let (before, after) = ring.positions.split_at(next);
+                assert!(ring.walk(hash).eq(after.iter().chain(before).copied()), "{hash} among {}", ring.hashes.len());
+            }
+        }
     }
 
     #[test]

@@ -297,7 +297,6 @@ pub(crate) fn hash_by(key: &HashKey, asked: Asked<'_>) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::random::Random;
     use crate::testing::Set;
     use http::Request;
     use std::collections::HashSet;
@@ -325,7 +324,7 @@ mod tests {
     fn no_request_waits_for_the_first_table() {
         let barrier = Arc::new(Barrier::new(2));
         let tables = Tables::<Seventh>::new(barrier.clone());
-        Set::of(&[1; 10]).among(&Random, &Request::default(), |among| {
+        Set::of(&[1; 10]).among(&Request::default(), |among| {
             let find = |key: u64| tables.find(among, mix(key), |_| true).unwrap();
             let found: Vec<_> = (1..100).map(find).collect();
             assert_eq!(found.iter().collect::<HashSet<_>>().len(), 10);
@@ -363,7 +362,7 @@ mod tests {
         let sets = [3, 4, 5].map(|n| Set::of(&vec![1; n]));
         let request = Request::default();
         for set in &sets {
-            let find = || set.among(&Random, &request, |among| tables.find(among, 1, |_| true).unwrap());
+            let find = || set.among(&request, |among| tables.find(among, 1, |_| true).unwrap());
             std::thread::scope(|scope| (0..8).for_each(|_| drop(scope.spawn(find))));
         }
         let [first, second, third] = sets;
@@ -374,9 +373,9 @@ mod tests {
         drop(second);
         turns.0.wait();
         turns.0.wait();
-        third.among(&Random, &request, |among| tables.prepare(among));
+        third.among(&request, |among| tables.prepare(among));
         assert_eq!(*turns.1.lock().unwrap(), [3, 5]);
-        assert_eq!(first.among(&Random, &request, |among| tables.find(among, 1, |_| true)), Some(2));
+        assert_eq!(first.among(&request, |among| tables.find(among, 1, |_| true)), Some(2));
     }
 
     /// Fails for three, and says for how many it is asked.
@@ -402,7 +401,7 @@ mod tests {
         let tables = Tables::<NoneForThree>::new(asking);
         let sets = [3, 4].map(|n| Set::of(&vec![1; n]));
         for set in &sets {
-            let found = set.among(&Random, &Request::default(), |among| tables.find(among, 1, |_| true));
+            let found = set.among(&Request::default(), |among| tables.find(among, 1, |_| true));
             assert!(found.is_some());
             assert_eq!(asked.recv_timeout(Duration::from_secs(10)), Ok(set.endpoints.len()));
         }
@@ -425,7 +424,7 @@ mod tests {
         let (set, other) = (Set::of(&[1; 2]), Set::of(&[1; 2]));
         let tables = Tables::<Empty>::new(());
         let layout = |set: &Set, priority| {
-            let mut layout = set.among(&Random, &Request::default(), |among| tables.shelf.lay(among));
+            let mut layout = set.among(&Request::default(), |among| tables.shelf.lay(among));
             layout.kind.priority = priority;
             Arc::new(layout)
         };

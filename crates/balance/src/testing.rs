@@ -12,7 +12,7 @@ use crate::pick::{Asked, Candidates, Pick};
 use crate::policy::Reason;
 use crate::served::Failed;
 use crate::shape::Shape;
-use crate::view::Choice;
+use crate::view::Terms;
 
 /// Endpoints of certain weights, on a clock of their own.
 pub(crate) struct Set {
@@ -52,7 +52,7 @@ impl Set {
     }
 
     pub(crate) fn pick_for(&self, pick: &dyn Pick, request: &Request<()>) -> usize {
-        self.among(pick, request, |among| {
+        self.among(request, |among| {
             pick.prepare(among);
             pick.pick(among).unwrap()
         })
@@ -62,28 +62,17 @@ impl Set {
     pub(crate) fn pick_after(&self, pick: &dyn Pick, failed: &[usize]) -> usize {
         let failure = |i: &usize| Failed { endpoint: self[*i].clone(), reason: Reason::Unsent };
         let tried: Vec<_> = failed.iter().map(failure).collect();
-        self.among_after(pick, &Request::default(), &tried, |among| pick.pick(among).unwrap())
+        self.among_after(&Request::default(), &tried, |among| pick.pick(among).unwrap())
     }
 
-    pub(crate) fn among<R>(
-        &self,
-        pick: &dyn Pick,
-        request: &Request<()>,
-        look: impl FnOnce(&Candidates<'_>) -> R,
-    ) -> R {
-        self.among_after(pick, request, &[], look)
+    pub(crate) fn among<R>(&self, request: &Request<()>, look: impl FnOnce(&Candidates<'_>) -> R) -> R {
+        self.among_after(request, &[], look)
     }
 
-    fn among_after<R>(
-        &self,
-        pick: &dyn Pick,
-        request: &Request<()>,
-        tried: &[Failed],
-        look: impl FnOnce(&Candidates<'_>) -> R,
-    ) -> R {
+    fn among_after<R>(&self, request: &Request<()>, tried: &[Failed], look: impl FnOnce(&Candidates<'_>) -> R) -> R {
         let (shape, asked) = (Shape::default(), Asked::of(request));
-        let choice = Choice { pick, shape: &shape, subset: None, asked, tried, clock: &self.clock };
-        look(&Candidates::new(&self.endpoints, &self.group, false, &choice))
+        let terms = Terms { shape: &shape, subset: None, asked, tried, clock: &self.clock };
+        look(&Candidates::new(&self.endpoints, &self.group, false, &terms))
     }
 }
 

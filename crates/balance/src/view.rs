@@ -68,6 +68,13 @@ struct Part {
 /// Everything a choice hangs on but the endpoints.
 pub(crate) struct Choice<'a, P: ?Sized> {
     pub(crate) pick: &'a P,
+    pub(crate) terms: Terms<'a>,
+}
+
+/// What of it is the same for every policy. Candidates only point to it: it has just been written in parts, and to read it
+/// in others would have to wait.
+#[derive(Clone, Copy)]
+pub(crate) struct Terms<'a> {
     pub(crate) shape: &'a Shape,
     pub(crate) subset: Option<&'a Subset>,
     pub(crate) asked: Asked<'a>,
@@ -126,15 +133,20 @@ impl<P: Pick + ?Sized> Choice<'_, P> {
         if self.has_tried(endpoint) {
             return None;
         }
-        let permit = endpoint.permit(|| self.clock.now()).ok()?;
-        Some((permit, self.pick.observes().then(|| self.clock.now())))
+        let permit = endpoint.permit(|| self.terms.clock.now()).ok()?;
+        Some((permit, self.pick.observes().then(|| self.terms.clock.now())))
     }
 }
 
-impl<P: ?Sized> Choice<'_, P> {
+impl<'a, P: ?Sized> Choice<'a, P> {
+    /// The same from a part of the endpoints.
+    pub(crate) fn within(self, subset: Option<&'a Subset>) -> Self {
+        Self { terms: Terms { subset, ..self.terms }, ..self }
+    }
+
     /// Whether the endpoint has failed this request.
     fn has_tried(&self, endpoint: &Endpoint) -> bool {
-        self.tried.iter().any(|failed| failed.endpoint == *endpoint)
+        self.terms.tried.iter().any(|failed| failed.endpoint == *endpoint)
     }
 }
 
@@ -151,7 +163,7 @@ impl<P: ?Sized> Copy for Choice<'_, P> {}
 impl Viewed {
     pub(crate) fn new<P: Pick + ?Sized>(endpoints: &Endpoints, choice: &Choice<'_, P>) -> Self {
         Self {
-            first: View::derive(endpoints, choice, choice.clock.now(), None),
+            first: View::derive(endpoints, choice, choice.terms.clock.now(), None),
             later: ArcSwapOption::empty(),
             deriving: AtomicBool::new(false),
             subsets: Few::default(),
@@ -161,7 +173,7 @@ impl Viewed {
 
     /// What the subset of `choice` offers.
     pub(crate) fn subset<P: Pick + ?Sized>(&self, endpoints: &Endpoints, choice: &Choice<'_, P>) -> &Self {
-        match choice.subset {
+        match choice.terms.subset {
             None => self,
             Some(subset) => self.subsets.get_or_init(subset, || Self::new(endpoints, choice)),
         }
@@ -169,7 +181,7 @@ impl Viewed {
 
     /// Whether the endpoint is in the subset of `choice`, or in what stands for it.
     pub(crate) fn holds<P: ?Sized>(&self, endpoint: &Endpoint, choice: &Choice<'_, P>) -> bool {
-        choice.subset.is_none_or(|subset| self.first.fell_back || subset.holds(&endpoint.instance()))
+        choice.terms.subset.is_none_or(|subset| self.first.fell_back || subset.holds(&endpoint.instance()))
     }
 
     /// Where the endpoint of each cookie stands in the snapshot.
@@ -185,12 +197,12 @@ impl Viewed {
         endpoints: &Endpoints,
         choice: &Choice<'_, P>,
     ) -> Result<Chosen, Nobody> {
-        if self.first.is_fresh(endpoints, choice.clock) {
+        if self.first.is_fresh(endpoints, choice.terms.clock) {
             return self.first.choose(endpoints, choice);
         }
         let later = self.later.load();
         if let Some(view) = &*later
-            && view.is_fresh(endpoints, choice.clock)
+            && view.is_fresh(endpoints, choice.terms.clock)
         {
             return view.choose(endpoints, choice);
         }
@@ -203,18 +215,18 @@ impl Viewed {
 
     /// Lets the policy prepare for what is offered now.
     pub(crate) fn prepare<P: Pick + ?Sized>(&self, endpoints: &Endpoints, choice: &Choice<'_, P>) {
-        if !self.first.is_fresh(endpoints, choice.clock) {
+        if !self.first.is_fresh(endpoints, choice.terms.clock) {
             self.refresh(endpoints, choice);
         }
         let later = self.later.load();
         for part in &later.as_deref().unwrap_or(&self.first).parts {
-            choice.pick.prepare(&Candidates::new(endpoints, &part.group, part.panic, choice));
+            choice.pick.prepare(&Candidates::new(endpoints, &part.group, part.panic, &choice.terms));
         }
     }
 
     #[cold]
     fn refresh<P: Pick + ?Sized>(&self, endpoints: &Endpoints, choice: &Choice<'_, P>) {
-        let now = choice.clock.now();
+        let now = choice.terms.clock.now();
         let later = self.later.load();
         let old = later.as_deref().unwrap_or(&self.first);
         let kept = KEPT * u32::try_from(endpoints.len()).unwrap_or(u32::MAX);
@@ -251,12 +263,12 @@ impl View {
             (0_u32..).zip(endpoints.iter()).map(|(index, endpoint)| (index, endpoint, endpoint.instance())).collect();
         instances.retain(|(_, endpoint, _)| endpoint.weight() > 0);
         let all = || instances.iter().map(|(_, _, instance)| instance.clone());
-        let fell_back = choice.subset.is_some_and(|subset| subset.falls_back(all()));
-        if let Some(subset) = choice.subset.filter(|_| !fell_back) {
+        let fell_back = choice.terms.subset.is_some_and(|subset| subset.falls_back(all()));
+        if let Some(subset) = choice.terms.subset.filter(|_| !fell_back) {
             instances.retain(|(_, _, instance)| subset.holds(instance));
         }
         instances.sort_by_key(|(_, _, instance)| instance.priority);
-        let start = choice.shape.slow_start.filter(|_| !wants_all);
+        let start = choice.terms.shape.slow_start.filter(|_| !wants_all);
         let parts = |endpoint: &Endpoint| start.and_then(|start| start.part(endpoint.joined(), now));
         let starting = instances.iter().any(|(_, endpoint, _)| parts(endpoint).is_some());
         let heaviest = instances.iter().map(|(_, endpoint, _)| endpoint.weight()).max().unwrap_or(1);
@@ -276,7 +288,7 @@ impl View {
                 admits: endpoint.gate().admits(),
             })
             .collect();
-        let splits = choice.shape.split(&members, wants_all);
+        let splits = choice.terms.shape.split(&members, wants_all);
         let mut seen = vec![false; endpoints.len()];
         splits.iter().flat_map(|split| &split.members).for_each(|index| seen[*index as usize] = true);
         let rationed = || members.iter().filter(|member| !member.admits).map(|member| member.index);
@@ -327,11 +339,11 @@ impl View {
             [] => return self.scan(endpoints, choice, 0, false),
             [only] => only,
             several => {
-                let point = pick.point(choice.asked).unwrap_or_else(|| fastrand::u64(..)) >> 32;
+                let point = pick.point(choice.terms.asked).unwrap_or_else(|| fastrand::u64(..)) >> 32;
                 several.iter().find(|part| point < part.end).unwrap_or(&several[0])
             }
         };
-        let among = Candidates::new(endpoints, &part.group, part.panic, choice);
+        let among = Candidates::new(endpoints, &part.group, part.panic, &choice.terms);
         let now = || among.now();
         let observed = || pick.observes().then(now);
         if !self.unseen.is_empty()
@@ -369,7 +381,7 @@ impl View {
         start: usize,
         panic: bool,
     ) -> Result<Chosen, Nobody> {
-        let (now, freed) = (choice.clock.now(), endpoints.freed());
+        let (now, freed) = (choice.terms.clock.now(), endpoints.freed());
         if let Some(closed) = &*self.closed.load()
             && now < closed.end
             && closed.freed == freed
@@ -415,9 +427,10 @@ mod tests {
     fn subsets_and_cookies_that_say_the_same_are_worked_out_once_for_a_snapshot() {
         let (set, request, clock) = (Set::of(&[1; 3]), Request::new(()), Clock::system());
         let (shape, asked) = (Shape::default(), Asked::of(&request));
-        let whole = Choice { pick: &Random, shape: &shape, subset: None, asked, tried: &[], clock: &clock };
+        let terms = Terms { shape: &shape, subset: None, asked, tried: &[], clock: &clock };
+        let whole = Choice { pick: &Random, terms };
         let viewed = Viewed::new(&set.endpoints, &whole);
-        let of = |subset| viewed.subset(&set.endpoints, &Choice { subset: Some(&subset), ..whole });
+        let of = |subset| viewed.subset(&set.endpoints, &whole.within(Some(&subset)));
         assert!(std::ptr::eq(of(Subset::tag("a")), of(Subset::tag("a"))));
         assert!(!std::ptr::eq(of(Subset::tag("a")), of(Subset::tag("a").or_any())));
         assert!(!std::ptr::eq(of(Subset::tag("a")), of(Subset::tag("b"))));

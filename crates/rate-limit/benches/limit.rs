@@ -183,9 +183,9 @@ where
 }
 
 /// What memory itself takes: reads of which each says where the next one is, all over as many bytes as the table has, and
-/// as the fronts of its sets have, which is a quarter.
+/// as the fronts of its sets have, which is a third.
 fn far(group: &mut Group<'_>, keys: u32) {
-    for (name, lines) in [("one read of the table's memory", keys), ("one read of its fronts", keys / 4)] {
+    for (name, lines) in [("one read of the table's memory", keys), ("one read of its fronts", keys / 3)] {
         let memory = LazyCell::new(|| {
             let mut order: Vec<u32> = (0..lines).collect();
             fastrand::Rng::with_seed(7).shuffle(&mut order);

@@ -7,7 +7,9 @@
 //!   └──────┘                              └────────┘            └─────────┘                    └──────┘ ◄┘
 //! ```
 //!
-//! An entry is the *tag* of its key, 48 bits of a keyed hash, and a word: its *arrival time* with a state and a version.
+//! An entry is the *tag* of its key, 32 bits of a keyed hash, and a word: its *arrival time* with a state and a version.
+//! Other bits of the hash say in which set it lies, so two keys are taken for one only if they are alike in all of them: of
+//! a million keys in a table for as many, two are so in one of 3,000 processes.
 //! Charging a key that has an entry is one compare-and-set on the word. Only giving an entry to another key takes the set's
 //! *head*, and nobody ever waits for it: who finds it taken charges the *floor*.
 //!
@@ -26,7 +28,7 @@
 //! a day, and with it shut out whoever is limited by the second.
 //!
 //! The entries of a set that are given away first lie in one cache line, its *front*, and the fronts of all sets lie
-//! together: most charges need one line of a quarter of the memory, whatever the number of keys. Whoever is about to charge
+//! together: most charges need one line of a third of the memory, whatever the number of keys. Whoever is about to charge
 //! [touches](Table::touch) the front, so that the line is on its way while the clock is read.
 //!
 //! An entry whose time is over carries no information, and raising the floor to it costs nobody. While every entry of a set
@@ -46,8 +48,8 @@ pub(crate) use self::entry::END;
 use self::entry::PENDING;
 use self::set::{Set, Sets};
 
-/// As many keys as fill a set to a bit more than a quarter: then one set in 200,000 has more than fit.
-const KEYS_PER_SET: usize = 4;
+/// So many keys a set has in the mean: then 19 of 20 lie in front, and one set in a million has more than fit.
+const KEYS_PER_SET: usize = 3;
 
 /// So many fronts, a MiB, stay in the caches next to a core.
 const NEAR: usize = 1 << 14;
@@ -106,7 +108,7 @@ impl Table {
 
     /// The span is in the upper two bits.
     pub(crate) fn mark(&self, span: Span, key: &[u8]) -> Mark {
-        Mark(self.hasher.hash(key) >> 2 | u64::from(span.0) << 62 | 1)
+        Mark(self.hasher.hash(key) >> 2 | u64::from(span.0) << 62)
     }
 
     /// Has the memory of the key's front fetched, and does not wait for it; nothing if that is near anyway.
@@ -206,8 +208,8 @@ impl Span {
 
 impl Mark {
     /// What an entry keeps of it: never zero.
-    fn tag(self) -> (u32, u16) {
-        (self.0 as u32, (self.0 >> 32) as u16)
+    fn tag(self) -> u32 {
+        (self.0 as u32).max(1)
     }
 
     /// Two numbers of 32 bits of which the upper ones have nothing to do with each other; without the span.

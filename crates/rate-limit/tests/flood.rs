@@ -11,7 +11,7 @@ use std::time::Duration;
 use http::{Request, Response};
 use http_body_util::Empty;
 use portcullis_core::{Carried, Clock, PeerAddress, Route};
-use portcullis_rate_limit::{Header, Policy, Rate, RateLimitLayer};
+use portcullis_rate_limit::{DEFAULT_CAPACITY, Header, Policy, Rate, RateLimitLayer};
 use tower::{Layer, Service, ServiceExt, service_fn};
 
 fn n(count: u32) -> NonZeroU32 {
@@ -63,7 +63,7 @@ fn honest_callers_keep_their_share_while_strangers_flood() {
         "{keys} keys: {refused} of {honest} honest calls refused; {stats:?}; memory {before:.1} MiB, then {after:.1} MiB"
     );
     assert_eq!(refused, 0);
-    assert_eq!(stats.bytes, 4 << 20);
+    assert_eq!(stats.bytes, DEFAULT_CAPACITY.div_ceil(3) * 192);
     assert!(stats.live <= stats.places);
     assert!(after - before < 8.0, "memory grew from {before} to {after} MiB");
 }

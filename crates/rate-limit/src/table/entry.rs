@@ -1,30 +1,24 @@
 //! One entry: the tag of its key, and its word.
 
 use super::Mark;
-use crate::sync::{AtomicU16, AtomicU32, AtomicU64, Ordering};
-
-/// Entries that lie together; one such group is in front.
-#[cfg(not(portcullis_loom))]
-pub(super) const GROUP: usize = 4;
-#[cfg(portcullis_loom)]
-pub(super) const GROUP: usize = 1;
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// No arrival time lies beyond: nine years after the clock's origin.
 pub(crate) const END: u64 = (1 << 58) - 1;
 
-/// Some entries: the words, and the tags in two parts.
+/// Some entries: the words, and the tags, so that nothing is lost between them.
 #[derive(Debug)]
-pub(super) struct Group {
-    words: [AtomicU64; GROUP],
-    low: [AtomicU32; GROUP],
-    high: [AtomicU16; GROUP],
+pub(super) struct Group<const N: usize> {
+    words: [AtomicU64; N],
+    tags: [AtomicU32; N],
+    /// What fills the line; whose it is says how it is used.
+    pub(super) rest: AtomicU32,
 }
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Entry<'a> {
     word: &'a AtomicU64,
-    low: &'a AtomicU32,
-    high: &'a AtomicU16,
+    tag: &'a AtomicU32,
 }
 
 /// State in the upper two bits, version in the next four, nanoseconds in the rest.
@@ -42,37 +36,35 @@ const ONE_VERSION: u64 = 1 << 58;
 
 // === impl Group ===
 
-impl Group {
+impl<const N: usize> Group<N> {
     pub(super) fn new() -> Self {
         Self {
             words: std::array::from_fn(|_| AtomicU64::new(0)),
-            low: std::array::from_fn(|_| AtomicU32::new(0)),
-            high: std::array::from_fn(|_| AtomicU16::new(0)),
+            tags: std::array::from_fn(|_| AtomicU32::new(0)),
+            rest: AtomicU32::new(0),
         }
     }
 
     pub(super) fn entries(&self) -> impl Iterator<Item = Entry<'_>> {
-        (0..GROUP).map(|i| Entry { word: &self.words[i], low: &self.low[i], high: &self.high[i] })
+        self.words.iter().zip(&self.tags).map(|(word, tag)| Entry { word, tag })
+    }
+
+    /// The entry that has that tag, with its word.
+    #[inline]
+    pub(super) fn find(&self, tag: u32) -> Option<(Entry<'_>, Word)> {
+        self.entries().filter(|entry| entry.tag.load(Ordering::Relaxed) == tag).find_map(|entry| {
+            let word = entry.read();
+            // Again, and after the word: see above.
+            (entry.tag.load(Ordering::Acquire) == tag && word.state() != MOVING).then_some((entry, word))
+        })
     }
 }
 
 // === impl Entry ===
 
 impl Entry<'_> {
-    /// The entry with its word, if it has that tag.
-    #[inline]
-    pub(super) fn if_of(self, tag: (u32, u16)) -> Option<(Self, Word)> {
-        let word = self.read();
-        // The order matters: see above.
-        (self.tag() == tag && word.state() != MOVING).then_some((self, word))
-    }
-
     pub(super) fn read(self) -> Word {
         Word::read(self.word)
-    }
-
-    pub(super) fn tag(self) -> (u32, u16) {
-        (self.low.load(Ordering::Acquire), self.high.load(Ordering::Acquire))
     }
 
     pub(super) fn replace(self, old: Word, new: Word) -> bool {
@@ -81,9 +73,7 @@ impl Entry<'_> {
 
     /// Publishes an entry that was moving as that key's.
     pub(super) fn give(self, mark: Mark, word: Word) {
-        let (low, high) = mark.tag();
-        self.low.store(low, Ordering::Release);
-        self.high.store(high, Ordering::Release);
+        self.tag.store(mark.tag(), Ordering::Release);
         self.word.store(word.0, Ordering::Release);
     }
 }

@@ -2,11 +2,17 @@
 
 use super::entry::{Entry, GUEST, Group, PENDING, Word};
 use super::{Charged, Mark};
-use crate::sync::{AtomicU64, Ordering, fence};
+use crate::sync::{AtomicU32, AtomicU64, Ordering, fence};
 
-/// So many groups of entries are behind the one in front: 256 bytes a set.
+/// So many entries are in front: one cache line.
 #[cfg(not(portcullis_loom))]
-pub(super) const BEHIND: usize = 3;
+pub(super) const IN_FRONT: usize = 5;
+#[cfg(portcullis_loom)]
+pub(super) const IN_FRONT: usize = 1;
+
+/// So many are behind: two more.
+#[cfg(not(portcullis_loom))]
+pub(super) const BEHIND: usize = 9;
 #[cfg(portcullis_loom)]
 pub(super) const BEHIND: usize = 1;
 
@@ -33,30 +39,28 @@ pub(super) struct Set<'a> {
 #[derive(Debug)]
 #[repr(align(64))]
 pub(super) struct Front {
-    group: Group,
-    /// Written to have the line fetched; never read.
-    touched: AtomicU64,
+    /// The rest of the line is written to have it fetched, and never read.
+    entries: Group<IN_FRONT>,
 }
 
 #[derive(Debug)]
 #[repr(align(64))]
 pub(super) struct Back {
-    groups: [Group; BEHIND],
-    /// Not zero while somebody gives an entry to another key.
-    head: AtomicU64,
+    /// The rest is the *head*: not zero while somebody gives an entry to another key.
+    entries: Group<BEHIND>,
     /// A [`Word`] whose version counts the raises.
     floor: AtomicU64,
 }
 
-struct Head<'a>(&'a AtomicU64);
+struct Head<'a>(&'a AtomicU32);
 
 // === impl Sets ===
 
 impl Sets {
     pub(super) fn new(count: usize) -> Self {
         Self {
-            fronts: (0..count).map(|_| Front { group: Group::new(), touched: AtomicU64::new(0) }).collect(),
-            backs: (0..count).map(|_| Back::new()).collect(),
+            fronts: (0..count).map(|_| Front { entries: Group::new() }).collect(),
+            backs: (0..count).map(|_| Back { entries: Group::new(), floor: AtomicU64::new(0) }).collect(),
         }
     }
 
@@ -77,41 +81,28 @@ impl Sets {
     }
 }
 
-// === impl Back ===
-
-impl Back {
-    fn new() -> Self {
-        Self { groups: std::array::from_fn(|_| Group::new()), head: AtomicU64::new(0), floor: AtomicU64::new(0) }
-    }
-}
-
 // === impl Set ===
 
 impl<'a> Set<'a> {
     /// Has the front fetched, and does not wait for it.
     pub(super) fn touch(self) {
-        self.front.touched.store(0, Ordering::Relaxed);
+        self.front.entries.rest.store(0, Ordering::Relaxed);
     }
 
     pub(super) fn entries(self) -> impl Iterator<Item = Entry<'a>> {
-        self.front.group.entries().chain(self.behind())
-    }
-
-    fn behind(self) -> impl Iterator<Item = Entry<'a>> {
-        self.back.groups.iter().flat_map(Group::entries)
+        self.front.entries.entries().chain(self.back.entries.entries())
     }
 
     /// The entry of that key. Its word was read before its tag: if the word can still be replaced, the tag was right.
     #[inline]
     pub(super) fn find(self, mark: Mark) -> Option<(Entry<'a>, Word)> {
-        let tag = mark.tag();
-        let in_front = self.front.group.entries().find_map(|entry| entry.if_of(tag));
-        if in_front.is_some() { in_front } else { self.find_behind(tag) }
+        let in_front = self.front.entries.find(mark.tag());
+        if in_front.is_some() { in_front } else { self.find_behind(mark.tag()) }
     }
 
     #[inline(never)]
-    fn find_behind(self, tag: (u32, u16)) -> Option<(Entry<'a>, Word)> {
-        self.behind().find_map(|entry| entry.if_of(tag))
+    fn find_behind(self, tag: u32) -> Option<(Entry<'a>, Word)> {
+        self.back.entries.find(tag)
     }
 
     /// Charges the key's entry. `None` when it has none, or somebody else was quicker.
@@ -208,14 +199,14 @@ impl<'a> Set<'a> {
             let over = word.time() < now || word.state() == GUEST && word.time() <= floor;
             over.then_some((entry, word))
         };
-        let in_front = self.front.group.entries().filter_map(over).min_by_key(|(_, word)| word.time());
-        in_front.or_else(|| self.behind().filter_map(over).min_by_key(|(_, word)| word.time()))
+        let in_front = self.front.entries.entries().filter_map(over).min_by_key(|(_, word)| word.time());
+        in_front.or_else(|| self.back.entries.entries().filter_map(over).min_by_key(|(_, word)| word.time()))
     }
 
     fn take_head(self) -> Option<Head<'a>> {
         for _ in 0..=PATIENCE {
-            if self.back.head.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
-                return Some(Head(&self.back.head));
+            if self.back.entries.rest.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_ok() {
+                return Some(Head(&self.back.entries.rest));
             }
             std::hint::spin_loop();
         }
