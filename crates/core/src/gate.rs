@@ -22,13 +22,19 @@
 //! when none objects, and otherwise the strictest ration counts. Places that are out stay counted whatever is moved: never
 //! are more out at a time, counting those younger than `every`, than there are places.
 
+mod entry;
+mod pass;
+
 use std::fmt;
-use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use self::entry::{Entry, Generation};
+pub use self::pass::Pass;
+
+use self::entry::{Kind, Word};
+use crate::Moment;
 use crate::sync::{AtomicU64, Mutex, Ordering};
-use crate::{Endpoint, Moment};
 
 /// The door of one endpoint: it admits every request, or a counted few until a deadline.
 ///
@@ -62,11 +68,6 @@ pub(crate) struct Moves {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Mover(u64);
 
-/// Counts the moves of one gate. A result belongs to a period if it entered [at or after](Self::reached) the move that
-/// began the period.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Generation(u32);
-
 /// How few requests a rationed gate admits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ration {
@@ -85,42 +86,6 @@ pub struct Refused {
     /// When it may; [`Moment::MAX`] when that is not a matter of time.
     pub until: Moment,
 }
-
-/// What a request got at the gate. One who keeps it must give it [back](Gate::leave) himself; a [`Pass`] does so.
-///
-/// One word, `kind: 2 | generation: 31 | place: 30 | 1`: every call carries it through several moves. Never zero, so that one
-/// that may be missing is no longer.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[must_use = "a place that is not given back stays taken until it is lost"]
-pub struct Entry(NonZeroU64);
-
-/// The right to call one endpoint once. Dropping it gives a rationed place back.
-#[must_use = "dropping a pass gives its place back"]
-pub struct Pass {
-    gate: Guarded,
-    entry: Entry,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// The gate admitted everybody.
-    Free,
-    /// One of the places of a ration.
-    Place,
-    /// One of the places of a ration, which another one gives back.
-    Lent,
-    /// In without asking.
-    Forced,
-}
-
-enum Guarded {
-    Endpoint(Endpoint),
-    Alone(Arc<Gate>),
-}
-
-/// The gate's state: `rationed: 1 | generation: 31 | places left: 32`. There are none left before `until` is over.
-#[derive(Clone, Copy)]
-struct Word(u64);
 
 /// What only those who move the gate, and those who take its places, need.
 #[derive(Default)]
@@ -176,21 +141,6 @@ impl Gate {
     pub fn peek(&self, now: impl FnOnce() -> Moment) -> Result<(), Refused> {
         let word = self.word();
         if word.is_rationed() { self.check(word, now) } else { Ok(()) }
-    }
-
-    /// Enters a gate of one's own, shared behind an `Arc`.
-    ///
-    /// # Errors
-    ///
-    /// [`Refused`] when every place is taken.
-    pub fn pass(self: &Arc<Self>, now: impl FnOnce() -> Moment) -> Result<Pass, Refused> {
-        let entry = self.enter(now)?;
-        Ok(Pass { gate: Guarded::Alone(self.clone()), entry })
-    }
-
-    /// Gives a pass without asking. Its outcome must change nothing: see [`Pass::is_forced`].
-    pub fn pass_by_force(self: &Arc<Self>) -> Pass {
-        Pass { gate: Guarded::Alone(self.clone()), entry: self.force() }
     }
 
     /// Enters, for one who keeps the gate and is sure to [`leave`](Self::leave). The clock is read only while the gate is
@@ -407,161 +357,6 @@ impl Mover {
     }
 }
 
-// === impl Generation ===
-
-impl Generation {
-    const MASK: u32 = (1 << 31) - 1;
-
-    /// Before a mover's first move.
-    pub const FIRST: Self = Self(0);
-
-    /// Whether this is `since` or later. Counting wraps after 2³¹ moves; what is more than half of that apart is taken
-    /// for earlier.
-    #[must_use]
-    pub const fn reached(self, since: Self) -> bool {
-        self.0.wrapping_sub(since.0) & Self::MASK < 1 << 30
-    }
-
-    /// As a number that fits an atomic beside others.
-    #[must_use]
-    pub const fn to_bits(self) -> u32 {
-        self.0
-    }
-
-    /// The generation [`to_bits`](Self::to_bits) was asked of.
-    #[must_use]
-    pub const fn from_bits(bits: u32) -> Self {
-        Self(bits & Self::MASK)
-    }
-
-    const fn next(self) -> Self {
-        Self(self.0.wrapping_add(1) & Self::MASK)
-    }
-}
-
-// === impl Entry ===
-
-impl Entry {
-    const PLACES: u32 = (1 << 30) - 1;
-
-    #[inline]
-    fn new(generation: Generation, kind: Kind, place: u32) -> Self {
-        let bits = (kind as u64) << 62 | u64::from(generation.0) << 31 | u64::from(place & Self::PLACES) << 1;
-        Self(NonZeroU64::MIN | bits)
-    }
-
-    /// When the gate was entered; a result counts if this has [`reached`](Generation::reached) the move that began the
-    /// period.
-    #[must_use]
-    #[inline]
-    pub const fn generation(self) -> Generation {
-        Generation((self.0.get() >> 31) as u32 & Generation::MASK)
-    }
-
-    /// Whether it holds one of the places of a rationed gate.
-    #[must_use]
-    #[inline]
-    pub const fn is_rationed(self) -> bool {
-        matches!(self.kind(), Kind::Place | Kind::Lent)
-    }
-
-    /// The same once more, for one who gives nothing back.
-    fn lent(self) -> Self {
-        if self.is_rationed() { Self::new(self.generation(), Kind::Lent, self.place()) } else { self }
-    }
-
-    #[inline]
-    const fn kind(self) -> Kind {
-        match self.0.get() >> 62 {
-            0 => Kind::Free,
-            1 => Kind::Place,
-            2 => Kind::Lent,
-            _ => Kind::Forced,
-        }
-    }
-
-    const fn place(self) -> u32 {
-        (self.0.get() >> 1) as u32 & Self::PLACES
-    }
-}
-
-impl fmt::Debug for Entry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Entry")
-            .field("kind", &self.kind())
-            .field("generation", &self.generation().0)
-            .finish_non_exhaustive()
-    }
-}
-
-// === impl Pass ===
-
-impl Pass {
-    pub(crate) fn of_endpoint(endpoint: Endpoint, entry: Entry) -> Self {
-        Self { gate: Guarded::Endpoint(endpoint), entry }
-    }
-
-    pub(crate) fn lent(endpoint: Endpoint, entry: Entry) -> Self {
-        Self { gate: Guarded::Endpoint(endpoint), entry: entry.lent() }
-    }
-
-    /// When the gate was entered; a result counts if this has [`reached`](Generation::reached) the move that began the
-    /// period.
-    #[must_use]
-    pub fn generation(&self) -> Generation {
-        self.entry.generation()
-    }
-
-    /// Whether it holds one of the places of a rationed gate.
-    #[must_use]
-    pub fn is_rationed(&self) -> bool {
-        self.entry.is_rationed()
-    }
-
-    /// Whether the gate was not asked. The request is let through and its outcome changes nothing; otherwise a panic
-    /// threshold would be undone by the failures it brings.
-    #[must_use]
-    pub fn is_forced(&self) -> bool {
-        self.entry.kind() == Kind::Forced
-    }
-
-    /// What the gate gave.
-    pub fn entry(&self) -> Entry {
-        self.entry
-    }
-
-    /// The gate that was entered.
-    #[must_use]
-    pub fn gate(&self) -> &Gate {
-        match &self.gate {
-            Guarded::Endpoint(endpoint) => endpoint.gate(),
-            Guarded::Alone(gate) => gate,
-        }
-    }
-
-    /// The endpoint behind the gate, if there is one.
-    #[must_use]
-    pub fn endpoint(&self) -> Option<&Endpoint> {
-        match &self.gate {
-            Guarded::Endpoint(endpoint) => Some(endpoint),
-            Guarded::Alone(_) => None,
-        }
-    }
-}
-
-impl Drop for Pass {
-    #[inline]
-    fn drop(&mut self) {
-        self.gate().leave(self.entry);
-    }
-}
-
-impl fmt::Debug for Pass {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pass").field("entry", &self.entry).finish_non_exhaustive()
-    }
-}
-
 // === impl Book ===
 
 impl Book {
@@ -572,33 +367,6 @@ impl Book {
 
     fn left(&self, places: usize) -> u32 {
         u32::try_from(places.saturating_sub(self.out.len())).unwrap_or(u32::MAX)
-    }
-}
-
-// === impl Word ===
-
-impl Word {
-    const RATIONED: u64 = 1 << 63;
-
-    const fn admits(generation: Generation) -> Self {
-        Self((generation.0 as u64) << 32)
-    }
-
-    const fn rationed(generation: Generation, left: u32) -> Self {
-        Self(Self::RATIONED | (generation.0 as u64) << 32 | left as u64)
-    }
-
-    #[inline]
-    const fn is_rationed(self) -> bool {
-        self.0 & Self::RATIONED != 0
-    }
-
-    const fn generation(self) -> Generation {
-        Generation((self.0 >> 32) as u32 & Generation::MASK)
-    }
-
-    const fn left(self) -> u32 {
-        self.0 as u32
     }
 }
 
