@@ -14,7 +14,6 @@ use std::time::Duration;
 use bytes::Bytes;
 use h2::client::{Builder, Connection, SendRequest};
 use h2::{Reason, SendStream};
-use http_body::Body as _;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
@@ -24,7 +23,7 @@ use crate::failure::{Failure, Kind};
 use crate::pool::{Limits, Shard};
 use crate::stream::Stream;
 use crate::upload::{Flow, Outgoing};
-use portcullis_wire::{Alarm, Pings, after, poll_room, reason};
+use portcullis_wire::{Alarm, Halt, Pings, Transmit, after, reason};
 
 /// Begins streams on a connection.
 pub(crate) type Sender = SendRequest<Bytes>;
@@ -62,14 +61,9 @@ struct Heard {
 
 /// A request's body on its way into its stream.
 pub(crate) struct Upload {
-    stream: SendStream<Bytes>,
+    transmit: Transmit,
     body: Outgoing,
-    /// What there is no room for yet, and whether it is the last.
-    held: Option<(Bytes, bool)>,
 }
-
-/// The last frame of a body is handed over without waiting for room, if it is no larger: nothing waits behind it.
-const SMALL: usize = 16 * 1024;
 
 // === impl H2 ===
 
@@ -226,53 +220,20 @@ pub(crate) fn is_open(sender: &mut Sender) -> Result<(), h2::Error> {
 
 impl Upload {
     pub(crate) fn new(stream: SendStream<Bytes>, body: Outgoing) -> Self {
-        Self { stream, body, held: None }
+        Self { transmit: Transmit::request(stream), body }
     }
 
     /// Ready when all was handed over, or no more of it can be.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        loop {
-            if let Some((data, last)) = self.held.take() {
-                if poll_room(&mut self.stream, cx).is_pending() {
-                    self.held = Some((data, last));
-                    return self.waits(cx);
-                }
-                if self.stream.send_data(data, last).is_err() || last {
-                    return Poll::Ready(());
-                }
+        match self.transmit.poll(cx, Pin::new(&mut self.body), || {}) {
+            Ok(()) => Poll::Ready(()),
+            Err(Halt::Broken(error)) => {
+                self.transmit.reset(reason(&*error));
+                Poll::Ready(())
             }
-            let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) else { return self.waits(cx) };
-            let sent = match frame.map(|frame| frame.map(http_body::Frame::into_data)) {
-                Some(Ok(Ok(data))) => {
-                    let last = self.body.is_end_stream();
-                    if last && data.len() <= SMALL {
-                        self.stream.send_data(data, true)
-                    } else {
-                        // What is empty says nothing.
-                        if !data.is_empty() {
-                            self.stream.reserve_capacity(1);
-                            self.held = Some((data, last));
-                        }
-                        continue;
-                    }
-                }
-                Some(Ok(Err(frame))) => self.stream.send_trailers(frame.into_trailers().unwrap_or_default()),
-                Some(Err(error)) => {
-                    self.stream.send_reset(reason(&*error));
-                    Ok(())
-                }
-                None => self.stream.send_data(Bytes::new(), true),
-            };
-            if let Err(error) = sent {
-                debug!(%error, "the rest of a request is not sent");
-            }
-            return Poll::Ready(());
+            // That the endpoint wants no more must be noticed while there is nothing to send.
+            Err(Halt::Body | Halt::Room) => self.transmit.poll_reset(cx),
         }
-    }
-
-    /// Ready when the endpoint wants no more, which must be noticed while there is nothing to send.
-    fn waits(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.stream.poll_reset(cx).map(drop)
     }
 
     /// Sends it to its end, whether the answer is read or not, unless it stands still for `idle`.
@@ -285,7 +246,7 @@ impl Upload {
             let Some(end) = after(flow.moved(), idle) else { return Poll::Pending };
             ready!(alarm.poll(cx, end));
             // The answer may hold on to the stream.
-            self.stream.send_reset(Reason::CANCEL);
+            self.transmit.reset(Reason::CANCEL);
             Poll::Ready(())
         })
         .await;

@@ -1,5 +1,6 @@
 //! Streams of HTTP/2 ([RFC 9113](https://www.rfc-editor.org/rfc/rfc9113)), which `h2` frames.
 
+use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -7,7 +8,7 @@ use bytes::Bytes;
 use h2::{Ping, PingPong, Reason, RecvStream, SendStream};
 use http::HeaderMap;
 use http::header::CONTENT_LENGTH;
-use http_body::{Frame, SizeHint};
+use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
 use crate::{Alarm, after};
@@ -20,6 +21,30 @@ pub struct Received {
     left: Option<u64>,
     /// Whether only trailers can follow.
     data_is_over: bool,
+}
+
+/// A body on its way into a stream.
+#[derive(Debug)]
+pub struct Transmit {
+    stream: SendStream<Bytes>,
+    /// What there is no room for yet, and whether it is the last.
+    held: Option<(Bytes, bool)>,
+    /// So much is handed over at a time.
+    piece: usize,
+    /// The last frame is handed over without waiting for room, if it is no larger.
+    ahead: usize,
+}
+
+/// Why not all of a body was sent.
+#[derive(Debug)]
+#[expect(clippy::exhaustive_enums, reason = "those who share it match on it")]
+pub enum Halt<E> {
+    /// There is no more of it yet.
+    Body,
+    /// The other end takes no more yet.
+    Room,
+    /// It broke off. The other end was not told.
+    Broken(E),
 }
 
 /// Asks the other end of a connection from which nothing comes whether it is still there.
@@ -124,8 +149,98 @@ impl Pings {
     }
 }
 
+// === impl Transmit ===
+
+impl Transmit {
+    /// What fits into a frame, whatever the other end allows.
+    const FRAME: usize = 16 << 10;
+
+    /// To an endpoint. A small body leaves at once: nothing waits behind it.
+    #[must_use]
+    pub const fn request(stream: SendStream<Bytes>) -> Self {
+        Self { stream, held: None, piece: usize::MAX, ahead: Self::FRAME }
+    }
+
+    /// To a client, which may be a slow reader: no more at a time than shows that it takes some, and none that it has no room
+    /// for.
+    #[must_use]
+    pub const fn response(stream: SendStream<Bytes>) -> Self {
+        Self { stream, held: None, piece: Self::FRAME, ahead: 0 }
+    }
+
+    /// Sends what there is of `body`, and calls `moved` when the other end took some.
+    ///
+    /// # Errors
+    ///
+    /// [`Halt`] when that is not all of it.
+    #[inline]
+    pub fn poll<B>(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut body: Pin<&mut B>,
+        mut moved: impl FnMut(),
+    ) -> Result<(), Halt<B::Error>>
+    where
+        B: Body<Data = Bytes>,
+    {
+        loop {
+            if let Some((mut data, last)) = self.held.take() {
+                if poll_room(&mut self.stream, cx).is_pending() {
+                    self.held = Some((data, last));
+                    return Err(Halt::Room);
+                }
+                moved();
+                let piece = data.split_to(data.len().min(self.piece));
+                let is_over = data.is_empty();
+                if self.stream.send_data(piece, is_over && last).is_err() || is_over && last {
+                    return Ok(());
+                }
+                if !is_over {
+                    self.hold(data, last);
+                    continue;
+                }
+            }
+            let Poll::Ready(frame) = body.as_mut().poll_frame(cx) else { return Err(Halt::Body) };
+            let sent = match frame.map(|frame| frame.map(Frame::into_data)) {
+                Some(Ok(Ok(data))) => {
+                    let last = body.is_end_stream();
+                    if !last || data.len() > self.ahead {
+                        // What is empty says nothing.
+                        if !data.is_empty() {
+                            self.hold(data, last);
+                        }
+                        continue;
+                    }
+                    self.stream.send_data(data, true)
+                }
+                Some(Ok(Err(frame))) => self.stream.send_trailers(frame.into_trailers().unwrap_or_default()),
+                Some(Err(error)) => return Err(Halt::Broken(error)),
+                None => self.stream.send_data(Bytes::new(), true),
+            };
+            // Whoever takes no more has said so.
+            drop(sent);
+            return Ok(());
+        }
+    }
+
+    /// Ready when the other end wants no more.
+    pub fn poll_reset(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.stream.poll_reset(cx).map(drop)
+    }
+
+    /// Tells the other end that there is no more, and why.
+    pub fn reset(&mut self, reason: Reason) {
+        self.stream.send_reset(reason);
+    }
+
+    fn hold(&mut self, data: Bytes, last: bool) {
+        self.stream.reserve_capacity(1);
+        self.held = Some((data, last));
+    }
+}
+
 /// Ready when something can be sent of what room was reserved for, or it shows that nothing ever can.
-pub fn poll_room(stream: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Poll<()> {
+fn poll_room(stream: &mut SendStream<Bytes>, cx: &mut Context<'_>) -> Poll<()> {
     while stream.capacity() == 0 {
         match ready!(stream.poll_capacity(cx)) {
             Some(Ok(_)) => {}

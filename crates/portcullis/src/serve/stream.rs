@@ -14,16 +14,16 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures::task::AtomicWaker;
+use h2::Reason;
 use h2::server::SendResponse;
-use h2::{Reason, SendStream};
 use http::header::{
     CONNECTION, CONTENT_LENGTH, DATE, EXPECT, Entry, HeaderName, HeaderValue, TE, TRANSFER_ENCODING, UPGRADE,
 };
 use http::{HeaderMap, Method, Request, Response, StatusCode};
-use http_body::{Body, Frame};
+use http_body::Body;
 use pin_project_lite::pin_project;
 use portcullis_core::WallClock;
-use portcullis_wire::{poll_room, reason};
+use portcullis_wire::{Halt, Transmit, reason};
 use tower_service::Service;
 use tracing::debug;
 
@@ -58,7 +58,7 @@ pin_project! {
     #[project = Project]
     enum State<F, B> {
         Service { #[pin] answer: F },
-        Body { #[pin] body: B, sending: Sending },
+        Body { #[pin] body: B, transmit: Transmit },
     }
 }
 
@@ -68,13 +68,6 @@ enum Asked {
     Head,
     Connect,
     Other,
-}
-
-struct Sending {
-    asked: Asked,
-    stream: SendStream<Bytes>,
-    /// What there is no room for yet, and whether it is the last.
-    held: Option<(Bytes, bool)>,
 }
 
 /// Tells a stream that the body of its request is wanted, which its client waits to hear
@@ -88,20 +81,11 @@ struct Wanted {
     stream: AtomicWaker,
 }
 
-/// What a stream waits for.
-enum Waits {
-    Service,
-    /// A reader who takes what there is.
-    Reader,
-}
-
 thread_local! {
     /// What time it was when somebody last asked, in seconds, and how that is said.
     static NOW: RefCell<(u64, HeaderValue)> = const { RefCell::new((0, HeaderValue::from_static(""))) };
 }
 
-/// How much is handed over at a time: a frame.
-const PIECE: usize = 16 << 10;
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 
@@ -185,14 +169,21 @@ where
                         return this.reply.poll_reset(cx).map(drop);
                     }
                 },
-                Project::Body { body, sending } => {
-                    let Err(waits) = sending.poll(cx, body, this.stall) else { return Poll::Ready(()) };
-                    return match waits {
-                        Waits::Service => sending.stream.poll_reset(cx).map(drop),
-                        Waits::Reader => this.stall.watch::<()>(cx, Poll::Pending).map(|_| {
+                Project::Body { body, transmit } => {
+                    return match transmit.poll(cx, body, || this.stall.moved()) {
+                        Ok(()) => Poll::Ready(()),
+                        Err(Halt::Body) => transmit.poll_reset(cx),
+                        Err(Halt::Room) => this.stall.watch::<()>(cx, Poll::Pending).map(|_| {
                             // Who holds on to the request's body holds on to the stream.
-                            sending.stream.send_reset(Reason::CANCEL);
+                            transmit.reset(Reason::CANCEL);
                         }),
+                        Err(Halt::Broken(error)) => {
+                            let reason = broken(&*error.into());
+                            // RFC 9113 §8.5: it is the tunnel's other end that broke.
+                            let is_tunnel = *this.asked == Asked::Connect;
+                            transmit.reset(if is_tunnel { Reason::CONNECT_ERROR } else { reason });
+                            Poll::Ready(())
+                        }
                     };
                 }
             };
@@ -208,8 +199,8 @@ where
             match this.reply.send_response(Response::from_parts(head, ()), is_whole) {
                 Ok(_) if is_whole => return Poll::Ready(()),
                 Ok(stream) => {
-                    let sending = Sending { asked: *this.asked, stream, held: None };
-                    this.state.set(State::Body { body, sending });
+                    let transmit = Transmit::response(stream);
+                    this.state.set(State::Body { body, transmit });
                 }
                 Err(error) => {
                     debug!(%error, "an answer is not sent");
@@ -238,62 +229,6 @@ impl GoAhead {
     fn is_said(&self, cx: &Context<'_>) -> bool {
         self.0.stream.register(cx.waker());
         self.0.said.load(Ordering::Acquire)
-    }
-}
-
-// === impl Sending ===
-
-impl Sending {
-    /// Sends what there is; what it waits for if that is not all.
-    fn poll<B>(&mut self, cx: &mut Context<'_>, mut body: Pin<&mut B>, stall: &mut Stall) -> Result<(), Waits>
-    where
-        B: Body<Data = Bytes>,
-        B::Error: Into<BoxError>,
-    {
-        loop {
-            if let Some((mut data, last)) = self.held.take() {
-                if poll_room(&mut self.stream, cx).is_pending() {
-                    self.held = Some((data, last));
-                    return Err(Waits::Reader);
-                }
-                stall.moved();
-                // No more at a time than shows that a slow reader takes some.
-                let piece = data.split_to(data.len().min(PIECE));
-                let is_over = data.is_empty();
-                if self.stream.send_data(piece, is_over && last).is_err() || is_over && last {
-                    return Ok(());
-                }
-                if !is_over {
-                    self.stream.reserve_capacity(1);
-                    self.held = Some((data, last));
-                    continue;
-                }
-            }
-            let Poll::Ready(frame) = body.as_mut().poll_frame(cx) else { return Err(Waits::Service) };
-            let sent = match frame.map(|frame| frame.map(Frame::into_data)) {
-                // It says nothing.
-                Some(Ok(Ok(data))) if data.is_empty() && !body.is_end_stream() => continue,
-                Some(Ok(Ok(data))) if data.is_empty() => self.stream.send_data(data, true),
-                Some(Ok(Ok(data))) => {
-                    self.stream.reserve_capacity(1);
-                    self.held = Some((data, body.is_end_stream()));
-                    continue;
-                }
-                Some(Ok(Err(frame))) => self.stream.send_trailers(frame.into_trailers().unwrap_or_default()),
-                Some(Err(error)) => {
-                    let reason = broken(&*error.into());
-                    // RFC 9113 §8.5: it is the tunnel's other end that broke.
-                    let is_tunnel = self.asked == Asked::Connect;
-                    self.stream.send_reset(if is_tunnel { Reason::CONNECT_ERROR } else { reason });
-                    Ok(())
-                }
-                None => self.stream.send_data(Bytes::new(), true),
-            };
-            if let Err(error) = sent {
-                debug!(%error, "the rest of an answer is not sent");
-            }
-            return Ok(());
-        }
     }
 }
 
