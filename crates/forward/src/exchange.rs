@@ -100,7 +100,7 @@ const TRIES: usize = 3;
 impl Exchange {
     /// Sends the request and waits for the head of the answer.
     pub(crate) async fn run(&mut self, body: Outgoing) -> Result<Response<ResponseBody>, Failure> {
-        let can_repeat = matches!(body, Outgoing::Empty) && self.upgrade.is_none();
+        let can_repeat = matches!(body, Outgoing::Empty);
         let mut body = Some(body);
         // Whether a byte of an earlier try reached the upstream.
         let mut sent = false;
@@ -210,13 +210,17 @@ impl Exchange {
         };
         h1.start(&asked, body);
         let polled = poll_fn(|cx| {
+            let before = h1.written();
             if let Poll::Ready(answer) = h1.poll_answer(cx, &self.method, &mut self.headers) {
                 return Poll::Ready(Ok(answer));
+            }
+            if let Some(flow) = self.flow.as_ref().filter(|_| h1.written() > before) {
+                flow.touch();
             }
             self.poll_limits(&mut h1.alarm, cx).map(Err)
         })
         .await;
-        let sent = h1.has_sent();
+        let sent = h1.written() > 0;
         let failed = |kind, cause, again| Tried::Failed(Failure { kind, sent, cause }, again);
         match polled {
             Ok(Ok(answered)) => self.answered_h1(answered, h1),
@@ -317,7 +321,7 @@ impl Exchange {
         let mut upload = (!is_whole).then(|| Upload::new(stream, body));
         let mut alarm = Alarm::default();
         let polled = poll_fn(|cx| {
-            if upload.as_mut().is_some_and(|upload| upload.poll(cx).is_ready()) {
+            if upload.as_mut().is_some_and(|upload| upload.poll(cx, self.flow.as_deref()).is_ready()) {
                 upload = None;
             }
             if let Poll::Ready(answer) = Pin::new(&mut answer).poll(cx) {

@@ -8,7 +8,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -23,7 +23,7 @@ use crate::failure::{Failure, Kind};
 use crate::pool::{Limits, Shard};
 use crate::stream::Stream;
 use crate::upload::{Flow, Outgoing};
-use portcullis_wire::{Alarm, Halt, Pings, Transmit, after, reason};
+use portcullis_wire::{Alarm, Halt, Pings, Transmit, after, poll_once, reason};
 
 /// Begins streams on a connection.
 pub(crate) type Sender = SendRequest<Bytes>;
@@ -202,6 +202,10 @@ impl Drop for StreamPlace {
         let Some(shard) = self.0.shard.upgrade() else { return };
         if shard.has_waiting() {
             shard.room.notify_one();
+            if before == 1 {
+                // Others may close it for one of theirs.
+                shard.returned.notify_one();
+            }
         } else if before == 1 && shard.is_missed_elsewhere() {
             shard.forget(|h2| Arc::ptr_eq(&h2.state, &self.0) && h2.is_unused());
         }
@@ -210,7 +214,7 @@ impl Drop for StreamPlace {
 
 /// Whether streams can begin. Nobody is woken when that changes: whoever has begun none with this sender need not wait.
 pub(crate) fn is_open(sender: &mut Sender) -> Result<(), h2::Error> {
-    match sender.poll_ready(&mut Context::from_waker(Waker::noop())) {
+    match poll_once(|cx| sender.poll_ready(cx)) {
         Poll::Ready(ready) => ready,
         Poll::Pending => Ok(()),
     }
@@ -223,9 +227,9 @@ impl Upload {
         Self { transmit: Transmit::request(stream), body }
     }
 
-    /// Ready when all was handed over, or no more of it can be.
-    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        match self.transmit.poll(cx, Pin::new(&mut self.body), || {}) {
+    /// Ready when all was handed over, or no more of it can be. `flow` hears when the endpoint takes some.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>, flow: Option<&Flow>) -> Poll<()> {
+        match self.transmit.poll(cx, Pin::new(&mut self.body), || flow.into_iter().for_each(Flow::touch)) {
             Ok(()) => Poll::Ready(()),
             Err(Halt::Broken(error)) => {
                 self.transmit.reset(reason(&*error));
@@ -240,7 +244,7 @@ impl Upload {
     pub(crate) async fn run(mut self, flow: Arc<Flow>, idle: Duration, _place: StreamPlace) {
         let mut alarm = Alarm::default();
         poll_fn(|cx| {
-            if self.poll(cx).is_ready() {
+            if self.poll(cx, Some(&flow)).is_ready() {
                 return Poll::Ready(());
             }
             let Some(end) = after(flow.moved(), idle) else { return Poll::Pending };

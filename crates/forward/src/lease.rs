@@ -88,9 +88,7 @@ impl Shard {
         loop {
             let (mut returned, mut room) = (pin!(self.returned.notified()), pin!(self.room.notified()));
             let mut resigned = pin!(self.resigned.notified());
-            if want != Want::H2 {
-                returned.as_mut().enable();
-            }
+            returned.as_mut().enable();
             if want != Want::H1 {
                 room.as_mut().enable();
                 resigned.as_mut().enable();
@@ -124,7 +122,8 @@ impl Shard {
                     fresh = false;
                     tokio::select! {
                         biased;
-                        () = returned, if want != Want::H2 => {}
+                        // For HTTP/2, too: what nobody uses is closed for it.
+                        () = returned => {}
                         () = room, if want != Want::H1 => {}
                         // Places go to those who wait in turn, so it is kept for what comes next.
                         freed = self.open.clone().acquire_owned() => place = freed.ok(),
@@ -134,16 +133,14 @@ impl Shard {
                 continue;
             };
             let made = by(deadline, self.connect(endpoint, want, place)).await?;
-            if dialing.is_some() {
-                let mut kept = self.kept();
-                match &made {
-                    Ok(lease) if want == Want::Agreed => kept.agreed_h2 = Some(matches!(lease, Lease::H2(..))),
-                    Ok(_) => {}
-                    Err(failure) => {
-                        kept.failures += 1;
-                        kept.failure = Some(failure.clone());
-                    }
+            match &made {
+                Ok(lease) if want == Want::Agreed => self.kept().agreed_h2 = Some(matches!(lease, Lease::H2(..))),
+                Err(failure) if dialing.is_some() => {
+                    let mut kept = self.kept();
+                    kept.failures += 1;
+                    kept.failure = Some(failure.clone());
                 }
+                _ => {}
             }
             return made;
         }

@@ -58,7 +58,8 @@
 //! # Connections
 //!
 //! They belong to the endpoint's handle and end with it, and are kept per runtime; the limit on open ones is shared, and an
-//! idle one of another runtime is closed where it would keep a request waiting. Requests wait for a place in turn. With
+//! idle one of another runtime is closed where it would keep a request waiting. Requests wait in turn for a place to open
+//! one; one that is free goes to whoever asks first. With
 //! HTTP/2 each runtime needs a connection of its own, so no fewer should be allowed than there are runtimes.
 //!
 //! HTTP/1.1 to endpoints is written and read here, on httparse, not by hyper: a connection has no task, and no channels to

@@ -60,7 +60,7 @@ pub(crate) struct Shard {
     pub(crate) open: Arc<Semaphore>,
     kept: Mutex<Kept>,
     pub(crate) waiting: AtomicUsize,
-    /// An HTTP/1.1 connection came back.
+    /// A connection came to be unused: one of HTTP/1.1 that came back, or one of HTTP/2 whose last stream ended.
     pub(crate) returned: Notify,
     /// A stream ended, or an HTTP/2 connection came to be, failed to, or ended.
     pub(crate) room: Notify,
@@ -81,6 +81,7 @@ pub(crate) struct Kept {
     /// Counts HTTP/2 connections that could not be made, and keeps the last reason, for those who waited for it.
     pub(crate) failures: u64,
     pub(crate) failure: Option<Failure>,
+    is_looked_after: bool,
     keeper: Option<AbortHandle>,
 }
 
@@ -216,7 +217,7 @@ impl Shard {
             return;
         }
         kept.idle.push(h1);
-        let is_looked_after = kept.keeper.is_some();
+        let is_looked_after = kept.is_looked_after;
         drop(kept);
         if !is_looked_after {
             self.look_after();
@@ -232,11 +233,13 @@ impl Shard {
 
     /// Starts the task that closes what was idle for too long, unless it runs.
     pub(crate) fn look_after(self: &Arc<Self>) {
-        let mut kept = self.kept();
-        if kept.keeper.is_none() {
-            let keeper = Keeper { shard: Arc::downgrade(self) };
-            kept.keeper = Some(tokio::spawn(keeper.run(self.limits.idle_timeout)).abort_handle());
+        if std::mem::replace(&mut self.kept().is_looked_after, true) {
+            return;
         }
+        let keeper = Keeper { shard: Arc::downgrade(self) };
+        // Without the lock: a runtime that is going away drops the task at once, and with it the keeper.
+        let keeper = tokio::spawn(keeper.run(self.limits.idle_timeout)).abort_handle();
+        self.kept().keeper = Some(keeper);
     }
 
     /// Closes what is over; true while something is left.
@@ -246,7 +249,7 @@ impl Shard {
         kept.h2.retain_mut(|h2| !h2.is_over(now, timeout));
         kept.idle.retain_mut(|h1| !h1.is_over_age(now, timeout) && h1.is_quiet());
         if kept.idle.is_empty() && kept.h2.is_empty() {
-            kept.keeper = None;
+            kept.is_looked_after = false;
             return false;
         }
         true
@@ -302,7 +305,7 @@ impl Drop for Keeper {
     fn drop(&mut self) {
         if let Some(shard) = self.shard.upgrade() {
             let mut kept = shard.kept();
-            if kept.keeper.take().is_some() {
+            if std::mem::take(&mut kept.is_looked_after) {
                 let (idle, h2) = (std::mem::take(&mut kept.idle), std::mem::take(&mut kept.h2));
                 drop(kept);
                 drop((idle, h2));

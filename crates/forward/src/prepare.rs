@@ -29,7 +29,7 @@ use crate::target::{authority, check_path, host_of, instance, rewritten};
 use crate::tunnel::{Caller, Opening};
 use crate::upload::Outgoing;
 use crate::{BoxError, Host, Shared, Upstream};
-use portcullis_wire::{after, earlier};
+use portcullis_wire::{after, earlier, parse_length};
 
 /// A request that can be sent.
 pub(crate) struct Prepared {
@@ -149,8 +149,7 @@ impl Shared {
         // The body says how long it is; a field that says otherwise would let the upstream read another request.
         let length = body.size_hint().exact();
         if let Some(said) = headers.get(CONTENT_LENGTH) {
-            let agrees =
-                length.is_some_and(|length| said.to_str().ok().and_then(|said| said.parse().ok()) == Some(length));
+            let agrees = length.is_some() && parse_length(said.as_bytes()) == length;
             if !agrees || headers.get_all(CONTENT_LENGTH).iter().count() > 1 {
                 headers.remove(CONTENT_LENGTH);
             }

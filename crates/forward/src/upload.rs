@@ -25,7 +25,7 @@ pub(crate) enum Outgoing {
 /// How far a body has come, for whoever waits for the response.
 pub(crate) struct Flow {
     started: Instant,
-    /// Nanoseconds from `started` to the last frame, or to the end.
+    /// Nanoseconds from `started` to when some of it last moved, from the caller or to the upstream.
     moved: AtomicU64,
     state: AtomicU8,
     /// Whether the transport waits for the caller's next frame, not the upstream's reading.
@@ -168,7 +168,8 @@ where
 // === impl Flow ===
 
 impl Flow {
-    fn touch(&self) {
+    /// Some of it moved just now.
+    pub(crate) fn touch(&self) {
         let nanos = u64::try_from(self.started.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.moved.store(nanos, Ordering::Relaxed);
     }
@@ -187,7 +188,7 @@ impl Flow {
         }
     }
 
-    /// When the last frame moved, or the end was reached.
+    /// When some of it last moved.
     pub(crate) fn moved(&self) -> Instant {
         self.started + Duration::from_nanos(self.moved.load(Ordering::Relaxed))
     }

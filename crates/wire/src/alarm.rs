@@ -1,10 +1,11 @@
 //! A timer that is set once in a while, not once per request.
 
-use std::future::Future;
-use std::pin::Pin;
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use tokio::task::unconstrained;
 use tokio::time::{Instant, Sleep, sleep_until};
 
 /// Goes off at a moment that mostly moves forward. Setting a timer costs more than most of what a request does; so it
@@ -26,7 +27,8 @@ impl Alarm {
             return Poll::Pending;
         }
         self.waker = None;
-        while sleep.as_mut().poll(cx).is_ready() {
+        // Whatever the task has done before: a timer that puts it off is not set, and would not be asked again.
+        while pin!(unconstrained(sleep.as_mut())).poll(cx).is_ready() {
             if Instant::now() >= deadline {
                 return Poll::Ready(());
             }
@@ -35,6 +37,11 @@ impl Alarm {
         self.waker = Some(cx.waker().clone());
         Poll::Pending
     }
+}
+
+/// Polls once, for one who does not wait: whatever the task has done before, and nobody is woken.
+pub fn poll_once<T>(poll: impl FnMut(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
+    pin!(unconstrained(poll_fn(poll))).poll(&mut Context::from_waker(Waker::noop()))
 }
 
 /// `timeout` from `start`; `None` for never.
@@ -56,7 +63,45 @@ pub fn earlier(a: Option<Instant>, b: Option<Instant>) -> Option<Instant> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::future::poll_fn;
+    use std::task::ready;
+    use tokio::task::coop::{has_budget_remaining, poll_proceed};
+    use tokio::time::timeout;
+
+    /// Does so much that the runtime makes the task wait, then what `then` does.
+    fn exhausted<T>(cx: &mut Context<'_>, then: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
+        while has_budget_remaining() {
+            ready!(poll_proceed(cx)).made_progress();
+        }
+        then(cx)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_goes_off_in_a_task_that_does_much() {
+        let (start, mut alarm) = (Instant::now(), Alarm::default());
+        let end = start + Duration::from_secs(10);
+        let rang = poll_fn(|cx| exhausted(cx, |cx| alarm.poll(cx, end)));
+        timeout(Duration::from_secs(60), rang).await.unwrap();
+        assert_eq!(Instant::now(), end);
+    }
+
+    #[tokio::test]
+    async fn one_who_does_not_wait_sees_what_is_there() {
+        let (near, mut far) = tokio::io::duplex(8);
+        let mut near = pin!(near);
+        tokio::io::AsyncWriteExt::write_all(&mut far, b"x").await.unwrap();
+        poll_fn(|cx| {
+            exhausted(cx, |_| {
+                let mut byte = [0];
+                let mut look = || {
+                    let mut read = tokio::io::ReadBuf::new(&mut byte);
+                    poll_once(|cx| tokio::io::AsyncRead::poll_read(near.as_mut(), cx, &mut read).map(Result::unwrap))
+                };
+                assert!(look().is_ready() && look().is_pending());
+                Poll::Ready(())
+            })
+        })
+        .await;
+    }
 
     #[tokio::test(start_paused = true)]
     async fn it_goes_off_at_the_last_deadline_asked_for() {

@@ -11,7 +11,7 @@ use http::header::CONTENT_LENGTH;
 use http_body::{Body, Frame, SizeHint};
 use tokio::time::Instant;
 
-use crate::{Alarm, after};
+use crate::{Alarm, after, parse_length};
 
 /// A body that arrives in a stream.
 #[derive(Debug)]
@@ -29,8 +29,6 @@ pub struct Transmit {
     stream: SendStream<Bytes>,
     /// What there is no room for yet, and whether it is the last.
     held: Option<(Bytes, bool)>,
-    /// So much is handed over at a time.
-    piece: usize,
     /// The last frame is handed over without waiting for room, if it is no larger.
     ahead: usize,
 }
@@ -113,7 +111,7 @@ fn announced(headers: &HeaderMap) -> Option<u64> {
     let mut lengths = headers.get_all(CONTENT_LENGTH).iter();
     let first = lengths.next()?;
     let agree = lengths.all(|other| other == first);
-    first.to_str().ok().filter(|_| agree)?.parse().ok()
+    parse_length(first.as_bytes()).filter(|_| agree)
 }
 
 // === impl Pings ===
@@ -152,20 +150,19 @@ impl Pings {
 // === impl Transmit ===
 
 impl Transmit {
-    /// What fits into a frame, whatever the other end allows.
+    /// What is handed over at a time, so that it shows whether the other end takes some: a frame, whatever it allows.
     const FRAME: usize = 16 << 10;
 
     /// To an endpoint. A small body leaves at once: nothing waits behind it.
     #[must_use]
     pub const fn request(stream: SendStream<Bytes>) -> Self {
-        Self { stream, held: None, piece: usize::MAX, ahead: Self::FRAME }
+        Self { stream, held: None, ahead: Self::FRAME }
     }
 
-    /// To a client, which may be a slow reader: no more at a time than shows that it takes some, and none that it has no room
-    /// for.
+    /// To a client, which may be a slow reader: nothing that it has no room for.
     #[must_use]
     pub const fn response(stream: SendStream<Bytes>) -> Self {
-        Self { stream, held: None, piece: Self::FRAME, ahead: 0 }
+        Self { stream, held: None, ahead: 0 }
     }
 
     /// Sends what there is of `body`, and calls `moved` when the other end took some.
@@ -190,7 +187,7 @@ impl Transmit {
                     return Err(Halt::Room);
                 }
                 moved();
-                let piece = data.split_to(data.len().min(self.piece));
+                let piece = data.split_to(data.len().min(Self::FRAME));
                 let is_over = data.is_empty();
                 if self.stream.send_data(piece, is_over && last).is_err() || is_over && last {
                     return Ok(());
@@ -292,7 +289,7 @@ mod tests {
     #[test]
     fn a_length_is_announced_if_all_lines_agree() {
         for (lines, length) in
-            [(&[][..], None), (&["7"], Some(7)), (&["7", "7"], Some(7)), (&["7", "8"], None), (&["x"], None)]
+            [(&[][..], None), (&["7"], Some(7)), (&["7", "7"], Some(7)), (&["7", "8"], None), (&["+7"], None)]
         {
             let headers = lines.iter().map(|line| (CONTENT_LENGTH, line.parse().unwrap())).collect();
             assert_eq!(announced(&headers), length, "{lines:?}");

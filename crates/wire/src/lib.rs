@@ -15,7 +15,7 @@ mod send;
 use std::fmt;
 
 pub use self::h2::{Halt, Pings, Received, Transmit, reason};
-pub use alarm::{Alarm, after, earlier};
+pub use alarm::{Alarm, after, earlier, poll_once};
 pub use decode::Decoder;
 pub use fields::{Fields, MAX_FIELDS, keeps_alive, length_of, parse_length, write_field, write_line};
 pub use input::Input;

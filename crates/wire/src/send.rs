@@ -27,6 +27,8 @@ pub struct Sending {
     rest: Length,
     without_trailers: bool,
     written: u64,
+    /// The transport may have kept some of what it took.
+    unflushed: bool,
 }
 
 /// How the end of a body is told.
@@ -160,7 +162,7 @@ impl Sending {
 
     fn poll_write<W: AsyncWrite + Unpin>(&mut self, io: &mut W, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.buffer.is_empty() && self.data.is_empty() {
-            return Pin::new(io).poll_flush(cx);
+            return self.poll_flush(io, cx);
         }
         loop {
             let before = &self.buffer[self.at..];
@@ -174,6 +176,7 @@ impl Sending {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.written += count as u64;
+            self.unflushed = true;
             let head = count.min(before.len());
             self.at += head;
             count -= head;
@@ -191,10 +194,16 @@ impl Sending {
                 self.at = 0;
                 self.buffer.extend_from_slice(std::mem::take(&mut self.tail));
                 if self.buffer.is_empty() {
-                    return Pin::new(io).poll_flush(cx);
+                    return self.poll_flush(io, cx);
                 }
             }
         }
+    }
+
+    fn poll_flush<W: AsyncWrite + Unpin>(&mut self, io: &mut W, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(io).poll_flush(cx))?;
+        self.unflushed = false;
+        Poll::Ready(Ok(()))
     }
 
     /// Whether nothing more is expected of the body.
@@ -206,7 +215,7 @@ impl Sending {
     /// Whether nothing is left to be sent.
     #[must_use]
     pub fn is_done(&self) -> bool {
-        self.has_whole_body() && self.buffer.is_empty() && self.data.is_empty()
+        self.has_whole_body() && self.buffer.is_empty() && self.data.is_empty() && !self.unflushed
     }
 
     /// How many bytes of the message the transport took.
@@ -320,5 +329,35 @@ mod tests {
             let result = std::future::poll_fn(|cx| sending.poll(&mut io, cx, body.as_mut())).await;
             assert!(matches!(result, Err(SendError::Length)), "{text}");
         }
+    }
+
+    /// As TLS, which takes what it has not got rid of yet.
+    struct Hoarding(bool);
+
+    impl AsyncWrite for Hoarding {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            if self.0 { Poll::Pending } else { Poll::Ready(Ok(())) }
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[test]
+    fn it_is_not_done_before_the_transport_has_let_go_of_it() {
+        let (mut io, mut sending) = (Hoarding(true), Sending::default());
+        sending.begin(Length::Exact(4)).extend_from_slice(HEAD.as_bytes());
+        let mut body = pin!(body(&[Frame::data(Bytes::from("body"))]));
+        let cx = &mut Context::from_waker(std::task::Waker::noop());
+        assert!(sending.poll(&mut io, cx, body.as_mut()).is_pending());
+        assert!(sending.has_whole_body() && !sending.is_done());
+        io.0 = false;
+        assert!(sending.poll(&mut io, cx, body.as_mut()).is_ready());
+        assert!(sending.is_done());
     }
 }

@@ -143,7 +143,11 @@ fn framing(
     let body = if status == StatusCode::SWITCHING_PROTOCOLS {
         keep_alive = false;
         Decoder::OVER
-    } else if *asked == Method::HEAD || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED {
+    } else if status == StatusCode::NO_CONTENT {
+        // RFC 9110 §8.6: it has no length. Who says that it has may mean it.
+        keep_alive &= !coded && length.unwrap_or_default() == 0;
+        Decoder::OVER
+    } else if *asked == Method::HEAD || status == StatusCode::NOT_MODIFIED {
         Decoder::OVER
     } else if coded {
         if is_10 {
@@ -200,7 +204,7 @@ mod tests {
             ("0 200 OK\r\ncontent-length: 5\r\n", Decoder::Length(5), false),
             ("0 200 OK\r\ncontent-length: 5\r\nconnection: Keep-Alive\r\n", Decoder::Length(5), true),
             ("0 200 OK\r\ncontent-length: 5\r\nconnection: keep-alive, close\r\n", Decoder::Length(5), false),
-            ("1 204 No Content\r\ncontent-length: 5\r\n", over, true),
+            ("1 204 No Content\r\ncontent-length: 5\r\n", over, false),
             ("1 304 Not Modified\r\ncontent-length: 5\r\n", over, true),
             ("1 101 Switching Protocols\r\nupgrade: x\r\n", over, false),
             (

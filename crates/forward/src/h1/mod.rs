@@ -10,14 +10,14 @@ use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Method};
 use http_body::{Frame, SizeHint};
-use portcullis_wire::{Alarm, Decoder, Input, Malformed, SendError, Sending, after};
-use tokio::io::{AsyncRead, ReadBuf, ReadHalf, WriteHalf};
+use portcullis_wire::{Alarm, Decoder, Input, Malformed, SendError, Sending, after, poll_once};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, ReadHalf, WriteHalf};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
@@ -205,9 +205,9 @@ impl H1 {
         self.decoder.size_hint()
     }
 
-    /// Whether the transport took any of the request.
-    pub(crate) fn has_sent(&self) -> bool {
-        self.sending.written() > 0
+    /// How many bytes of the request the transport took.
+    pub(crate) fn written(&self) -> u64 {
+        self.sending.written()
     }
 
     /// Whether anything arrived since the request began.
@@ -252,9 +252,9 @@ impl H1 {
     /// Whether it is as it was left. What arrives unasked is the end, or answers nothing. This wakes nobody any more.
     pub(crate) fn is_quiet(&mut self) -> bool {
         let Io::Whole(io) = &mut self.io else { return false };
-        let mut nobody = Context::from_waker(Waker::noop());
         let mut byte = [0];
-        self.input.buffer.is_empty() && Pin::new(io).poll_read(&mut nobody, &mut ReadBuf::new(&mut byte)).is_pending()
+        let mut byte = ReadBuf::new(&mut byte);
+        self.input.buffer.is_empty() && poll_once(|cx| Pin::new(&mut *io).poll_read(cx, &mut byte)).is_pending()
     }
 
     pub(crate) fn is_over_age(&self, now: Instant, idle_timeout: Duration) -> bool {
@@ -265,18 +265,27 @@ impl H1 {
 // === impl Upload ===
 
 impl Upload {
-    /// Sends it to its end, unless it stands still for `idle`.
+    /// Sends it to its end, unless it stands still for `idle`. If it does not come to that, the upstream hears that there is
+    /// no more: whoever reads its answer keeps the connection open.
     pub(crate) async fn run(mut self, flow: Arc<Flow>, idle: Duration) {
-        std::future::poll_fn(|cx| {
-            if self.sending.poll(&mut self.io, cx, Pin::new(&mut self.body)).is_ready() {
-                return Poll::Ready(());
+        let whole = std::future::poll_fn(|cx| {
+            let before = self.sending.written();
+            let sent = self.sending.poll(&mut self.io, cx, Pin::new(&mut self.body));
+            if self.sending.written() > before {
+                flow.touch();
+            }
+            if let Poll::Ready(sent) = sent {
+                return Poll::Ready(sent.is_ok());
             }
             match after(flow.moved(), idle) {
-                Some(end) => self.alarm.poll(cx, end),
+                Some(end) => self.alarm.poll(cx, end).map(|()| false),
                 None => Poll::Pending,
             }
         })
         .await;
+        if !whole {
+            _ = poll_once(|cx| Pin::new(&mut self.io).poll_shutdown(cx));
+        }
     }
 }
 

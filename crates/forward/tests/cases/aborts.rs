@@ -129,3 +129,21 @@ async fn an_upstream_goes_away_after_every_byte() {
         }
     }
 }
+
+/// What the answer is waiting for never comes, so the upstream must learn that.
+#[tokio::test]
+async fn an_upstream_that_answers_early_hears_that_the_request_breaks_off() {
+    let upstream = Upstream::bind().await;
+    let (mut frames, body) = http_body_util::Channel::<Bytes, std::io::Error>::new(1);
+    let request = Request::post("/echo").header("host", "a").body(body).unwrap();
+    let call = tokio::spawn(upstream.forward().oneshot(request));
+    frames.send_data("some".into()).await.unwrap();
+    let mut server = upstream.accept().await;
+    server.until("some\r\n").await;
+    server.send("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n").await;
+    let response = within(call).await.unwrap().unwrap();
+    frames.abort(std::io::Error::other("it breaks off"));
+    assert_eq!(server.end().await, "", "no last chunk");
+    drop(server);
+    assert!(within(response.into_body().collect()).await.is_err());
+}

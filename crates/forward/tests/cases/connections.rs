@@ -276,3 +276,43 @@ async fn unix_sockets_are_endpoints() {
     assert!(head.starts_with("GET /x HTTP/1.1\r\n"), "{head}");
     assert_eq!(response.unwrap().status(), 200);
 }
+
+/// A task that does so much at once has to come back for the rest of it, and with that for its timers.
+#[tokio::test]
+async fn each_of_many_requests_in_one_task_hears_that_its_time_is_up() {
+    let upstream = Upstream::bind().await;
+    let (endpoint, forward) = (endpoint(&upstream), Forward::new().response_timeout(Duration::from_millis(300)));
+    let calls = futures::future::join_all((0..200).map(|_| forward.clone().call(get(&endpoint))));
+    let silent = async {
+        let mut held = Vec::new();
+        loop {
+            held.push(upstream.accept().await);
+        }
+    };
+    let answers = tokio::select! {
+        answers = within(calls) => answers,
+        () = silent => return,
+    };
+    assert!(answers.into_iter().all(|answer| answer.unwrap().status() == 504));
+}
+
+/// One place, a connection of HTTP/1.1 in it, and a call that needs one of HTTP/2.
+#[tokio::test]
+async fn a_connection_that_comes_back_makes_room_for_one_of_the_other_protocol() {
+    let upstream = Upstream::bind().await;
+    let endpoint = endpoint(&upstream);
+    let forward = Forward::new().max_connections(1).connect_timeout(Duration::from_secs(10));
+    let first = tokio::spawn(forward.clone().call(get(&endpoint)));
+    let mut server = upstream.accept().await;
+    server.head().await;
+    let mut grpc = get(&endpoint);
+    grpc.headers_mut().insert("content-type", "application/grpc".parse().unwrap());
+    let mut second = tokio_test::task::spawn(forward.clone().call(grpc));
+    assert!(second.poll().is_pending());
+    server.send(OK).await;
+    first.await.unwrap().unwrap().into_body().collect().await.unwrap();
+    tokio::select! {
+        _ = within(second) => panic!("it got no connection"),
+        preface = async { upstream.accept().await.until("PRI * HTTP/2.0").await } => assert_eq!(preface, "PRI * HTTP/2.0"),
+    }
+}

@@ -361,6 +361,23 @@ async fn an_unused_connection_makes_room_for_one_of_the_other_protocol_and_for_a
     runtime.shutdown_background();
 }
 
+/// One place, a connection of HTTP/2 in it, and a request that needs one of HTTP/1.1.
+#[tokio::test]
+async fn a_connection_without_streams_makes_room_for_one_of_the_other_protocol() {
+    let (upstream, release, waiting) = holding(100).await;
+    let endpoint = Endpoint::new("s", Instance::new("1", upstream.endpoint.address().clone()));
+    let forward = Forward::new().max_connections(1).connect_timeout(Duration::from_secs(10));
+    let first = tokio::spawn(forward.clone().call(to(&endpoint, grpc(None))));
+    until(&waiting, 1).await;
+    let mut second = tokio_test::task::spawn(forward.clone().call(to(&endpoint, get("/"))));
+    assert!(second.poll().is_pending());
+    release.notify_waiters();
+    within(first).await.unwrap().unwrap().into_body().collect().await.unwrap();
+    let second = within(second).await.unwrap();
+    let why = second.extensions().get::<Rejection>().unwrap();
+    assert_eq!((second.status().as_u16(), why.sent()), (502, true), "sent to who speaks HTTP/2 alone: {why:?}");
+}
+
 #[tokio::test]
 async fn a_connection_counts_until_its_last_stream_ends() {
     let (upstream, release, waiting) = holding(100).await;

@@ -76,7 +76,15 @@ async fn upstream(authority: &Authority, name: &str, protocols: &[&str], asks: b
                 };
                 let service = service_fn(move |request: Request<Incoming>| {
                     let text = format!("{:?} {shown} {name:?}", request.version());
-                    async move { Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(text))) }
+                    async move {
+                        if request.method() == http::Method::PUT {
+                            // So slow that all on the way to it fills up.
+                            tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+                            let body = request.into_body().collect().await.unwrap().to_bytes();
+                            return Ok(Response::new(Full::from(body.len().to_string())));
+                        }
+                        Ok::<_, Infallible>(Response::new(Full::<Bytes>::from(text)))
+                    }
                 });
                 let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
                 _ = builder.serve_connection(TokioIo::new(io), service).await;
@@ -106,6 +114,22 @@ async fn the_protocol_is_what_both_agree_on_and_connections_are_kept() {
         for _ in 0..3 {
             assert_eq!(call(&forward).await, Ok(format!("{version} 0 None")));
         }
+    }
+}
+
+/// TLS takes bytes that the connection has no room for; they must follow.
+#[tokio::test]
+async fn a_large_request_arrives_whole_at_a_slow_reader() {
+    let authority = Authority::new();
+    let tls = ClientTls::trusting(authority.pem.as_bytes()).unwrap();
+    for protocol in ["http/1.1", "h2"] {
+        let address = upstream(&authority, "127.0.0.1", &[protocol], false).await;
+        let forward = Forward::to(&format!("https://{address}")).unwrap().tls(tls.clone());
+        let body = Full::new(Bytes::from(vec![b'x'; 10_000_000]));
+        let request = Request::put("/").header("host", "a").body(body).unwrap();
+        let response = within(forward.clone().call(request)).await.unwrap();
+        assert_eq!(response.status(), 200, "{protocol}");
+        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "10000000", "{protocol}");
     }
 }
 

@@ -13,7 +13,7 @@ use portcullis_forward::{Forward, Policy};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tower::ServiceExt;
 
-use super::{Upstream, client, lines, relay, same, within};
+use super::{OK, Upstream, client, lines, relay, same, within};
 
 const ASK: &str = "GET /chat HTTP/1.1\r\nhost: a\r\nconnection: keep-alive, Upgrade\r\nupgrade: websocket\r\nsec-websocket-key: k\r\n\r\n";
 const SWITCH: &str =
@@ -41,6 +41,26 @@ async fn after_101_bytes_go_both_ways_and_each_half_closes_by_itself() {
     server.send("still talking").await;
     drop(server);
     assert_eq!(client.end().await, "still talking");
+}
+
+#[tokio::test]
+async fn a_change_is_asked_for_again_where_a_kept_connection_closes_just_then() {
+    let upstream = Upstream::bind().await;
+    let mut client = client(&upstream.forward()).await;
+    client.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let mut kept = upstream.accept().await;
+    kept.head().await;
+    kept.send(OK).await;
+    client.message().await;
+    client.send(ASK).await;
+    kept.head().await;
+    drop(kept);
+    let mut server = upstream.accept().await;
+    assert!(lines(&server.head().await).contains(&"upgrade: websocket"));
+    server.send(SWITCH).await;
+    assert!(client.head().await.starts_with("HTTP/1.1 101 "));
+    client.send("ping").await;
+    assert_eq!(server.exactly(4).await, "ping");
 }
 
 /// Until it has ended, an endpoint of a tunnel is no better choice than one of a request.
