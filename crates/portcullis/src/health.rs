@@ -46,11 +46,12 @@ use futures::StreamExt;
 use http::{HeaderValue, Method, Request, header};
 use http_body_util::{BodyExt, Full, Limited};
 use portcullis_core::{
-    Address, Carried, Clock, Deadline, Endpoint, GRPC_STATUS, Mover, Permit, Rejection, Side, SlotKey,
+    Address, Body, Carried, Clock, Deadline, Endpoint, GRPC_STATUS, Mover, Permit, Rejection, Side, SlotKey,
 };
 use portcullis_discovery::DiscoveryLayer;
-use portcullis_forward::Forward;
+use portcullis_forward::{Forward, ResponseBody};
 use tokio::task::AbortHandle;
+use tokio::time::Instant;
 use tower_service::Service;
 
 /// How endpoints are asked, how often, and what their answers mean.
@@ -234,8 +235,11 @@ impl HealthCheck {
             },
             Kind::Http(path) => {
                 let request = Request::builder().method(Method::GET).body(Full::default());
-                let (status, ..) = self.send(request, path, endpoint, forward, clock).await?;
-                if status.is_success() { Ok(()) } else { Err(format!("it answered {}", status.as_u16()).into()) }
+                let (head, body) = self.send(request, path, endpoint, forward, clock).await?;
+                // What it says besides is read for the connection's sake.
+                _ = Limited::new(body, LARGEST).collect().await;
+                let well = head.status.is_success();
+                if well { Ok(()) } else { Err(format!("it answered {}", head.status.as_u16()).into()) }
             }
             Kind::Grpc(service) => self.ask_grpc(service, endpoint, forward, clock).await,
         }
@@ -254,13 +258,15 @@ impl HealthCheck {
             .header(header::TE, "trailers")
             .body(Full::new(health_request(service)));
         let path = "/grpc.health.v1.Health/Check";
-        let (status, headers, body, trailers) = self.send(request, path, endpoint, forward, clock).await?;
-        let code = trailers.get(GRPC_STATUS).or(headers.get(GRPC_STATUS)).map(HeaderValue::as_bytes);
-        if !status.is_success() || code != Some(b"0") {
-            let code = code.map_or(status.as_str().into(), String::from_utf8_lossy);
+        let (head, body) = self.send(request, path, endpoint, forward, clock).await?;
+        let body = Limited::new(body, LARGEST).collect().await.map_err(|error| error.to_string())?;
+        let code = body.trailers().and_then(|trailers| trailers.get(GRPC_STATUS)).or(head.headers.get(GRPC_STATUS));
+        let code = code.map(HeaderValue::as_bytes);
+        if !head.status.is_success() || code != Some(b"0") {
+            let code = code.map_or(head.status.as_str().into(), String::from_utf8_lossy);
             return Err(format!("it answered with status {code}").into());
         }
-        if is_serving(body) { Ok(()) } else { Err("it says that it is not serving".into()) }
+        if is_serving(body.to_bytes()) { Ok(()) } else { Err("it says that it is not serving".into()) }
     }
 
     async fn send(
@@ -270,7 +276,7 @@ impl HealthCheck {
         endpoint: &Endpoint,
         forward: &Forward,
         clock: &Clock,
-    ) -> Result<(http::StatusCode, http::HeaderMap, Bytes, http::HeaderMap), Unwell> {
+    ) -> Result<(http::response::Parts, Body<ResponseBody>), Unwell> {
         let mut request = request.map_err(|error| error.to_string())?;
         let authority = match endpoint.address() {
             Address::Unix(_) => String::from("localhost"),
@@ -287,10 +293,7 @@ impl HealthCheck {
             let is_ours = rejection.side() == Side::Gateway;
             return Err(if is_ours { Unwell::Unasked } else { rejection.to_string().into() });
         }
-        let (head, body) = response.into_parts();
-        let body = Limited::new(body, LARGEST).collect().await.map_err(|error| error.to_string())?;
-        let trailers = body.trailers().cloned().unwrap_or_default();
-        Ok((head.status, head.headers, body.to_bytes(), trailers))
+        Ok(response.into_parts())
     }
 }
 
@@ -306,13 +309,19 @@ async fn connect(address: &Address) -> Result<(), String> {
 
 /// A `HealthCheckRequest`, framed.
 fn health_request(service: &str) -> Bytes {
-    let service = &service.as_bytes()[..service.len().min(127)];
     let mut message = Vec::new();
     if !service.is_empty() {
-        message.extend([0x0a, service.len() as u8]);
-        message.extend_from_slice(service);
+        message.push(0x0a);
+        let mut length = service.len();
+        while length > 0x7f {
+            message.push(length as u8 | 0x80);
+            length >>= 7;
+        }
+        message.push(length as u8);
+        message.extend_from_slice(service.as_bytes());
     }
-    let mut frame = vec![0, 0, 0, 0, message.len() as u8];
+    let mut frame = vec![0];
+    frame.extend((message.len() as u32).to_be_bytes());
     frame.extend(message);
     frame.into()
 }
@@ -339,6 +348,8 @@ impl<T: Into<String>> From<T> for Unwell {
 impl Task {
     async fn run(self) {
         loop {
+            // Gateways that were started together do not ask together; who is slow to answer holds up no others for longer.
+            let next = Instant::now() + self.check.interval.mul_f64(0.9 + 0.2 * fastrand::f64());
             let Some(endpoints) = self.discovery.follow(&self.service) else {
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
@@ -353,8 +364,7 @@ impl Task {
             if let Some(findings) = self.findings.upgrade() {
                 lock(&findings.closed).retain(|endpoint| !endpoint.is_removed());
             }
-            // Gateways that were started together do not ask together.
-            tokio::time::sleep(self.check.interval.mul_f64(0.9 + 0.2 * fastrand::f64())).await;
+            tokio::time::sleep_until(next).await;
         }
     }
 
@@ -449,6 +459,7 @@ mod tests {
         assert!(!is_serving(Bytes::from_static(&[0, 0xff, 0xff, 0xff, 0xff, 8, 1])));
         assert_eq!(&health_request("a.B")[..], [0, 0, 0, 0, 5, 0x0a, 3, b'a', b'.', b'B']);
         assert_eq!(&health_request("")[..], [0, 0, 0, 0, 0]);
+        assert_eq!(&health_request(&"s".repeat(300))[..9], [0, 0, 0, 1, 0x2f, 0x0a, 0xac, 2, b's']);
     }
 
     #[tokio::test]

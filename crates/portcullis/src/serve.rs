@@ -30,7 +30,7 @@
 //!
 //! # The end
 //!
-//! When the signal comes, what waits to be accepted is still accepted as far as there are places, then the listeners close. Connections finish the
+//! When the signal comes, what waits to be accepted is still accepted, then the listeners close. Connections finish the
 //! requests they are at and close: HTTP/1.1 after the answer, HTTP/2 by `GOAWAY`. What is still open at the deadline is
 //! cut off, upgraded connections included.
 //!
@@ -45,17 +45,19 @@
 //! | [`write_timeout`](Server::write_timeout) | 60 s |
 //! | [`max_head`](Server::max_head) | 64 KiB |
 //! | [`max_streams`](Server::max_streams) | 256 |
+//! | unread of a request, unsent of an answer over HTTP/2 | 256 KiB a stream and 1 MiB a connection; 64 KiB a stream |
 //!
 //! # A refusal is heard
 //!
-//! An HTTP/1.1 client that is still sending when its connection is to be closed is read for two more seconds, to no end but
-//! that it sees the answer (RFC 9112 §9.6).
+//! An HTTP/1.1 client that has not sent all of its request when its connection is to be closed is read for two more seconds,
+//! to no end but that it sees the answer (RFC 9112 §9.6).
 //!
 //! # What it does not do
 //!
 //! A `CONNECT` reaches the service like any other request; over HTTP/2 what goes through the tunnel is its body and the
 //! answer's. An HTTP/2 connection without requests stays open as long as
-//! its other end answers pings. There is no HTTP/3 and no PROXY protocol.
+//! its other end answers pings. There is no HTTP/3 and no PROXY protocol. How long a request's body may take is up to whoever
+//! reads it; `Forward` has its idle timeout for that.
 //!
 //! # Who reads the bytes
 //!
@@ -65,7 +67,8 @@
 //! call; its requests are answered in tasks that go on to others, which saved 4 % of the instructions of one that is forwarded
 //! by HTTP/1.1. So the request's body is [a type of our own](Incoming).
 //!
-//! * A request with both `Content-Length` and `Transfer-Encoding` gets 400, and its connection ends (RFC 9112 §6.1).
+//! * A request with both `Content-Length` and `Transfer-Encoding` gets 400, and its connection ends (RFC 9112 §6.1). Once the
+//!   connection is hyper's it is served without the length, and the connection ends then.
 //! * Trailers go to a client that says `TE: trailers`, and to no other of HTTP/1.1.
 //! * A client that closes, or half closes, its connection before it has its answer is answered no more.
 //! * An answer that is not as long as its `Content-Length` says breaks off.

@@ -367,6 +367,39 @@ async fn connections_beyond_the_limit_wait() {
     until(&mut second, "false").await;
 }
 
+/// A listener that nobody comes to has no place that another one needs.
+#[tokio::test]
+async fn there_may_be_fewer_places_than_listeners() {
+    let two = NonZeroUsize::new(2).unwrap();
+    let server = Server::bind_per_core(([127, 0, 0, 1], 0), two).unwrap().max_connections(1);
+    let mut running = Running::start(server, PATIENCE);
+    for _ in 0..20 {
+        let mut io = running.connect().await;
+        send(&mut io, "/").await;
+        until(&mut io, "false").await;
+    }
+    running.drain();
+    running.ended().await;
+}
+
+/// What it still sends must not reset the connection before it has read its answer, whoever serves it.
+#[tokio::test]
+async fn a_client_that_is_answered_before_it_has_sent_its_request_can_go_on_sending() {
+    let running = Running::start(local(), PATIENCE);
+    for offer in ["", "connection: upgrade\r\nupgrade: h2c\r\n"] {
+        let mut io = running.connect().await;
+        let head = format!("POST / HTTP/1.1\r\nhost: a\r\n{offer}content-length: 1000000\r\n\r\n");
+        io.write_all(head.as_bytes()).await.unwrap();
+        until(&mut io, "false").await;
+        for _ in 0..50 {
+            io.write_all(&[b'x'; 20_000]).await.unwrap_or_else(|error| panic!("{error}, {offer:?}"));
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        io.shutdown().await.unwrap();
+        assert_eq!(rest(&mut io).await, "", "{offer:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_connection_that_has_ended_leaves_its_place() {
     let mut running = Running::start(local().max_connections(1), Duration::from_secs(3600));

@@ -264,10 +264,9 @@ impl Cors {
             headers.remove(name);
         }
         let Some(allowed) = &self.origins else {
-            if origin.is_some() {
-                headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
-                self.expose_to(headers);
-            }
+            // Whoever asks, since it may be kept for others.
+            headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
+            self.expose_to(headers);
             return;
         };
         headers.append(VARY, HeaderValue::from_static("origin"));

@@ -10,7 +10,7 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{Request, Response};
+use http::{Method, Request, Response, StatusCode};
 use hyper::server::conn::http1;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
@@ -18,6 +18,7 @@ use pin_project_lite::pin_project;
 use portcullis_core::{Carried, PeerAddress, PeerTls};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
+use tokio::task::unconstrained;
 use tokio::time::{sleep, timeout};
 use tower_service::Service;
 use tracing::debug;
@@ -61,6 +62,16 @@ pin_project! {
         Waiting { service: S, request: Option<Request<B>> },
         Called { #[pin] future: F },
         Failed { error: Option<BoxError> },
+    }
+}
+
+pin_project! {
+    /// The answer to one who may have offered to go on with another protocol.
+    struct Offered<F> {
+        #[pin]
+        answer: F,
+        // Whether it was by `CONNECT`.
+        offer: Option<(Arc<Line>, bool)>,
     }
 }
 
@@ -114,7 +125,10 @@ pub(super) async fn connection<S, B>(
     if ended.is_some() {
         // If it was upgraded, somebody else holds it now.
         tokio::select! {
-            () = poll_fn(|cx| line.poll_gone(cx)) => {}
+            () = async {
+                poll_fn(|cx| line.poll_gone(cx)).await;
+                line.close_what_is_left().await;
+            } => {}
             () = phase.reaches(Phase::Over) => {}
         }
         line.cut();
@@ -182,7 +196,8 @@ async fn drive<T: Serve>(served: T, phase: &Watch) -> Option<T::End> {
                 asked = false;
                 continue;
             }
-            if asked || change.as_mut().poll(cx).is_pending() {
+            // Whatever the task has done before, or it would leave no waker.
+            if asked || pin!(unconstrained(change.as_mut())).poll(cx).is_pending() {
                 asked = true;
                 break;
             }
@@ -240,13 +255,34 @@ where
 {
     type Response = Response<B>;
     type Error = BoxError;
-    type Future = Answer<S, S::Future, Incoming>;
+    type Future = Offered<Answer<S, S::Future, Incoming>>;
 
     fn call(&self, request: Request<hyper::body::Incoming>) -> Self::Future {
-        if request.extensions().get::<OnUpgrade>().is_some() {
-            self.line.may_be_given_away();
+        let offers = request.extensions().get::<OnUpgrade>().is_some();
+        let offer = offers.then(|| (self.line.clone(), request.method() == Method::CONNECT));
+        let request = request.map(|body| Incoming::hyper(body, self.line.clone()));
+        Offered { answer: self.service.answer(request), offer }
+    }
+}
+
+// === impl Offered ===
+
+impl<F, B, E> Future for Offered<F>
+where
+    F: Future<Output = Result<Response<B>, E>>,
+{
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let answer = ready!(this.answer.poll(cx))?;
+        if let Some((line, is_connect)) = this.offer {
+            let status = answer.status();
+            if status == StatusCode::SWITCHING_PROTOCOLS || *is_connect && status.is_success() {
+                line.is_given_away();
+            }
         }
-        self.service.answer(request.map(Incoming::hyper))
+        Poll::Ready(Ok(answer))
     }
 }
 

@@ -357,8 +357,11 @@ impl Connection {
     fn pass_over(&mut self, cx: &Context<'_>) {
         if self.upload.as_ref().is_some_and(|upload| upload.poll_reader(cx) == Reading::Gone) {
             while let Ok(Some(_)) = self.asked.body.next(&mut self.input.buffer) {}
-            self.keep_alive &= self.asked.body.is_over();
             self.upload = None;
+            if !self.asked.body.is_over() {
+                self.keep_alive = false;
+                self.socket.iter_mut().for_each(Socket::expect_more);
+            }
         }
     }
 

@@ -40,10 +40,12 @@ enum State {
     Serving(Connection<Transport, Bytes>, Option<Pings>),
 }
 
-/// How much a stream may send before it is asked for, and all streams of a connection together.
+/// How much all streams of a connection together may send before it is asked for.
 const WINDOW: u32 = 1 << 20;
-/// How much of an answer is kept for a reader who takes less.
-const SEND_BUFFER: usize = 400 << 10;
+/// How much of that one may: where nobody asks for it, there is room for others.
+const STREAM_WINDOW: u32 = 256 << 10;
+/// How much of an answer is kept for a reader who takes less, in each stream.
+const SEND_BUFFER: usize = 64 << 10;
 
 // === impl H2 ===
 
@@ -59,7 +61,7 @@ where
         crew: Crew<Call<S>>,
     ) -> Self {
         let handshake = Builder::new()
-            .initial_window_size(WINDOW)
+            .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(WINDOW)
             .max_send_buffer_size(SEND_BUFFER)
             .max_concurrent_streams(limits.max_streams)

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -13,6 +14,7 @@ use portcullis_wire::Received;
 use super::BoxError;
 use super::h1::Reader;
 use super::stream::GoAhead;
+use super::transport::Line;
 
 /// The body of a request, as it arrives. What is not asked for is not taken from the client, and one that waits with it
 /// (`Expect: 100-continue`) hears when it is. Dropped before its end, it closes the connection of HTTP/1.1 after the answer,
@@ -23,7 +25,7 @@ enum Source {
     /// What there is, or was, of it.
     Whole(Bytes),
     Http1(Reader),
-    Hyper(hyper::body::Incoming),
+    Hyper(Hyper),
     Http2 {
         body: Received,
         /// Whether it was asked for.
@@ -31,6 +33,12 @@ enum Source {
         /// Who waits to be told that it is wanted.
         expects: Option<GoAhead>,
     },
+}
+
+/// What hyper reads of a connection, which is to know if nobody wants the rest.
+struct Hyper {
+    body: hyper::body::Incoming,
+    line: Arc<Line>,
 }
 
 // === impl Incoming ===
@@ -45,8 +53,8 @@ impl Incoming {
         Self(Source::Http1(body))
     }
 
-    pub(super) fn hyper(body: hyper::body::Incoming) -> Self {
-        Self(Source::Hyper(body))
+    pub(super) fn hyper(body: hyper::body::Incoming, line: Arc<Line>) -> Self {
+        Self(Source::Hyper(Hyper { body, line }))
     }
 
     /// The body, and what is said in it if the client waits until it is asked for.
@@ -71,7 +79,7 @@ impl Body for Incoming {
                 Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
             }
             Source::Http1(body) => Pin::new(body).poll_frame(cx).map(told),
-            Source::Hyper(body) => Pin::new(body).poll_frame(cx).map(told),
+            Source::Hyper(Hyper { body, .. }) => Pin::new(body).poll_frame(cx).map(told),
             Source::Http2 { body, is_wanted, expects } => {
                 *is_wanted = true;
                 if let Some(expects) = expects.take() {
@@ -86,7 +94,7 @@ impl Body for Incoming {
         match &self.0 {
             Source::Whole(bytes) => bytes.is_empty(),
             Source::Http1(body) => body.is_end_stream(),
-            Source::Hyper(body) => body.is_end_stream(),
+            Source::Hyper(Hyper { body, .. }) => body.is_end_stream(),
             // It was not when it came, and to ask takes a lock.
             Source::Http2 { body, is_wanted, .. } => *is_wanted && body.is_over(),
         }
@@ -96,7 +104,7 @@ impl Body for Incoming {
         match &self.0 {
             Source::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Source::Http1(body) => body.size_hint(),
-            Source::Hyper(body) => body.size_hint(),
+            Source::Hyper(Hyper { body, .. }) => body.size_hint(),
             Source::Http2 { body, .. } => body.size_hint(),
         }
     }
@@ -105,6 +113,14 @@ impl Body for Incoming {
 impl fmt::Debug for Incoming {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Incoming").field("over", &self.is_end_stream()).finish_non_exhaustive()
+    }
+}
+
+impl Drop for Hyper {
+    fn drop(&mut self) {
+        if !self.body.is_end_stream() {
+            self.line.is_left_unread();
+        }
     }
 }
 

@@ -1,18 +1,19 @@
 //! A client's connection, which does not wait for readers who do not read and is not closed over what a client still
 //! says; and, for protocols that others drive, one that can be ended from outside whoever holds it.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::io;
 use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::task::AtomicWaker;
 use hyper::rt::Timer;
+use portcullis_wire::poll_once;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep, sleep, sleep_until};
@@ -26,13 +27,16 @@ pub(super) struct Socket {
     stalled: Stall,
     /// Whether what still comes in at the end is read for a while: where it is a request, not an attack on the framing.
     may_linger: bool,
+    /// Whether more of a request is on its way that nobody wants.
+    more: bool,
     /// Until when it is.
     lingers: Option<Pin<Box<Sleep>>>,
 }
 
 /// A connection in the hands of others, who may give it away.
 pub(super) struct Transport {
-    socket: Socket,
+    /// Until it is let go of.
+    socket: Option<Socket>,
     line: Arc<Line>,
 }
 
@@ -46,8 +50,12 @@ pub(super) enum Io {
 pub(super) struct Line {
     cut: AtomicBool,
     gone: AtomicBool,
-    /// Whether it may go on to be something else than HTTP, in other hands.
+    /// Whether it goes on to be something else than HTTP, in other hands.
     given_away: AtomicBool,
+    /// Whether a request's body was not read to its end.
+    unread: AtomicBool,
+    /// What was let go of unread, and not closed.
+    left: Mutex<Option<Socket>>,
     /// Whether a head has begun to arrive since one was waited for.
     begun: AtomicBool,
     /// Whether it did not arrive in time.
@@ -97,14 +105,27 @@ impl Line {
         if self.gone.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    /// A change of the protocol was asked for.
-    pub(super) fn may_be_given_away(&self) {
+    /// The protocol changes.
+    pub(super) fn is_given_away(&self) {
         self.given_away.store(true, Ordering::Relaxed);
+    }
+
+    /// A request's body was not read to its end.
+    pub(super) fn is_left_unread(&self) {
+        self.unread.store(true, Ordering::Relaxed);
     }
 
     /// Whether anything has arrived since this was last asked. For connections without heads that could be late.
     pub(super) fn has_heard(&self) -> bool {
         self.begun.swap(false, Ordering::Relaxed)
+    }
+
+    /// Closes what was let go of unread, as who held it would have done.
+    pub(super) async fn close_what_is_left(&self) {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(mut socket) = left {
+            _ = poll_fn(|cx| socket.poll_close(cx, false)).await;
+        }
     }
 
     fn check(&self) -> io::Result<()> {
@@ -186,7 +207,7 @@ impl Stall {
 
 impl Socket {
     pub(super) fn new(io: Io, early: Bytes, patience: Duration, may_linger: bool) -> Self {
-        Self { io, early, stalled: Stall::new(patience), may_linger, lingers: None }
+        Self { io, early, stalled: Stall::new(patience), may_linger, more: false, lingers: None }
     }
 
     /// Lets `unread` be read once more.
@@ -194,11 +215,15 @@ impl Socket {
         self.early = unread;
     }
 
+    /// More of a request is on its way that nobody wants.
+    pub(super) const fn expect_more(&mut self) {
+        self.more = true;
+    }
+
     /// The last word to a client, if it has all that was said before. What does not go out at once does not go out.
     pub(super) fn say(&mut self, last: &[u8]) {
-        let mut nobody = Context::from_waker(Waker::noop());
-        if !self.stalled.running && Pin::new(&mut self.io).poll_write(&mut nobody, last).is_ready() {
-            _ = Pin::new(&mut self.io).poll_flush(&mut nobody);
+        if !self.stalled.running && poll_once(|cx| Pin::new(&mut self.io).poll_write(cx, last)).is_ready() {
+            _ = poll_once(|cx| Pin::new(&mut self.io).poll_flush(cx));
         }
     }
 
@@ -210,10 +235,17 @@ impl Socket {
         Poll::Ready(read.is_ok() && !waste.filled().is_empty())
     }
 
+    /// Says that nothing more follows. What TLS has to say may find no room.
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let ended = Pin::new(&mut self.io).poll_shutdown(cx);
+        self.stalled.watch(cx, ended)
+    }
+
     fn poll_close(&mut self, cx: &mut Context<'_>, given_away: bool) -> Poll<io::Result<()>> {
-        // Closed with something unread, the connection would be reset, and the client might never see its answer
-        // (RFC 9112 §9.6): it goes on reading for a while.
-        if self.may_linger && self.lingers.is_none() && !given_away && self.discard(cx) == Poll::Ready(true) {
+        // Closed with something unread, or yet to come, the connection would be reset, and the client might never see its
+        // answer (RFC 9112 §9.6): it goes on reading for a while.
+        let may_linger = self.may_linger && self.lingers.is_none() && !given_away;
+        if may_linger && (self.more || self.discard(cx) == Poll::Ready(true)) {
             self.lingers = Some(Box::pin(sleep(LINGER)));
         }
         let Some(over) = &mut self.lingers else {
@@ -221,10 +253,10 @@ impl Socket {
             if matches!(self.io, Io::Plain(_)) && !given_away {
                 return Poll::Ready(Ok(()));
             }
-            return Pin::new(&mut self.io).poll_shutdown(cx);
+            return self.poll_end(cx);
         };
         let over = over.as_mut().poll(cx);
-        ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
+        ready!(self.poll_end(cx))?;
         while over.is_pending() && ready!(self.discard(cx)) {}
         Poll::Ready(Ok(()))
     }
@@ -286,25 +318,37 @@ impl AsyncWrite for Socket {
 
 impl Transport {
     pub(super) fn new(socket: Socket, line: Arc<Line>) -> Self {
-        Self { socket, line }
+        Self { socket: Some(socket), line }
     }
 
-    /// What became of a write, unless the connection was cut.
+    fn socket(&mut self) -> io::Result<Pin<&mut Socket>> {
+        self.line.check()?;
+        self.socket.as_mut().map(Pin::new).ok_or_else(|| io::ErrorKind::NotConnected.into())
+    }
+
+    /// What became of a write.
     fn wrote<T>(&self, cx: &Context<'_>, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         if written.is_pending() {
             self.line.writer.register(cx.waker());
+            // It may have been cut before it could be heard.
+            self.line.check()?;
         }
-        self.line.check()?;
         written
     }
 }
 
 impl Drop for Transport {
     fn drop(&mut self) {
-        let line = &self.line;
-        if line.late.load(Ordering::Relaxed) && line.begun.load(Ordering::Relaxed) && line.check().is_ok() {
-            self.socket.say(LATE);
-            _ = Pin::new(&mut self.socket.io).poll_shutdown(&mut Context::from_waker(Waker::noop()));
+        let (line, Some(mut socket)) = (&self.line, self.socket.take()) else { return };
+        let is_whole = line.check().is_ok();
+        if is_whole && line.late.load(Ordering::Relaxed) && line.begun.load(Ordering::Relaxed) {
+            socket.say(LATE);
+            _ = poll_once(|cx| Pin::new(&mut socket.io).poll_shutdown(cx));
+        }
+        // hyper closes none on which a change of the protocol was offered.
+        if is_whole && line.unread.load(Ordering::Relaxed) && !line.given_away.load(Ordering::Relaxed) {
+            socket.expect_more();
+            *line.left.lock().unwrap_or_else(PoisonError::into_inner) = Some(socket);
         }
         line.gone.store(true, Ordering::Release);
         line.owner.wake();
@@ -315,13 +359,13 @@ impl AsyncRead for Transport {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let before = buf.filled().len();
-        let read = Pin::new(&mut this.socket).poll_read(cx, buf);
+        let read = this.socket()?.poll_read(cx, buf);
         if read.is_pending() {
             this.line.reader.register(cx.waker());
+            this.line.check()?;
         } else if buf.filled().len() > before {
             this.line.begun.store(true, Ordering::Relaxed);
         }
-        this.line.check()?;
         read
     }
 }
@@ -329,7 +373,7 @@ impl AsyncRead for Transport {
 impl AsyncWrite for Transport {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = Pin::new(&mut this.socket).poll_write(cx, bytes);
+        let written = this.socket()?.poll_write(cx, bytes);
         this.wrote(cx, written)
     }
 
@@ -339,7 +383,7 @@ impl AsyncWrite for Transport {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let written = Pin::new(&mut this.socket).poll_write_vectored(cx, slices);
+        let written = this.socket()?.poll_write_vectored(cx, slices);
         this.wrote(cx, written)
     }
 
@@ -349,13 +393,22 @@ impl AsyncWrite for Transport {
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let flushed = Pin::new(&mut this.socket).poll_flush(cx);
-        if flushed.is_ready() { flushed } else { this.wrote(cx, flushed) }
+        let flushed = this.socket()?.poll_flush(cx);
+        this.wrote(cx, flushed)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        this.socket.poll_close(cx, this.line.given_away.load(Ordering::Relaxed))
+        let (unread, given_away) = (&this.line.unread, &this.line.given_away);
+        let (unread, given_away) = (unread.load(Ordering::Relaxed), given_away.load(Ordering::Relaxed));
+        let mut socket = this.socket()?;
+        socket.more |= unread;
+        let closed = socket.poll_close(cx, given_away);
+        if closed.is_ready() {
+            // There is nothing left to be closed.
+            this.line.unread.store(false, Ordering::Relaxed);
+        }
+        this.wrote(cx, closed)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Accepts connections.
 
+use std::future::Future;
 use std::io;
 use std::net::{SocketAddr, TcpListener as StdListener};
 use std::pin::pin;
@@ -10,7 +11,7 @@ use bytes::Bytes;
 use http::{Request, Response};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::sleep;
 use tower_service::Service;
 use tracing::warn;
 
@@ -48,31 +49,32 @@ where
     pub(super) fn own_runtime(self, listener: StdListener) -> io::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let _open = self.open.clone();
-        runtime.block_on(async move {
+        let ended = runtime.block_on(async move {
             // The runtime must outlive its connections, which each hold a sender.
             let (open, mut ended) = mpsc::channel(1);
             let accepted = Self { open, ..self }.accept(TcpListener::from_std(listener)?).await;
             _ = ended.recv().await;
             accepted
-        })
+        });
+        // Whoever still looks up a name is not waited for.
+        runtime.shutdown_background();
+        ended
     }
 
     pub(super) async fn accept(self, listener: TcpListener) -> io::Result<()> {
-        let places = self.limits.connections.clone();
         let mut draining = pin!(self.phase.clone().reaches(Phase::Draining));
         loop {
             let accepted = tokio::select! {
-                accepted = next(&listener, &places) => accepted,
-                () = &mut draining => {
-                    // What was connected before the drain began is served.
-                    while let Ok(Ok((stream, peer, place))) = timeout_at(Instant::now(), next(&listener, &places)).await {
-                        self.spawn(stream, peer, place);
-                    }
-                    return Ok(());
-                }
+                accepted = next(&listener) => accepted,
+                () = &mut draining => break,
             };
             match accepted {
-                Ok((stream, peer, place)) => self.spawn(stream, peer, place),
+                // Accepted before there is a place for it: of several listeners, one that nobody comes to has none.
+                Ok((stream, peer)) => {
+                    let (places, phase) = (self.limits.connections.clone(), self.phase.clone());
+                    let Some(place) = place(places, phase).await else { return Ok(()) };
+                    self.spawn(stream, peer, async { Some(place) });
+                }
                 Err(error) => {
                     // Too many open files, most likely: trying again at once would only burn a core.
                     warn!(%error, "cannot accept");
@@ -80,34 +82,53 @@ where
                 }
             }
         }
+        // What was connected before the drain began is served. The listener itself is asked: what the runtime knows of it may
+        // be old.
+        let listener = listener.into_std()?;
+        while let Ok((stream, peer)) = listener.accept() {
+            stream.set_nonblocking(true)?;
+            let (places, phase) = (self.limits.connections.clone(), self.phase.clone());
+            self.spawn(TcpStream::from_std(stream)?, peer, place(places, phase));
+        }
+        Ok(())
     }
 
-    fn spawn(&self, stream: TcpStream, peer: SocketAddr, place: OwnedSemaphorePermit) {
+    fn spawn(
+        &self,
+        stream: TcpStream,
+        peer: SocketAddr,
+        place: impl Future<Output = Option<OwnedSemaphorePermit>> + Send + 'static,
+    ) {
         let (limits, service, crew) = (self.limits.clone(), self.service.clone(), self.crew.clone());
         let (phase, open) = (self.phase.clone(), self.open.clone());
         tokio::spawn(async move {
+            let Some(place) = place.await else { return };
             let _held = (place, open);
             connection(stream, peer, limits, service, crew, phase).await;
         });
     }
 }
 
-/// The next connection, once there is a place for it.
-async fn next(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
-    let place = places.clone().acquire_owned().await.map_err(io::Error::other)?;
+/// A place among the connections; `None` when all is over.
+async fn place(places: Arc<Semaphore>, phase: Watch) -> Option<OwnedSemaphorePermit> {
+    tokio::select! {
+        biased;
+        place = places.acquire_owned() => place.ok(),
+        () = phase.reaches(Phase::Over) => None,
+    }
+}
+
+/// The next connection.
+async fn next(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     loop {
         match listener.accept().await {
-            Ok((stream, peer)) => return Ok((stream, peer, place)),
             // The client has gone already.
             Err(error)
                 if matches!(
                     error.kind(),
                     io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
                 ) => {}
-            Err(error) => return Err(error),
+            accepted => return accepted,
         }
     }
 }
