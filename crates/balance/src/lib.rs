@@ -105,20 +105,24 @@
 //!
 //! | pick among | 3 | 1000 | 100,000 |
 //! |---|---|---|---|
-//! | random | 44 | 44 | 44–50 |
-//! | power of two | 45 | 46 | 49–89 |
-//! | round robin | 51 | 50 | 50 |
-//! | least connections | 50 | 59 | 81–96 |
-//! | peak EWMA | 57 | 59 | 77–129 |
-//! | the same, reading the clock (33) | 98 | 96 | 111–139 |
-//! | Maglev | 59 | 59 | |
-//! | ring hash | 77 | 89 | |
+//! | random | 36–38 | 42–48 | 160–190 |
+//! | power of two | 43–48 | 47–49 | 180–230 |
+//! | round robin | 41–52 | 46–55 | 44–47 |
+//! | least connections | 50–51 | 66–71 | 193–239 |
+//! | peak EWMA | 65–67 | 68–80 | 218–255 |
+//! | the same, reading the clock (28) | 97–108 | 94–101 | 255–310 |
+//! | Maglev | 55–61 | 58–60 | |
+//! | ring hash | 53–60 | 53–56 | |
+//!
+//! Most of a pick are six writes that other processors must see: the right to call and the count of what is under way each
+//! take and give back the endpoint, and the count goes up and down.
 //!
 //! What a pick touches of an endpoint is its place in the list and what it is counted by, 56 bytes that are one line of
 //! memory or lie across two; peak EWMA reads a word more, which stand side by side, and each choice costs that once. For
 //! 1000 endpoints it makes no difference. Those of 100,000 take 6.4 MB, more than what a core here has for itself, and picks
-//! at random wait for them: the longer, the more other work there is (power of two 165, peak EWMA 265 on a busy machine).
-//! Round robin takes them in their order and does not.
+//! at random wait for them. How long is up to the machine's other tenants: with the cache they share to itself, power of two
+//! took 49 to 89 and peak EWMA 77 to 129; in the hour of this table one read of such memory took 110 to 140 by itself. Round
+//! robin takes them in their order and does not wait.
 //!
 //! Two threads that pick among the same endpoints at random or by power of two take 47 to 55 each in some runs, nearly as
 //! one alone, and 110 to 125 in others; peak EWMA, with its clock, 116 to 126 or 210 to 276, round robin, which has one
