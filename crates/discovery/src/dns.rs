@@ -182,7 +182,8 @@ impl DnsRegistry {
     async fn lookup(&self, name: &str, of: &[RecordType]) -> Result<(Vec<RData>, Option<Duration>), Error> {
         let wrong = |error: ProtoError| Error::unavailable(format!("{name} is no name")).with_source(error);
         let mut none = None;
-        for name in self.search.meant(Name::from_utf8(name).map_err(wrong)?) {
+        // Relaxed: what is no host name by the letter, such as one with an underscore, is looked up all the same.
+        for name in self.search.meant(Name::from_str_relaxed(name).map_err(wrong)?) {
             let said = future::try_join_all(of.iter().map(|of| self.records_of(&name, *of))).await?;
             let ttl = said.iter().filter_map(|(_, ttl)| *ttl).min();
             let records: Vec<_> = said.into_iter().flat_map(|(records, _)| records).collect();
@@ -199,7 +200,8 @@ impl DnsRegistry {
         match self.resolver.lookup(name.clone(), of).await {
             Ok(found) => {
                 let records: Vec<_> = found.answers().iter().filter(|record| record.record_type() == of).collect();
-                let ttl = records.iter().map(|record| record.ttl).min().map(seconds);
+                // That of aliases on the way to them as well.
+                let ttl = found.answers().iter().map(|record| record.ttl).min().map(seconds);
                 Ok((records.into_iter().map(|record| record.data.clone()).collect(), ttl))
             }
             Err(NetError::Dns(DnsError::NoRecordsFound(none)))

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::StreamExt;
@@ -21,7 +22,6 @@ pub struct EmbeddedRegistry(Arc<Mutex<HashMap<Arc<str>, Members>>>);
 struct Members {
     all: BTreeMap<Arc<str>, Member>,
     /// Counts registrations, so that an old handle cannot take off a newer registration of the same id.
-    next: u64,
     seen: watch::Sender<Vec<Instance>>,
 }
 
@@ -39,6 +39,9 @@ struct Held {
     id: Arc<str>,
     number: u64,
 }
+
+/// Tells registrations apart, of whatever service.
+static NUMBER: AtomicU64 = AtomicU64::new(0);
 
 // === impl EmbeddedRegistry ===
 
@@ -97,8 +100,7 @@ impl Registry for EmbeddedRegistry {
         let id = instance.id.clone();
         let mut services = self.lock();
         let members = services.entry(service.clone()).or_default();
-        members.next += 1;
-        let number = members.next;
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let member = Member { number, instance, warning_weight, health: Health::Passing, maintenance: false };
         members.all.insert(id.clone(), member);
         members.publish();
@@ -119,7 +121,7 @@ impl fmt::Debug for EmbeddedRegistry {
 
 impl Default for Members {
     fn default() -> Self {
-        Self { all: BTreeMap::new(), next: 0, seen: watch::Sender::new(Vec::new()) }
+        Self { all: BTreeMap::new(), seen: watch::Sender::new(Vec::new()) }
     }
 }
 

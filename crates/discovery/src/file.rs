@@ -49,9 +49,9 @@ struct Document {
     services: Book,
 }
 
-/// What tells one state of a file from another.
+/// What tells one state of a file from another: when it was written and how long it is, and which file it is.
 #[derive(Clone, PartialEq)]
-struct Stamp(Option<(SystemTime, u64)>);
+struct Stamp(Option<(SystemTime, u64, [i64; 3])>);
 
 // === impl FileRegistry ===
 
@@ -97,12 +97,15 @@ impl Registry for FileRegistry {
 
 /// The task: looks at the file until nobody listens.
 async fn run(inner: Arc<Inner>, reading: watch::Sender<Reading>) {
-    let mut read = None;
+    let (mut read, mut unreadable) = (None, false);
     let mut seen = Stamp::of(&inner.path).await;
     loop {
         let now = Stamp::of(&inner.path).await;
         if read.as_ref() != Some(&now) && seen == now {
-            let said = self::read(&inner.path).await;
+            let (said, is_read) = match tokio::fs::read_to_string(&inner.path).await {
+                Ok(text) => (understood(&inner.path, &text), true),
+                Err(error) => (Err(Error::unavailable("the file cannot be read").with_source(error)), false),
+            };
             let old = match &*reading.borrow() {
                 Some(Ok(book)) => Some(book.clone()),
                 _ => None,
@@ -112,10 +115,13 @@ async fn run(inner: Arc<Inner>, reading: watch::Sender<Reading>) {
                     tracing::info!(file = %inner.path.display(), services = book.len(), "services read");
                 }
                 Ok(_) => {}
+                Err(_) if !is_read && unreadable => {}
                 Err(error) => tracing::warn!(file = %inner.path.display(), %error, "the file cannot be used"),
             }
+            unreadable = !is_read;
             reading.send_replace(Some(said));
-            read = Some(now.clone());
+            // What could not be read is tried again, though it looks the same.
+            read = is_read.then(|| now.clone());
         }
         seen = now;
         tokio::select! {
@@ -125,12 +131,9 @@ async fn run(inner: Arc<Inner>, reading: watch::Sender<Reading>) {
     }
 }
 
-async fn read(path: &Path) -> Result<Arc<Book>, Error> {
-    let text = tokio::fs::read_to_string(path)
-        .await
-        .map_err(|error| Error::unavailable("the file cannot be read").with_source(error))?;
+fn understood(path: &Path, text: &str) -> Result<Arc<Book>, Error> {
     let json = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json"));
-    parse(&text, json).map(Arc::new)
+    parse(text, json).map(Arc::new)
 }
 
 fn parse(text: &str, json: bool) -> Result<Book, Error> {
@@ -151,7 +154,14 @@ fn parse(text: &str, json: bool) -> Result<Book, Error> {
 impl Stamp {
     async fn of(path: &Path) -> Self {
         let metadata = tokio::fs::metadata(path).await;
-        Self(metadata.ok().and_then(|metadata| Some((metadata.modified().ok()?, metadata.len()))))
+        #[cfg(unix)]
+        let which = |metadata: &std::fs::Metadata| {
+            use std::os::unix::fs::MetadataExt;
+            [metadata.ino().cast_signed(), metadata.ctime(), metadata.ctime_nsec()]
+        };
+        #[cfg(not(unix))]
+        let which = |_: &std::fs::Metadata| [0; 3];
+        Self(metadata.ok().and_then(|metadata| Some((metadata.modified().ok()?, metadata.len(), which(&metadata)))))
     }
 }
 

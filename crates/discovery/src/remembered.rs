@@ -18,7 +18,7 @@ use crate::{Error, Registration, Registry, ServiceDefinition, Watch};
 /// A watch whose source fails before its first answer, or is silent for half a second, starts with what the file says of the
 /// service. From the first answer on, only the source counts. The file is JSON as
 /// `FileRegistry` reads it; it is written by renaming, at most once a second, and
-/// keeps the last 4096 services. Whoever can write it decides where requests go: guard it as you guard the registry.
+/// keeps 4096 services, those it heard of first. Whoever can write it decides where requests go: guard it as you guard the registry.
 pub struct Remembered<R> {
     registry: R,
     memory: Arc<Memory>,

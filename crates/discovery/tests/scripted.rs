@@ -139,6 +139,27 @@ async fn an_index_that_goes_back_asks_anew_and_none_is_not_believed() {
     assert_eq!(asked[..6], [None, index("38"), None, index("12"), index("13"), index("14")]);
 }
 
+/// An agent to which the servers stream what changes never says then that there is a leader.
+#[tokio::test]
+async fn what_is_streamed_counts_and_none_is_asked_of_the_servers() {
+    let streamed = |index: u64, body: &str| {
+        let headers = "x-consul-knownleader: false\r\nx-consul-query-backend: streaming\r\n";
+        Some(answer("200 OK", &format!("x-consul-index: {index}\r\n{headers}"), body))
+    };
+    let agent = Agent::start(move |number, target| match number {
+        0 => Some(ok(10, "", &instances(&["a"]))),
+        1 => streamed(11, &instances(&["a", "b"])),
+        2 => streamed(12, "[]"),
+        3 if !target.contains("index=") => Some(ok(12, "", "[]")),
+        _ => None,
+    })
+    .await;
+    let mut watch = agent.watch();
+    assert_eq!(next(&mut watch).await.unwrap(), ["a"]);
+    assert_eq!(next(&mut watch).await.unwrap(), ["a", "b"]);
+    assert_eq!(next(&mut watch).await.unwrap(), [""; 0]);
+}
+
 #[tokio::test]
 async fn an_index_of_nothing_never_spins() {
     let agent = Agent::start(|_, _| Some(ok(0, "", &instances(&["a"])))).await;

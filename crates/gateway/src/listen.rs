@@ -9,6 +9,7 @@ use std::time::Duration;
 use portcullis::discovery::{Health, HealthCheck, Registration, Registry, ServiceDefinition};
 use portcullis::serve::{ClientCertificates, Server, ServerTls};
 use portcullis_core::{Address, Instance, Protocol, Scheme};
+use tokio::sync::watch::Receiver;
 use tokio::task::JoinHandle;
 
 use crate::config::{self, Config, Listener, ListenerTls, Register};
@@ -143,6 +144,14 @@ pub(crate) fn register(state: &Arc<State>, entry: Entry) -> JoinHandle<()> {
     })
 }
 
+/// What became of registering.
+enum Registered {
+    /// It is done, or cannot be.
+    Settled(Option<Registration>),
+    /// There are other files.
+    Overtaken,
+}
+
 /// Where a listener is registered.
 type Held = (Arc<dyn Registry>, Registration);
 
@@ -155,9 +164,8 @@ async fn keep(state: &State, entry: &Entry, held: &mut Option<Held>) {
         match (state.running().registries.named(&entry.registry), &*held) {
             (Some(registry), Some((at, _))) if Arc::ptr_eq(&registry, at) => {}
             (Some(registry), _) => {
-                let registration = tokio::select! {
-                    registration = registered(&registry, entry) => registration,
-                    Ok(()) = files.changed() => continue,
+                let Registered::Settled(registration) = registered(&registry, entry, &mut files).await else {
+                    continue;
                 };
                 if let Some(registration) = registration
                     && let Some((_, old)) = held.replace((registry, registration))
@@ -197,20 +205,24 @@ async fn leave(registration: Registration) {
     }
 }
 
-/// Asks until it is registered; `None` where that cannot be.
-async fn registered(registry: &Arc<dyn Registry>, entry: &Entry) -> Option<Registration> {
+/// Asks until it is registered, or there are other files.
+async fn registered(registry: &Arc<dyn Registry>, entry: &Entry, files: &mut Receiver<()>) -> Registered {
     let service = &*entry.definition.service;
     let (mut wait, most) = AGAIN;
     loop {
         match registry.register(entry.definition.clone()).await {
-            Ok(registration) => return Some(registration),
+            Ok(registration) => return Registered::Settled(Some(registration)),
             Err(error) if error.is_invalid() || error.is_unsupported() => {
                 tracing::error!(service, %error, "cannot register");
-                return None;
+                return Registered::Settled(None);
             }
             Err(error) => {
                 tracing::warn!(service, %error, ?wait, "not registered; trying again");
-                tokio::time::sleep(wait.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+                // Not while it is asked, which would leave behind what comes of it.
+                tokio::select! {
+                    () = tokio::time::sleep(wait.mul_f64(0.5 + fastrand::f64() / 2.0)) => {}
+                    Ok(()) = files.changed() => return Registered::Overtaken,
+                }
                 wait = (wait * 2).min(most);
             }
         }

@@ -171,10 +171,32 @@ impl Entry {
 }
 
 /// Metadata by which an instance says what Consul has no field for.
-pub(super) const ZONE: &str = "zone";
-pub(super) const SCHEME: &str = "scheme";
-pub(super) const PROTOCOL: &str = "protocol";
-pub(super) const PRIORITY: &str = "priority";
+const ZONE: &str = "zone";
+const SCHEME: &str = "scheme";
+const PROTOCOL: &str = "protocol";
+const PRIORITY: &str = "priority";
+
+/// All metadata of an instance as Consul is to have it.
+pub(super) fn meta(instance: &Instance) -> BTreeMap<String, String> {
+    let protocol = match instance.protocol {
+        Protocol::Http1 => Some("http1"),
+        Protocol::Http2 => Some("http2"),
+        _ => None,
+    };
+    let said = [
+        (ZONE, instance.zone.as_deref().map(str::to_owned)),
+        (SCHEME, (instance.scheme == Scheme::Https).then(|| "https".to_owned())),
+        (PROTOCOL, protocol.map(str::to_owned)),
+        (PRIORITY, (instance.priority > 0).then(|| instance.priority.to_string())),
+    ];
+    let mut meta = instance.metadata.clone();
+    for (key, value) in said {
+        if let Some(value) = value {
+            meta.entry(key.to_owned()).or_insert(value);
+        }
+    }
+    meta
+}
 
 fn address(host: &str, port: i64) -> Option<Address> {
     let port = u16::try_from(port).ok().filter(|port| *port != 0)?;

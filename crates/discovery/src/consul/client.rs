@@ -25,6 +25,8 @@ pub(super) struct Client {
     next: AtomicUsize,
     lanes: Arc<Lanes>,
     prompt: Semaphore,
+    /// The same for registrations.
+    keep: Semaphore,
     sweep: Semaphore,
     pub(super) pulse: Pulse,
 }
@@ -61,6 +63,8 @@ const PROMPT: usize = 16;
 const SWEEP: usize = 32;
 /// Over HTTP/2 a few connections carry many queries each; an agent allows 250.
 const SHARDS: usize = 8;
+/// How often the other end of such a connection is asked whether it is there, and how long it has to answer.
+const KEEP_ALIVE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(5));
 const STREAMS: usize = 200;
 
 // === impl Client ===
@@ -77,9 +81,11 @@ impl Client {
         let connector = Connector { origin, tls, timeout, lanes: lanes.clone() };
         let mut builder = legacy::Client::builder(TokioExecutor::new());
         builder.pool_timer(TokioTimer::new()).pool_idle_timeout(Duration::from_secs(60));
+        // Queries that nobody answers leave a connection of HTTP/2 open, whose other end may be gone.
+        builder.timer(TokioTimer::new()).http2_keep_alive_interval(KEEP_ALIVE.0).http2_keep_alive_timeout(KEEP_ALIVE.1);
         let http = (0..shards).map(|_| builder.build(connector.clone())).collect();
-        let (prompt, sweep) = (Semaphore::new(PROMPT), Semaphore::new(SWEEP));
-        Ok(Self { config, http, next: AtomicUsize::new(0), lanes, prompt, sweep, pulse: Pulse::default() })
+        let (prompt, keep, sweep) = (Semaphore::new(PROMPT), Semaphore::new(PROMPT), Semaphore::new(SWEEP));
+        Ok(Self { config, http, next: AtomicUsize::new(0), lanes, prompt, keep, sweep, pulse: Pulse::default() })
     }
 
     /// A place for queries that block, if one is free.
@@ -122,7 +128,18 @@ impl Client {
         }
     }
 
+    /// What the servers know of a service, whatever the agent keeps of it.
+    pub(super) async fn ask_servers(&self, service: &str) -> Result<Answer, Error> {
+        let path = self.unqualified_health_path(service);
+        let stale = matches!(self.config.consistency, Consistency::Stale | Consistency::Cached);
+        self.call(Method::GET, if stale { path.query("stale", "") } else { path }, Bytes::new()).await
+    }
+
     fn health_path(&self, service: &str) -> Path {
+        self.consistent(self.unqualified_health_path(service))
+    }
+
+    fn unqualified_health_path(&self, service: &str) -> Path {
         let config = &self.config;
         let mut path = Path::new("/v1/health/service/").segment(service);
         if !config.selection.warning {
@@ -133,7 +150,7 @@ impl Client {
         for tag in &config.tags {
             path = path.query("tag", tag);
         }
-        self.consistent(path)
+        path
     }
 
     fn consistent(&self, path: Path) -> Path {
@@ -187,6 +204,12 @@ impl Client {
     pub(super) async fn call(&self, method: Method, path: Path, body: Bytes) -> Result<Answer, Error> {
         let _place = place(&self.prompt).await?;
         self.run(0, self.config.timeout, method, path, body).await
+    }
+
+    /// A call that keeps a registration: it must not wait for those of watches.
+    pub(super) async fn keep(&self, method: Method, path: Path, body: Bytes) -> Result<Answer, Error> {
+        let _place = place(&self.keep).await?;
+        self.run(0, self.config.timeout, method, self.scope(path), body).await
     }
 
     pub(super) fn scope(&self, path: Path) -> Path {
@@ -293,6 +316,12 @@ impl Answer {
     /// Whether a leader is known to whoever answered.
     pub(super) fn has_leader(&self) -> bool {
         self.text("x-consul-knownleader") == Some("true")
+    }
+
+    /// Whether it comes from what the servers stream to the agent. Then the leader is not known, whether there is one or not
+    /// (hashicorp/consul#9776).
+    pub(super) fn is_streamed(&self) -> bool {
+        self.text("x-consul-query-backend") == Some("streaming")
     }
 
     /// Whether something was left out that the token may not read. Old agents do not say so.

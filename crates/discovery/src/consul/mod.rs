@@ -330,7 +330,7 @@ impl ConsulConfig {
     /// address.
     #[must_use]
     pub fn connections(mut self, connections: usize) -> Self {
-        self.connections = connections.clamp(1, tokio::sync::Semaphore::MAX_PERMITS);
+        self.connections = connections.clamp(1, 1 << 20);
         self
     }
 

@@ -27,6 +27,8 @@ struct Listener {
     index: Index,
     failing: bool,
     backoff: Backoff,
+    /// However often the index moves.
+    pace: Pace,
 }
 
 /// Beats that may follow each other at once, and how often they may after that: each makes every parked watch ask.
@@ -88,12 +90,20 @@ const SERVICES: &str = "/v1/catalog/services";
 
 impl Listener {
     fn new(client: Arc<Client>, path: &'static str) -> Self {
-        Self { client, path, index: Index::default(), failing: true, backoff: Backoff::new() }
+        Self {
+            client,
+            path,
+            index: Index::default(),
+            failing: true,
+            backoff: Backoff::new(),
+            pace: Pace::new(BURST, EVERY),
+        }
     }
 
     /// Comes back when something may have changed: an index moved, or could not be followed for a while.
     async fn next(mut self) -> Option<((), Self)> {
         loop {
+            tokio::time::sleep(self.pace.take(self.client.config.clock.now())).await;
             match self.ask().await {
                 Ok(changed) => {
                     self.backoff.reset();

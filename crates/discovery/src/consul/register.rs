@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, StatusCode};
-use portcullis_core::{Address, Protocol, Scheme};
+use portcullis_core::Address;
 use serde_json::{Map, Value, json};
 use tokio::sync::{mpsc, oneshot};
 
-use super::answer::{PRIORITY, PROTOCOL, SCHEME, ZONE};
+use super::answer;
 use super::client::{Client, Path};
 use crate::backoff::Backoff;
 use crate::registry::Pending;
@@ -20,6 +20,8 @@ struct Keeper {
     client: Arc<Client>,
     definition: ServiceDefinition,
     maintenance: Option<String>,
+    /// The agent was not told of it yet, or has forgotten.
+    owes_maintenance: bool,
     health: Health,
     note: String,
 }
@@ -38,18 +40,26 @@ pub(super) async fn register(client: Arc<Client>, definition: ServiceDefinition)
     if service.is_empty() || id.is_empty() {
         return Err(Error::invalid("a registration needs a service and an id"));
     }
-    let keeper = Keeper { client, definition, maintenance: None, health: Health::Passing, note: String::new() };
+    let keeper = Keeper {
+        client,
+        definition,
+        maintenance: None,
+        owes_maintenance: false,
+        health: Health::Passing,
+        note: String::new(),
+    };
     let (handle, commands) = mpsc::channel(8);
     let (done, registered) = oneshot::channel();
     // In the task, so that a caller who gives up leaves nothing registered: the task then sees the handle gone.
     tokio::spawn(async move {
         let result = keeper.put().await;
         let failed = result.is_err();
-        let _ = done.send(result);
         if failed {
-            // It may have arrived although the answer did not.
+            // It may have arrived although the answer did not. Before anybody hears of it, who may try again under this id.
             let _ = keeper.deregister().await;
-        } else {
+        }
+        let _ = done.send(result);
+        if !failed {
             keeper.run(commands).await;
         }
     });
@@ -79,7 +89,7 @@ impl Keeper {
                         return;
                     }
                     Some((Command::Maintenance(reason), done)) => {
-                        self.maintenance = reason;
+                        (self.maintenance, self.owes_maintenance) = (reason, true);
                         let _ = done.send(self.maintain().await);
                     }
                     Some((Command::Report(health, note), done)) => {
@@ -134,10 +144,10 @@ impl Keeper {
     }
 
     /// Reports, and registers anew if the agent forgot.
-    async fn beat(&self) -> Result<(), Error> {
+    async fn beat(&mut self) -> Result<(), Error> {
         let id = &self.definition.instance.id;
-        let path = self.client.scope(Path::new("/v1/agent/service/").segment(id));
-        let known = self.client.call(Method::GET, path, Bytes::new()).await?;
+        let path = Path::new("/v1/agent/service/").segment(id);
+        let known = self.client.keep(Method::GET, path, Bytes::new()).await?;
         if known.status == StatusCode::NOT_FOUND {
             tracing::info!(
                 service = &*self.definition.service,
@@ -145,11 +155,12 @@ impl Keeper {
                 "the agent forgot the registration, registering anew"
             );
             self.put().await?;
-            if self.maintenance.is_some() {
-                self.maintain().await?;
-            }
+            self.owes_maintenance = self.maintenance.is_some();
         } else {
             known.ok()?;
+        }
+        if self.owes_maintenance {
+            self.maintain().await?;
         }
         self.report().await
     }
@@ -158,29 +169,31 @@ impl Keeper {
         let body = Bytes::from(json!({ "Status": status(self.health), "Output": self.note }).to_string());
         for (number, _) in self.ttls() {
             let path = Path::new("/v1/agent/check/update/").segment(&self.check_id(number));
-            self.client.call(Method::PUT, self.client.scope(path), body.clone()).await?.ok()?;
+            self.client.keep(Method::PUT, path, body.clone()).await?.ok()?;
         }
         Ok(())
     }
 
-    async fn maintain(&self) -> Result<(), Error> {
+    async fn maintain(&mut self) -> Result<(), Error> {
         let path = Path::new("/v1/agent/service/maintenance/").segment(&self.definition.instance.id);
         let path = match &self.maintenance {
             Some(reason) => path.query("enable", "true").query("reason", reason),
             None => path.query("enable", "false"),
         };
-        self.client.call(Method::PUT, self.client.scope(path), Bytes::new()).await?.ok().map(|_| ())
+        self.client.keep(Method::PUT, path, Bytes::new()).await?.ok()?;
+        self.owes_maintenance = false;
+        Ok(())
     }
 
     async fn put(&self) -> Result<(), Error> {
         let path = Path::new("/v1/agent/service/register").query("replace-existing-checks", "true");
         let body = Bytes::from(self.document().to_string());
-        self.client.call(Method::PUT, self.client.scope(path), body).await?.ok().map(|_| ())
+        self.client.keep(Method::PUT, path, body).await?.ok().map(|_| ())
     }
 
     async fn deregister(&self) -> Result<(), Error> {
         let path = Path::new("/v1/agent/service/deregister/").segment(&self.definition.instance.id);
-        let answer = self.client.call(Method::PUT, self.client.scope(path), Bytes::new()).await?;
+        let answer = self.client.keep(Method::PUT, path, Bytes::new()).await?;
         if answer.status != StatusCode::NOT_FOUND {
             answer.ok()?;
         }
@@ -200,24 +213,6 @@ impl Keeper {
             Address::Name(host, port) => (host.to_string(), *port),
             other => (other.to_string(), 0),
         };
-        let mut meta: Map<String, Value> =
-            instance.metadata.iter().map(|(key, value)| (key.clone(), value.clone().into())).collect();
-        let mut say = |key: &str, value: Option<String>| {
-            if let Some(value) = value {
-                meta.entry(key).or_insert_with(|| value.into());
-            }
-        };
-        say(ZONE, instance.zone.as_deref().map(Into::into));
-        say(SCHEME, (instance.scheme == Scheme::Https).then(|| "https".into()));
-        say(
-            PROTOCOL,
-            match instance.protocol {
-                Protocol::Http1 => Some("http1".into()),
-                Protocol::Http2 => Some("http2".into()),
-                _ => None,
-            },
-        );
-        say(PRIORITY, (instance.priority > 0).then(|| instance.priority.to_string()));
         let checks: Vec<Value> =
             checks.iter().enumerate().map(|(number, check)| document_of(check, self.check_id(number))).collect();
         let mut document = json!({
@@ -226,7 +221,7 @@ impl Keeper {
             "Tags": instance.tags,
             "Address": address,
             "Port": port,
-            "Meta": meta,
+            "Meta": answer::meta(instance),
             "Weights": { "Passing": instance.weight, "Warning": warning_weight },
             "Checks": checks,
         });

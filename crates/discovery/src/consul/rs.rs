@@ -191,7 +191,7 @@ impl External {
             Service: self.definition.service.to_string(),
             Tags: instance.tags.clone(),
             TaggedAddresses: HashMap::new(),
-            Meta: instance.metadata.clone().into_iter().collect(),
+            Meta: super::answer::meta(instance).into_iter().collect(),
             Port: Some(self.port),
             Namespace: namespace,
         };

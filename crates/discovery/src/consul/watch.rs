@@ -98,9 +98,10 @@ impl Follower {
 
     /// Asks once; `None` when nothing changed.
     async fn ask(&mut self) -> Result<Option<Vec<Instance>>, Error> {
-        let answer = self.answer().await?.ok()?;
+        let mut answer = self.answer().await?.ok()?;
         let old = matches!(self.client.config.consistency, Consistency::Stale | Consistency::Cached);
-        if !answer.has_leader() && (!old || self.known) {
+        // Answers from the agent's stream do not say whether there is a leader.
+        if !answer.has_leader() && !answer.is_streamed() && (!old || self.known) {
             return Err(Error::no_leader("the registry has no leader"));
         }
         let after_failure = self.failing;
@@ -109,7 +110,11 @@ impl Follower {
             Turn::Same | Turn::Moved => {}
             Turn::Reset => self.reset = self.known,
         }
-        let instances = answer::instances(&answer.body, &self.client.config.selection)?;
+        let mut instances = answer::instances(&answer.body, &self.client.config.selection)?;
+        if instances.is_empty() && answer.is_streamed() {
+            answer = self.client.ask_servers(&self.service).await?.ok()?;
+            instances = answer::instances(&answer.body, &self.client.config.selection)?;
+        }
         if !instances.is_empty() {
             self.saw_instances().await;
             return Ok(Some(instances));
