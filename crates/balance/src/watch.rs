@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use http::{HeaderMap, Response, StatusCode};
 use portcullis_core::{
-    Classify, Clock, Endpoint, GRPC_STATUS, GrpcCode, Guard, InFlight, Judge, Moment, Outcome, Report, WallClock,
-    judge, retry_after,
+    Classify, Clock, Endpoint, GRPC_STATUS, GrpcCode, Guard, InFlight, Judge, Moment, Outcome, Rejection, Report, Side,
+    WallClock, judge, retry_after,
 };
 
 use crate::Shared;
@@ -79,9 +79,10 @@ impl<P: Pick> Attempt<P> {
         classify: &Arc<dyn Classify>,
     ) -> Option<Judge<dyn Classify, Observation<P>>> {
         let mut observation = self.observation.take()?;
-        if matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
-            || is_exhausted(response.headers())
-        {
+        // What another layer refuses says nothing of the endpoint.
+        let is_ours = response.extensions().get::<Rejection>().is_some_and(|refusal| refusal.side() != Side::Upstream);
+        let asks = matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
+        if !is_ours && (asks || is_exhausted(response.headers())) {
             observation.rest(response.headers());
         }
         Some(judge(classify.clone(), response, observation))
@@ -111,6 +112,12 @@ impl<P: Pick> Guard for Watch<P> {
                 observation.rest(trailers);
             }
             judge.trailers(trailers);
+        }
+    }
+
+    fn whole(&mut self) {
+        if let Some(judge) = &mut self.judge {
+            judge.whole();
         }
     }
 

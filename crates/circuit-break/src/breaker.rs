@@ -234,6 +234,11 @@ impl Breaker {
         Some(Turn { from: State::Open, to: State::HalfOpen, reason: Reason::Probing, until: None, enforced: true })
     }
 
+    /// Whether a call that entered then began after the last turn.
+    pub(crate) fn is_of_this_period(&self, entered: Generation) -> bool {
+        entered.reached(self.word().last_move())
+    }
+
     /// Closed, and no failure since the last success.
     #[inline]
     pub(crate) fn is_calm(&self) -> bool {
@@ -411,10 +416,8 @@ impl Breaker {
     pub(crate) fn reset(&self, gate: &Gate, mover: Mover, now: Moment) -> Option<Turn> {
         let _turning = lock(&self.turning);
         let word = self.word();
-        let moved = match word.state() {
-            State::Closed => word.last_move(),
-            State::Open | State::HalfOpen => gate.admit(mover, word.last_move())?,
-        };
+        // A move even where it admits already: what entered before does not count.
+        let moved = gate.admit(mover, word.last_move())?;
         self.turn(Word::new(State::Closed, moved, 0, word.period().next()), now, now);
         let from = word.state();
         (from != State::Closed).then_some(Turn {

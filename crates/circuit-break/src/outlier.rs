@@ -161,15 +161,17 @@ impl Tally {
 pub(crate) struct Due(std::sync::atomic::AtomicU64);
 
 impl Due {
-    pub(crate) fn take(&self, now: Moment, every: Duration) -> bool {
+    /// How late it is, if it is time.
+    pub(crate) fn take(&self, now: Moment, every: Duration) -> Option<Duration> {
         use std::sync::atomic::Ordering::Relaxed;
         let due = self.0.load(Relaxed);
         if now.as_nanos() < due {
-            return false;
+            return None;
         }
         let next = (now + every).as_nanos();
         // The very first only sets the time.
-        self.0.compare_exchange(due, next, Relaxed, Relaxed).is_ok() && due != 0
+        let is_mine = self.0.compare_exchange(due, next, Relaxed, Relaxed).is_ok() && due != 0;
+        is_mine.then(|| now.since(Moment::from_nanos(due)))
     }
 }
 
@@ -231,9 +233,9 @@ mod tests {
     #[test]
     fn one_of_many_compares() {
         let (due, every, start) = (Due::default(), Duration::from_secs(10), Moment::from_nanos(1 << 52));
-        assert!(!due.take(start, every), "nothing to compare yet");
-        assert!(!due.take(start + every / 2, every));
-        assert!(due.take(start + every, every) && !due.take(start + every, every));
-        assert!(due.take(start + every * 5, every));
+        assert_eq!(due.take(start, every), None, "nothing to compare yet");
+        assert_eq!(due.take(start + every / 2, every), None);
+        assert_eq!([(); 2].map(|()| due.take(start + every, every)), [Some(Duration::ZERO), None]);
+        assert_eq!(due.take(start + every * 5, every), Some(every * 3));
     }
 }

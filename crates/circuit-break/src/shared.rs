@@ -191,6 +191,7 @@ impl Shared {
     }
 
     pub(crate) fn reset(&self, target: &Target) {
+        self.guarded(target).forget();
         let turn = self.guarded(target).breaker.reset(target.gate(), self.mover, self.now());
         if let Some(turn) = turn {
             self.turned(target, turn);
@@ -200,8 +201,11 @@ impl Shared {
     /// Looks for outliers, if it is time to.
     pub(crate) fn compare(&self, outliers: &Outliers, endpoints: &Endpoints) {
         let now = self.now();
-        if endpoints.kept(&self.due, Due::default).take(now, outliers.every) {
-            self.eject(outliers, endpoints, now);
+        match endpoints.kept(&self.due, Due::default).take(now, outliers.every) {
+            Some(late) if late <= outliers.every * 2 => self.eject(outliers, endpoints, now),
+            // What was seen long ago says nothing now.
+            Some(_) => endpoints.iter().for_each(|endpoint| self.of_endpoint(endpoint).forget()),
+            None => {}
         }
     }
 
@@ -230,6 +234,9 @@ impl Shared {
     /// Called without any lock of ours.
     #[cold]
     pub(crate) fn turned(&self, target: &Target, turn: Turn) {
+        if turn.enforced {
+            self.guarded(target).forget();
+        }
         if let Target::Endpoint(endpoint) = target {
             let mut moved = self.moved();
             let is_kept = |other: &WeakEndpoint| other.upgrade().is_some_and(|other| !other.is_removed());
@@ -302,12 +309,17 @@ impl Guarded {
     fn new(rules: &Rules) -> Self {
         Self { breaker: Breaker::new(rules), tally: AtomicU64::new(0), mode: AtomicU8::new(NONE) }
     }
+
+    /// Forgets what it was to be compared by.
+    fn forget(&self) {
+        self.tally.store(0, Ordering::Relaxed);
+    }
 }
 
 impl Clear for Guarded {
     fn clear(&self) {
         self.breaker.clear();
-        self.tally.store(0, Ordering::Relaxed);
+        self.forget();
         self.mode.store(NONE, Ordering::Relaxed);
     }
 }

@@ -218,12 +218,16 @@ impl<C: Classify> Watch<C> {
             _ => None,
         };
         let (gate, guarded) = self.gate();
-        if shared.parts.rules.outliers.is_some() && outcome != Outcome::Ignored {
+        let entered = self.entered.entry().generation();
+        if shared.parts.rules.outliers.is_some()
+            && outcome != Outcome::Ignored
+            && guarded.breaker.is_of_this_period(entered)
+        {
             guarded.tally.fetch_add(Tally::one(outcome == Outcome::Failure), Ordering::Relaxed);
         }
         let zeal = if shared.is_normal() { Zeal::Acts } else { shared.mode_of(guarded).zeal() };
         let desk = Desk { rules: &shared.parts.rules, gate, mover: shared.mover, zeal };
-        let call = Call { entered: self.entered.entry().generation(), outcome, took, asked };
+        let call = Call { entered, outcome, took, asked };
         if let Some(turn) = guarded.breaker.record(desk, call, || shared.now(), fastrand::f64) {
             shared.turned(&self.target(), turn);
         }
@@ -283,6 +287,12 @@ impl<C: Classify> Guard for Watch<C> {
             if self.has_streamed() {
                 self.tell(Outcome::Success, None);
             }
+        }
+    }
+
+    fn whole(&mut self) {
+        if !self.awaits_trailers() {
+            self.tell(Outcome::Success, None);
         }
     }
 

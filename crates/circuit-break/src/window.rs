@@ -223,8 +223,9 @@ impl Tag {
         if mine != theirs {
             return theirs.is_after(mine);
         }
-        // One who read the clock a lap ago is late; a bucket that seems further ahead was idle while laps wrapped.
-        matches!((word >> 36).wrapping_sub(self.0 >> 36) & Self::LAPS, 1 | 2)
+        // One who read the clock a lap ago is late; a bucket that seems further ahead was idle while laps wrapped, and one
+        // that has nothing is nobody's.
+        word & Self::REST != 0 && matches!((word >> 36).wrapping_sub(self.0 >> 36) & Self::LAPS, 1 | 2)
     }
 
     /// Whether there was room for `one` more, in a bucket that is not past.

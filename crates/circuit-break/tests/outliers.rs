@@ -60,6 +60,26 @@ async fn an_endpoint_that_does_worse_than_the_others_is_left_alone_for_longer_ea
     assert!(opened.len() > 1 && opened[0] == 30 && opened[1] > 30, "{opened:?}");
 }
 
+/// What came before says nothing of it any more: neither what an operator has it forget, nor what is long past.
+#[tokio::test(start_paused = true)]
+async fn what_is_forgotten_ejects_nobody() {
+    let rule = Outliers::new().calls(50).every(Duration::from_secs(60));
+    for reset in [true, false] {
+        let (layer, endpoints) = (CircuitBreakLayer::new().outliers(rule), six());
+        with_outliers(&layer, &endpoints, 1).await;
+        if reset {
+            endpoints.iter().for_each(|endpoint| layer.handle().endpoint(endpoint).reset());
+        } else {
+            tokio::time::advance(Duration::from_secs(3600)).await;
+        }
+        for _ in 0..3 {
+            with_outliers(&layer, &endpoints, 0).await;
+        }
+        let health = endpoints.iter().map(|endpoint| layer.handle().endpoint(endpoint).state());
+        assert!(health.into_iter().all(|state| state == State::Closed), "{reset}");
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn no_more_outliers_are_ejected_than_the_share_allows() {
     let layer = CircuitBreakLayer::new();

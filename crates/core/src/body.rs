@@ -35,6 +35,9 @@ pub trait Guard {
         let _ = bytes;
     }
 
+    /// As many bytes passed as were announced. Trailers may follow, but servers need not ask for them.
+    fn whole(&mut self) {}
+
     /// Trailers passed; the end follows.
     fn trailers(&mut self, trailers: &HeaderMap) {
         let _ = trailers;
@@ -55,6 +58,11 @@ impl<A: Guard, B: Guard> Guard for (A, B) {
     fn data(&mut self, bytes: usize) {
         self.0.data(bytes);
         self.1.data(bytes);
+    }
+
+    fn whole(&mut self) {
+        self.0.whole();
+        self.1.whole();
     }
 
     fn trailers(&mut self, trailers: &HeaderMap) {
@@ -78,6 +86,12 @@ impl<G: Guard> Guard for Option<G> {
     fn data(&mut self, bytes: usize) {
         if let Some(guard) = self {
             guard.data(bytes);
+        }
+    }
+
+    fn whole(&mut self) {
+        if let Some(guard) = self {
+            guard.whole();
         }
     }
 
@@ -150,6 +164,8 @@ where
                             watch.data(data.len());
                             if body.is_end_stream() {
                                 arrived(guard);
+                            } else if body.size_hint().exact() == Some(0) {
+                                watch.whole();
                             }
                             return Poll::Ready(Some(Ok(Frame::data(data))));
                         }
@@ -244,6 +260,10 @@ mod tests {
             self.0.borrow_mut().push(format!("data {bytes}"));
         }
 
+        fn whole(&mut self) {
+            self.0.borrow_mut().push("whole".into());
+        }
+
         fn trailers(&mut self, trailers: &HeaderMap) {
             self.0.borrow_mut().push(format!("trailers {}", trailers.len()));
         }
@@ -300,6 +320,40 @@ mod tests {
         let log = Log::default();
         let _unpolled = Body::guarded(Empty::<Bytes>::new(), log.clone());
         assert_eq!(*log.0.borrow(), ["end"]);
+    }
+
+    /// As one that arrives by HTTP/2 with its length, whose last frame of data is not the last frame.
+    #[tokio::test]
+    async fn that_all_was_seen_that_was_announced_is_told_before_the_end() {
+        struct Announced(Frames, u64);
+
+        impl http_body::Body for Announced {
+            type Data = Bytes;
+            type Error = &'static str;
+
+            fn poll_frame(
+                mut self: Pin<&mut Self>,
+                cx: &mut Context<'_>,
+            ) -> Poll<Option<Result<Frame<Bytes>, &'static str>>> {
+                let frame = ready!(Pin::new(&mut self.0).poll_frame(cx));
+                self.1 -= frame.iter().flatten().filter_map(Frame::data_ref).map(|data| data.len() as u64).sum::<u64>();
+                Poll::Ready(frame)
+            }
+
+            fn size_hint(&self) -> SizeHint {
+                SizeHint::with_exact(self.1)
+            }
+        }
+
+        let log = Log::default();
+        let inner = frames(vec![Ok(Frame::data("ab".into())), Ok(Frame::data("c".into()))]);
+        let mut body = Body::guarded(Announced(inner, 3), log.clone());
+        for _ in 0..2 {
+            body.frame().await.unwrap().unwrap();
+        }
+        assert_eq!(*log.0.borrow(), ["data 2", "data 1", "whole"]);
+        assert!(body.frame().await.is_none());
+        assert_eq!(log.0.borrow().last().unwrap(), "end");
     }
 
     #[tokio::test]

@@ -194,6 +194,12 @@ impl<C: Classify + ?Sized, R: Report> Judge<C, R> {
 }
 
 impl<C: Classify + ?Sized, R: Report> Guard for Judge<C, R> {
+    fn whole(&mut self) {
+        if self.verdict != Verdict::AtTrailers {
+            self.tell(Outcome::Success);
+        }
+    }
+
     fn trailers(&mut self, trailers: &HeaderMap) {
         if self.verdict == Verdict::AtTrailers {
             let outcome = self.classify.trailers(trailers);

@@ -260,6 +260,10 @@ impl Guard for Watched {
         }
     }
 
+    fn whole(&mut self) {
+        self.answer.whole = !self.is_grpc;
+    }
+
     fn end(&mut self) {
         self.answer.whole = true;
     }

@@ -111,6 +111,10 @@ impl Guard for Held {
         }
     }
 
+    fn whole(&mut self) {
+        self.end();
+    }
+
     fn end(&mut self) {
         if let Some(seen) = &mut self.0.response {
             seen.whole = true;

@@ -166,6 +166,8 @@ impl Service {
             breaker.set_mode(None);
             breaker.reset();
         }
+        // Requests that are still under way are not to close anything by it.
+        handle.set_mode(Mode::ForcedClosed);
     }
 }
 
