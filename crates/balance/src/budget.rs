@@ -14,7 +14,7 @@ use portcullis_core::{Clock, Moment, PerThread};
 /// nothing: trying it elsewhere is no more load. By default one in five requests and ten a second, over ten seconds, as in
 /// Finagle.
 ///
-/// Counting a request is one atomic addition; only a repetition reads the clock and takes a lock.
+/// Counting a request is one atomic addition; only a repetition, and one request in 64, reads the clock and takes a lock.
 #[derive(Clone)]
 pub struct Budget(Arc<Inner>);
 
@@ -130,7 +130,8 @@ impl Inner {
     fn left(&self, window: &Window) -> u64 {
         let (requests, repeated) =
             window.slices.iter().fold((0, 0), |sum, slice| (sum.0 + slice.requests, sum.1 + slice.repeated));
-        (requests * self.share + self.reserve * 1000).saturating_sub(repeated * 1000)
+        let allowed = requests.saturating_mul(self.share).saturating_add(self.reserve.saturating_mul(1000));
+        allowed.saturating_sub(repeated.saturating_mul(1000))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::future::Future;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -15,6 +15,7 @@ use portcullis_core::{
     Body, Carried, Deadline, Dialect, Endpoint, Endpoints, GRPC_RETRY_PUSHBACK, Head, HeadDeadline, Layer, Moment,
     Outcome, Rejection, Route, Side, grpc_timeout,
 };
+use tokio::task::unconstrained;
 use tokio::time::{Sleep, sleep};
 use tower_service::Service;
 
@@ -173,7 +174,8 @@ where
                     Poll::Pending => {
                         let timeout = call.trouble.as_mut().and_then(|trouble| trouble.timeout.as_mut());
                         let Some((_, timeout)) = timeout else { return Poll::Pending };
-                        ready!(timeout.as_mut().poll(cx));
+                        // Whatever the task has done before: a busy upload is to end in time as well.
+                        ready!(pin!(unconstrained(timeout.as_mut())).poll(cx));
                         call.time_out()
                     }
                 },
@@ -296,7 +298,7 @@ where
             trouble.timeout = end.map(|end| (end, Box::pin(sleep(end.since(now)))));
         }
         let Some((_, timeout)) = &mut trouble.timeout else { return Poll::Pending };
-        ready!(timeout.as_mut().poll(cx));
+        ready!(pin!(unconstrained(timeout.as_mut())).poll(cx));
         let next = trouble.next.take();
         Poll::Ready(next.map(|(parts, body)| self.nobody(Nobody::Empty, parts, body)))
     }

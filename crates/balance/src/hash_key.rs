@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
-use http::{HeaderName, header};
+use http::HeaderName;
 use portcullis_core::{Carried, Identity, TrustedProxies, canonical_address};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use crate::pick::Asked;
+use crate::sticky::cookies;
 
 /// What of a request decides where it goes, for policies that hash.
 ///
@@ -117,7 +118,7 @@ impl Source {
     fn with(&self, asked: Asked<'_>, hash: impl Fn(&[u8]) -> u64) -> Option<u64> {
         match self {
             Self::Header(name) => asked.headers.get(name).map(|value| hash(value.as_bytes())),
-            Self::Cookie(name) => cookie(asked, name).map(|value| hash(value.as_bytes())),
+            Self::Cookie(name) => cookies(asked.headers, name).next().map(hash),
             Self::Query(name) => {
                 let parameter = |pair: &&str| pair.split('=').next() == Some(&**name);
                 asked.uri.query()?.split('&').find(parameter).map(|pair| hash(pair.as_bytes()))
@@ -140,12 +141,6 @@ impl Source {
             }
         }
     }
-}
-
-fn cookie<'a>(asked: Asked<'a>, name: &str) -> Option<&'a str> {
-    let lines = asked.headers.get_all(header::COOKIE).iter();
-    let pairs = lines.filter_map(|line| line.to_str().ok()).flat_map(|line| line.split(';'));
-    pairs.filter_map(|pair| pair.trim().split_once('=')).find(|(have, _)| *have == name).map(|(_, value)| value)
 }
 
 #[cfg(test)]

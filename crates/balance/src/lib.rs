@@ -191,7 +191,7 @@
 //!
 //! It opens no connections and checks no health; it reads no load reports of servers; it does not hedge. The whole deadline
 //! is the caller's to enforce, or `forward`'s: the balancer only begins nothing after it. It repeats no response that has
-//! begun. In a panic, and when [`Pick::wants_all`], slow starts and zones are left out of account.
+//! begun. Zones are left out of account in a panic, and with slow starts when [`Pick::wants_all`].
 //!
 //! # Why is there no retry layer?
 //!

@@ -271,7 +271,8 @@ impl View {
         let start = choice.terms.shape.slow_start.filter(|_| !wants_all);
         let parts = |endpoint: &Endpoint| start.and_then(|start| start.part(endpoint.joined(), now));
         let starting = instances.iter().any(|(_, endpoint, _)| parts(endpoint).is_some());
-        let heaviest = instances.iter().map(|(_, endpoint, _)| endpoint.weight()).max().unwrap_or(1);
+        // Read anew, it may be zero by now.
+        let heaviest = instances.iter().map(|(_, endpoint, _)| endpoint.weight()).max().unwrap_or(1).max(1);
         // Parts of a weight need finer units, where they fit.
         let unit = if starting { f64::from((u32::MAX / heaviest).clamp(1, 1000)) } else { 1.0 };
         let weight = |endpoint: &Endpoint| match parts(endpoint) {
@@ -392,7 +393,7 @@ impl View {
         let priority = |i: u32| endpoints[i as usize].instance().priority;
         let mut order: Vec<u32> = self.all[start..].iter().chain(&self.all[..start]).copied().collect();
         if self.all.first().map(|i| priority(*i)) != self.all.last().map(|i| priority(*i)) {
-            order.sort_by_key(|i| priority(*i));
+            order.sort_by_cached_key(|i| priority(*i));
         }
         let mut earliest = None;
         for again in [false, true] {

@@ -35,7 +35,7 @@ pub struct Stats {
     pub overflowed: u64,
     /// Keys that have a place and say something.
     pub live: usize,
-    /// Places there are; about four for each key of the capacity, so that hashing does not get in the way.
+    /// Places there are; between four and five for each key of the capacity, so that hashing does not get in the way.
     pub places: usize,
     /// Buckets shared by newcomers that are in use.
     pub overflowing: usize,

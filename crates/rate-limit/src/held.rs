@@ -124,9 +124,15 @@ impl Guard for Held {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        // These first: what a settlement does is not ours.
+        for holding in &self.holdings {
+            if let Holding::Place(mark) = holding {
+                self.limiter.in_flight().leave(*mark);
+            }
+        }
         for holding in &self.holdings {
             match holding {
-                Holding::Place(mark) => self.limiter.in_flight().leave(*mark),
+                Holding::Place(_) => {}
                 &Holding::Charge { mark, cell, units, at, ref settle } => {
                     let cost = match (self.started, settle, &self.response) {
                         (false, ..) => 0,

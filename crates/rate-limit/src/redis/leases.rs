@@ -129,10 +129,10 @@ impl Leases {
         if most > 0 && known.asking != 0 && now < known.asking_until {
             return Local::Wait;
         }
-        known.owes = false;
         if most == 0 {
             return Local::Ask(Question::default());
         }
+        known.owes = false;
         let report = known.close();
         if soon {
             let quick = known.leased == 0 || now.since(known.since) * 2 < known.until.since(known.since);
@@ -238,7 +238,10 @@ impl Shard {
             self.sweep_at -= 1;
             return;
         }
-        self.known.retain(|_, known| now < known.until || now < known.refused_until || now.since(known.seen) < SOON);
+        self.known.retain(|_, known| {
+            let is_asking = known.asking != 0 && now < known.asking_until;
+            is_asking || now < known.until || now < known.refused_until || now.since(known.seen) < SOON
+        });
         self.sweep_at = self.known.len() / 8;
     }
 }

@@ -7,7 +7,7 @@ use http::StatusCode;
 use portcullis_core::{Moment, Rejection};
 use tokio::time::Instant;
 
-use super::leases::{Given, Local};
+use super::leases::{Given, Local, Question};
 use super::shared::Failure;
 use super::{OnFailure, RedisStore, count, from_ticks, ticks};
 use crate::answer::{Refusal, Standing, Wait};
@@ -67,8 +67,14 @@ impl Taken {
     /// Waits for leases that others are asking for; whether they came, or are not to come, in time.
     async fn wait(&mut self, until: Instant) -> Result<bool, Refusal> {
         let shared = &self.store.shared;
+        // Who holds a question others wait for does not wait: they may wait for each other.
+        let mut holds = self.asks.iter().any(Ask::is_awaited);
         for ask in &mut self.asks {
             while matches!(ask.local, Local::Wait) {
+                if holds {
+                    ask.local = Local::Ask(Question::default());
+                    break;
+                }
                 if let Some(asked) = shared.leases.asking(ask.mark)
                     && tokio::time::timeout_at(until, asked).await.is_err()
                 {
@@ -84,6 +90,7 @@ impl Taken {
                     return Err(ask.refusal(until.since(now)));
                 }
             }
+            holds |= ask.is_awaited();
         }
         Ok(true)
     }
@@ -223,8 +230,11 @@ impl Taken {
     /// Decides without the store.
     pub(super) fn undecided(self, now: Moment) -> Result<Admission, Rejection> {
         count(&self.store.shared.counts.undecided);
+        // What a lease has paid for is paid.
+        let asks = || self.asks.iter().filter(|ask| matches!(ask.local, Local::Ask(_) | Local::Wait));
         let processes = match self.store.settings.on_failure {
             OnFailure::Admit => return Ok(self.admit(&[], now)),
+            OnFailure::Refuse if asks().all(|ask| ask.limit.is_shadow()) => return Ok(self.admit(&[], now)),
             OnFailure::Refuse => {
                 let unavailable = StatusCode::SERVICE_UNAVAILABLE;
                 return Err(Rejection::new(portcullis_core::Layer::RateLimit, unavailable, "limits-unavailable"));
@@ -235,17 +245,19 @@ impl Taken {
         let mark = |ask: &Ask| table.mark(ask.limit.span(), ask.key.bytes());
         let cost = |ask: &Ask| ask.cell.cost(ask.units).saturating_mul(processes);
         let time = now.as_nanos();
-        // What a lease has paid for is paid.
-        let asks = || self.asks.iter().filter(|ask| matches!(ask.local, Local::Ask(_) | Local::Wait));
-        for (done, ask) in asks().enumerate() {
+        let mut charged = Vec::new();
+        for ask in asks() {
             let (cost_here, window) = (cost(ask), ask.window.max(cost(ask)));
             let decide = |debt| Cell::charge(debt, time, cost_here, window).filter(|_| !ask.never());
-            let Err(debt) = table.charge(mark(ask), time, decide) else { continue };
+            let Err(debt) = table.charge(mark(ask), time, decide) else {
+                charged.push(ask);
+                continue;
+            };
             if ask.limit.is_shadow() {
                 self.limiter.counters.add(|counts| &counts.shadowed);
                 continue;
             }
-            asks().take(done).for_each(|before| _ = table.refund(mark(before), cost(before)));
+            charged.into_iter().for_each(|before| _ = table.refund(mark(before), cost(before)));
             self.limiter.counters.add(|counts| &counts.refused);
             let wait = Cell::wait(debt, time, cost_here, window).unwrap_or_default();
             return Err(self.limiter.refuse(ask.refusal(wait)));
@@ -290,6 +302,11 @@ impl Ask {
     pub(super) fn window_ticks(&self) -> u64 {
         let (window, interval) = (u128::from(self.window), u128::from(self.cell.interval));
         u64::try_from(window * u128::from(ticks(self.cell.interval)) / interval).unwrap_or(u64::MAX).min(1 << 51)
+    }
+
+    /// Whether others wait for what comes of it.
+    fn is_awaited(&self) -> bool {
+        matches!(self.local, Local::Ask(question) if question.asking != 0)
     }
 
     pub(super) fn is_asked(&self) -> bool {

@@ -178,7 +178,10 @@ impl<'a> Set<'a> {
             return None;
         }
         fence(Ordering::SeqCst);
-        if self.find(mark).is_none() && self.floor().version() == charged.version() {
+        let is_missing = self.find(mark).is_none();
+        // Whoever took its entry away raised the floor before: who sees that it is gone sees that as well.
+        fence(Ordering::Acquire);
+        if is_missing && self.floor().version() == charged.version() {
             return Some(Ok(Charged { time, overflow: true }));
         }
         // If others charged on top of it, it stays: too much is safe.
