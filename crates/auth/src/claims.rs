@@ -98,6 +98,8 @@ impl Rules {
         let scopes = scopes(&claims)?;
         let roles = match claims.pointer(&self.roles) {
             None => Vec::new(),
+            // A role's name may have blanks.
+            Some(Value::String(role)) => vec![role.clone()],
             Some(roles) => strings(roles).ok_or_else(|| Denied::invalid("a claim is of the wrong type"))?,
         };
         let mut identity = Identity::new(subject.as_str(), Proof::Jwt).with_scopes(scopes).with_roles(roles);

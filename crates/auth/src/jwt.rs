@@ -273,8 +273,15 @@ impl Authenticate for Jwt {
             Err(Failure::Unknown { asking: Some(asking), .. }) => {
                 let (inner, token) = (self.0.clone(), token.to_vec());
                 Attempt::Later(Verifying(Box::pin(async move {
-                    asking.await;
-                    inner.verify(&token, tag, &client, inner.wall.since_epoch()).map_err(Failure::into_denied)
+                    let in_time = asking.await;
+                    let now = inner.wall.since_epoch();
+                    inner.verify(&token, tag, &client, now).map_err(|failure| match failure {
+                        // Nobody knows yet: the key may well be there.
+                        Failure::Unknown { asking, .. } if !in_time => {
+                            Failure::Unknown { asking, blind: true }.into_denied()
+                        }
+                        failure => failure.into_denied(),
+                    })
                 })))
             }
             Err(unknown @ Failure::Unknown { .. }) => Attempt::Now(Err(unknown.into_denied())),
@@ -293,7 +300,7 @@ enum Failure {
     Denied(Denied),
     /// The key is not in the set, and there may be something to wait for.
     Unknown {
-        asking: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
+        asking: Option<Pin<Box<dyn Future<Output = bool> + Send>>>,
         blind: bool,
     },
 }
@@ -345,7 +352,7 @@ impl Inner {
                     return Err(Denied::invalid(OTHER_ISSUER).into());
                 }
                 let asking = provider.keys.asking(token.kid.as_deref());
-                let asking = asking.map(|asking| Box::pin(asking) as Pin<Box<dyn Future<Output = ()> + Send>>);
+                let asking = asking.map(|asking| Box::pin(asking) as Pin<Box<dyn Future<Output = bool> + Send>>);
                 return Err(Failure::Unknown { asking, blind: provider.keys.is_blind() });
             }
         };

@@ -186,8 +186,8 @@ impl KeySet {
         self.0.shared.refresh.is_some()
     }
 
-    /// What to wait for before an unknown key is given up, if anything.
-    pub(crate) fn asking(&self, kid: Option<&str>) -> Option<impl Future<Output = ()> + Send + 'static> {
+    /// What to wait for before an unknown key is given up, if anything; it says whether it was over in time.
+    pub(crate) fn asking(&self, kid: Option<&str>) -> Option<impl Future<Output = bool> + Send + 'static> {
         self.0.shared.refresh.as_ref()?.ask(kid)
     }
 

@@ -84,7 +84,7 @@
 //! | [verified tokens](Jwt::cache_bytes) | remembered, [8 MiB](DEFAULT_CACHE_BYTES) | never past expiry, their key or the rules |
 //! | failures of an address, with [tokens](Jwt::failures_per_address), [API keys](ApiKey::failures_per_address) or [passwords](Basic::failures_per_address) | [100](DEFAULT_FAILURE_BURST) at once, one more each [50 ms](DEFAULT_FAILURE_INTERVAL) | garbage buys less than a thousandth of a core, and nobody guesses fast |
 //! | [fetched keys](KeySource) | for `Cache-Control`'s time within [30 s](MIN_LIFETIME) to [1 h](MAX_LIFETIME), else [5 min](DEFAULT_LIFETIME) | rotations are seen, providers spared |
-//! | [unknown `kid`](KeySource::cooldown) | one fetch each [30 s](DEFAULT_COOLDOWN) | a rotation is seen at once, and a flood of names is not one of fetches |
+//! | [unknown `kid`](KeySource::cooldown) | one fetch each [30 s](DEFAULT_COOLDOWN) | a rotation to another `kid` is seen at once, and a flood of names is not one of fetches; new keys under an old `kid`, or none, are seen when the set is fetched next |
 //! | [stale keys](KeySource::max_stale) | used for [a day](DEFAULT_MAX_STALE) | a provider that is down takes nobody with it |
 //!
 //! # When something fails
@@ -95,7 +95,7 @@
 //! | an empty key set (`{"keys": []}`), from a provider or in a file | 401, until there are keys again: see below |
 //! | keys too old, or none read yet | waits a second at most, then 503 |
 //! | unknown key while the provider fails | 503, as a new token may well be good |
-//! | unknown key otherwise | waits a second at most for one fetch, then 401 |
+//! | unknown key otherwise | waits a second at most for one fetch, then 401; 503 if that is not over by then |
 //! | unknown key of a token that names another issuer than the [one wanted](Jwt::issuer) | 401 at once, without a fetch |
 //! | one key of a set cannot be used | tokens of the others pass; the log says which was left out |
 //! | two keys with one `kid` and algorithm | neither is used |
@@ -114,7 +114,7 @@
 //!   that replaying an expired token buys no more than garbage does.
 //! * **An empty key set is believed.** It is how an issuer takes leaked keys back, and a forged token would be accepted for a
 //!   day otherwise. A provider that publishes one by mistake has its callers refused, and the keys it publishes next are seen
-//!   with the first token they signed, within a [cooldown](DEFAULT_COOLDOWN).
+//!   with the first token they signed, within two [cooldowns](DEFAULT_COOLDOWN).
 //! * **Invalid credentials are refused where they are optional.** Who shows a token means to be somebody.
 //! * **Without a peer address nobody is limited**, with a warning, once: one bucket for all would let one caller lock out the
 //!   rest.

@@ -53,7 +53,7 @@ impl Policy {
         Self { mode: Mode::Optional, conditions: Vec::new() }
     }
 
-    /// Nobody is asked, and credentials are not looked at.
+    /// Nobody is asked, and credentials are not looked at. With a condition it is [`required`](Self::required) after all.
     #[must_use]
     pub const fn none() -> Self {
         Self { mode: Mode::None, conditions: Vec::new() }
@@ -103,6 +103,9 @@ impl Policy {
     }
 
     fn condition(mut self, condition: Condition) -> Self {
+        if self.mode == Mode::None {
+            self.mode = Mode::Required;
+        }
         self.conditions.push(condition);
         self
     }

@@ -69,28 +69,29 @@ impl Refresh {
 
     /// Asks for a fetch because of an unknown key. `None` when there is no use in waiting: one was asked for within the
     /// cooldown and is over, or this key was not found lately.
-    pub(crate) fn ask(&self, kid: Option<&str>) -> Option<impl Future<Output = ()> + Send + 'static> {
+    ///
+    /// The future says whether it was over in time.
+    pub(crate) fn ask(&self, kid: Option<&str>) -> Option<impl Future<Output = bool> + Send + 'static> {
         let mut done = self.done.subscribe();
         let now = self.clock.now();
+        // In this order, and written in the other: where the door is closed, it is known what is asked for.
+        let closed_until = self.closed_until.load(Ordering::Acquire);
         let mut awaited = self.asked_for.load(Ordering::Acquire);
         if *done.borrow() >= awaited {
-            let closed_until = self.closed_until.load(Ordering::Acquire);
             if now.as_nanos() < closed_until || self.is_known_to_be_unknown(kid, now) {
                 return None;
             }
             // One that is under way may have read before the key was there.
             awaited = self.begun.load(Ordering::Acquire) + 1;
+            self.asked_for.fetch_max(awaited, Ordering::AcqRel);
             let next = (now + self.cooldown).as_nanos();
             let won = self.closed_until.compare_exchange(closed_until, next, Ordering::AcqRel, Ordering::Acquire);
             if won.is_ok() {
-                self.asked_for.store(awaited, Ordering::Release);
                 self.remember(kid, now);
                 self.wake.notify_one();
             }
         }
-        Some(async move {
-            let _ = tokio::time::timeout(PATIENCE, done.wait_for(|count| *count >= awaited)).await;
-        })
+        Some(async move { tokio::time::timeout(PATIENCE, done.wait_for(|count| *count >= awaited)).await.is_ok() })
     }
 
     fn cell(&self, kid: Option<&str>) -> (u64, &(AtomicU64, AtomicU64)) {

@@ -95,11 +95,11 @@ impl Challenges {
                 refuse(StatusCode::BAD_REQUEST, "malformed-credentials")
                     .with_grpc_code(GrpcCode::UNAUTHENTICATED)
                     .with_detail(why),
-                &[("error", "invalid_request"), ("error_description", why)],
+                &[("error", "invalid_request"), ("error_description", &quotable(why))],
             ),
             Reason::Invalid(why) => self.with_challenges(
                 refuse(StatusCode::UNAUTHORIZED, "invalid-credentials").with_detail(why),
-                &[("error", "invalid_token"), ("error_description", why)],
+                &[("error", "invalid_token"), ("error_description", &quotable(why))],
             ),
             Reason::Forbidden(why) => refuse(StatusCode::FORBIDDEN, "forbidden").with_detail(why),
             Reason::Limited(wait) => {

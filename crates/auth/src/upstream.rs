@@ -96,7 +96,10 @@ impl IdentityHeaders {
         }
         self.reserved.strike(request.headers_mut());
         self.strike_from_connection(request.headers_mut());
-        self.reserved.clone().attach(request.extensions_mut());
+        // Those of a layer above stay reserved.
+        let above = ReservedHeaders::of(request.extensions());
+        let all = above.map_or_else(|| self.reserved.clone(), |above| above.and(&self.reserved));
+        all.attach(request.extensions_mut());
     }
 
     fn strike_from_connection(&self, headers: &mut HeaderMap) {

@@ -35,6 +35,12 @@ impl ReservedHeaders {
         Self(names.into_iter().map(|name| fold(name.as_str().as_bytes()).collect()).collect())
     }
 
+    /// These and others.
+    #[must_use]
+    pub fn and(&self, others: &Self) -> Self {
+        Self(self.0.iter().chain(&*others.0).cloned().collect())
+    }
+
     /// Whether none is reserved.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -25,6 +25,8 @@ pub(crate) struct Door {
     pub(crate) address: SocketAddr,
     pub(crate) tls: Option<ServerTls>,
     pub(crate) entry: Option<Entry>,
+    /// Whether other processes may listen there as well.
+    pub(crate) shared: bool,
 }
 
 /// What a registry is told of a listener.
@@ -76,7 +78,7 @@ impl Door {
             registry: register.registry.to_string(),
             definition: definition(register, address, tls.is_some(), listener.reuse_port),
         });
-        Ok(Self { name: name.to_owned(), server, address, tls, entry })
+        Ok(Self { name: name.to_owned(), server, address, tls, entry, shared: listener.reuse_port })
     }
 }
 

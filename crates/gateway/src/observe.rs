@@ -123,6 +123,8 @@ pub(crate) struct Finished {
 
 /// So much of what a caller said is kept for log and spans, of which many may wait.
 const LONGEST: usize = 2 << 10;
+/// So much of a method, of which longer ones are none.
+const LONGEST_METHOD: usize = 64;
 
 // === impl Observed ===
 
@@ -173,7 +175,10 @@ impl Asked {
             agent: field(header::USER_AGENT).map(kept),
         };
         Self {
-            method: request.method().clone(),
+            method: match request.method() {
+                method if method.as_str().len() <= LONGEST_METHOD => method.clone(),
+                method => Method::from_bytes(&method.as_str().as_bytes()[..LONGEST_METHOD]).unwrap_or_default(),
+            },
             path: path.then(|| kept(request.uri().path())),
             peer: PeerAddress::of(request.extensions()).map(|PeerAddress(peer)| *peer),
             more: more.then(|| Box::new(all())),

@@ -64,6 +64,21 @@ fn failed(why: &str) -> ExitCode {
     ExitCode::from(FAILED)
 }
 
+/// Where operators are served.
+enum Operators {
+    At(Server),
+    /// There, once another has left it.
+    After(SocketAddr),
+    Nowhere,
+}
+
+async fn operators(server: Server, state: Arc<State>) -> io::Result<()> {
+    let address = server.local_addr()?;
+    say!("operators at http://{address}");
+    tokio::spawn(crate::notice::watch(state.clone()));
+    server.serve(Admin::new(state, address)).await
+}
+
 async fn serve(
     config: Config,
     file: Option<PathBuf>,
@@ -73,12 +88,15 @@ async fn serve(
     let threads = config.server.threads.as_deref().copied();
     let threads = threads.or(std::thread::available_parallelism().ok()).unwrap_or(NonZeroUsize::MIN);
     let doors = Door::all(&config, threads)?;
-    let admin = match config.admin.enabled {
-        true => {
-            let address = *config.admin.address;
-            Some(Server::bind(address).map_err(|error| cannot_listen(address, &error))?)
+    let at = *config.admin.address;
+    let admin = match config.admin.enabled.then(|| Server::bind(at)) {
+        Some(Ok(server)) => Operators::At(server),
+        // The process before this one may have it, to the end of its drain.
+        Some(Err(error)) if error.kind() == io::ErrorKind::AddrInUse && doors.iter().any(|door| door.shared) => {
+            Operators::After(at)
         }
-        false => None,
+        Some(Err(error)) => return Err(cannot_listen(at, &error)),
+        None => Operators::Nowhere,
     };
     let drain_timeout = config.server.drain_timeout;
     let last = LAST.min(drain_timeout / 4);
@@ -90,7 +108,7 @@ async fn serve(
 
     let mut addresses = Vec::new();
     let mut serving = JoinSet::new();
-    for Door { name, server, address, tls, entry } in doors {
+    for Door { name, server, address, tls, entry, .. } in doors {
         say!("listening at http{}://{address} ({name})", if tls.is_some() { "s" } else { "" });
         addresses.push(address);
         let registered = entry.map(|entry| crate::listen::register(&state, entry));
@@ -100,15 +118,23 @@ async fn serve(
     }
     // The operator's side goes last.
     let admin = match admin {
-        Some(server) => {
-            let address = server.local_addr().map_err(|error| error.to_string())?;
-            say!("operators at http://{address}");
-            addresses.push(address);
-            let service = Admin::new(state.clone(), address);
-            tokio::spawn(crate::notice::watch(state.clone()));
-            Some(tokio::spawn(server.serve(service)))
+        Operators::At(server) => {
+            addresses.push(server.local_addr().map_err(|error| error.to_string())?);
+            Some(tokio::spawn(operators(server, state.clone())))
         }
-        None => None,
+        Operators::After(address) => {
+            say!("operators at http://{address} when the process that listens there has gone");
+            let state = state.clone();
+            Some(tokio::spawn(async move {
+                loop {
+                    tokio::time::sleep(LOOK).await;
+                    if let Ok(server) = Server::bind(address) {
+                        return operators(server, state).await;
+                    }
+                }
+            }))
+        }
+        Operators::Nowhere => None,
     };
     tokio::spawn(crate::members::expire(state.clone()));
     if state.file.is_some() {

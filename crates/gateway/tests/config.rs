@@ -188,6 +188,10 @@ fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
             "6:1: the route asks who is calling, and there is no way to tell",
         ),
         (
+            "[[routes]]\npath = \"/a\"\nto = \"orders\"\nauth = { mode = \"none\", scopes = [\"admin\"] }",
+            "6:1: callers have to be somebody, and nobody is asked who they are; remove mode = \"none\"",
+        ),
+        (
             "[[routes]]\npath = \"/a\"\nto = \"orders\"\nmethods = [\"get\"]",
             "9:12: \"get\" is not a method, such as \"GET\"",
         ),
@@ -219,6 +223,11 @@ fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
         ("[auth.providers.p]\nsecret = { file = \"no/such\" }", "7:19: cannot read "),
         ("[auth.providers.p]\nsecret = {}", "7:10: not clear where to read it; say one of env"),
         ("[auth.providers.p]\njwks = \"Cargo.toml\"", "7:8: not a key set"),
+        ("[traces.otlp]\nendpoint = \"http://c:4318/?k=1\"", "7:12: \"http://c:4318/?k=1\" is no URL of a collector"),
+        (
+            "[services.x]\nendpoints = [\"127.0.0.1:9\"]\nregistered_as = \"y\"",
+            "6:1: a name in a registry, and no registry; remove registered_as",
+        ),
         ("[auth]\ndefault = \"required\"", "7:11: callers are asked who they are, and there is no way to tell"),
         ("[limits.l]\nrate = \"many\"", "7:8: \"many\" is not a rate, such as \"100/s\""),
         (

@@ -153,6 +153,9 @@ async fn a_restart_that_overlaps_loses_nothing() {
         "address = \"127.0.0.1:0\" }\nserver",
         &format!("address = \"{address}\", reuse_port = true }}\nserver"),
     );
+    // The operators' side is at a place of its own, as by default, which the new process has when the old one has gone.
+    let operators = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let text = text.replace("admin = { address = \"127.0.0.1:0\"", &format!("admin = {{ address = \"{operators}\""));
     let mut old = Program::start(&text);
     let over = Arc::new(AtomicBool::new(false));
     let client = tokio::spawn({
@@ -173,6 +176,12 @@ async fn a_restart_that_overlaps_loses_nothing() {
     assert_eq!(new.get("/").await.status, 200);
     over.store(true, Ordering::Relaxed);
     assert!(client.await.unwrap() > 0);
+    let waited = tokio::time::timeout(Duration::from_secs(20), async {
+        while get(operators, "/ready", &[]).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    waited.await.unwrap();
 }
 
 #[tokio::test]

@@ -294,7 +294,7 @@ async fn a_request_waits_a_second_at_most_and_is_not_told_its_key_is_unknown() {
         pass(1).await;
     };
     let (result, ()) = tokio::join!(call, advance);
-    assert!(result.is_err());
+    assert_eq!(result, Err(Denied::unavailable("the issuer's keys are not available")));
     assert_eq!(started.elapsed(), Duration::from_secs(1));
     pass(5).await;
     callers.tried(2).await;

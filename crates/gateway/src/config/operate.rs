@@ -102,7 +102,8 @@ impl Otlp {
         }
         let uri = self.endpoint.parse::<http::Uri>().ok();
         let scheme = uri.as_ref().filter(|uri| uri.host().is_some()).and_then(http::Uri::scheme_str);
-        if !matches!(scheme, Some("http" | "https")) {
+        let has_query = uri.as_ref().is_some_and(|uri| uri.query().is_some());
+        if has_query || !matches!(scheme, Some("http" | "https")) {
             let what = format!("{:?} is no URL of a collector", *self.endpoint);
             notes.push(&self.endpoint.span, what, "such as \"http://127.0.0.1:4318\"");
         }

@@ -335,6 +335,18 @@ impl Route {
             for provider in &auth.0.providers {
                 known(provider, &config.auth.providers, "provider", notes);
             }
+            let auth_ = &auth.0;
+            let asks_for = [&auth_.scopes, &auth_.any_scope, &auth_.roles, &auth_.any_role];
+            let asks = asks_for.iter().any(|asked| !asked.is_empty())
+                || !auth_.claims.is_empty()
+                || !auth_.providers.is_empty();
+            if auth_.mode == AuthMode::None && asks {
+                notes.push(
+                    span,
+                    "callers have to be somebody, and nobody is asked who they are",
+                    "remove mode = \"none\", or what it wants of callers",
+                );
+            }
             if auth.0.mode != AuthMode::None && config.auth.providers.is_empty() {
                 notes.push(
                     span,

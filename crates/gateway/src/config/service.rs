@@ -191,6 +191,13 @@ words! {
 impl Service {
     pub(super) fn check(&self, name: &str, span: &Range<usize>, registries: &Map<At<Registry>>, notes: &mut Notes<'_>) {
         each_once(&self.registry, registries, "registry", notes);
+        if self.registry.is_empty() && self.registered_as.is_some() {
+            notes.push(
+                span,
+                "a name in a registry, and no registry",
+                "remove registered_as, or add registry = \"<name>\"",
+            );
+        }
         match (self.registry.first(), self.endpoints.first()) {
             (Some(_), None) | (None, Some(_)) => {}
             (Some(registry), Some(_)) => {

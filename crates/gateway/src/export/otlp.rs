@@ -53,7 +53,10 @@ struct Sender {
 
 /// How an attempt to send went.
 enum Sent {
-    Taken,
+    /// All but so many.
+    Taken {
+        but: u64,
+    },
     /// It may go better later, perhaps not before so long.
     Later(String, Option<Duration>),
     Never(String),
@@ -86,6 +89,7 @@ impl Exporter {
         let mut forward = Forward::to(&format!("{scheme}://{authority}"))
             .map_err(|error| wrong(&error))?
             .total_timeout(otlp.timeout)
+            .response_timeout(otlp.timeout)
             .max_connections(1);
         if scheme == "https" {
             let tls = otlp.ca.as_ref().map_or_else(ClientTls::system, |ca| ClientTls::trusting(ca.bytes()));
@@ -194,8 +198,10 @@ impl Sender {
         let mut wait = WAIT;
         for attempt in 1..=ATTEMPTS {
             match self.post(body.clone()).await {
-                Sent::Taken => {
-                    self.counts.exported.fetch_add(spans, Ordering::Relaxed);
+                Sent::Taken { but } => {
+                    let but = but.min(spans);
+                    self.counts.exported.fetch_add(spans - but, Ordering::Relaxed);
+                    self.counts.failed.fetch_add(but, Ordering::Relaxed);
                     if std::mem::take(&mut self.failing) {
                         tracing::info!("the collector takes spans again");
                     }
@@ -232,10 +238,11 @@ impl Sender {
             status if status.is_success() => {
                 let body = Limited::new(body, LARGEST).collect().await.map(|body| body.to_bytes()).unwrap_or_default();
                 let partial = ExportTraceServiceResponse::decode(body).ok().and_then(|said| said.partial_success);
-                if let Some(partial) = partial.filter(|partial| partial.rejected_spans > 0) {
-                    tracing::warn!(spans = partial.rejected_spans, why = partial.error_message, "spans were refused");
+                let refused = partial.filter(|partial| partial.rejected_spans > 0);
+                if let Some(refused) = &refused {
+                    tracing::warn!(spans = refused.rejected_spans, why = refused.error_message, "spans were refused");
                 }
-                Sent::Taken
+                Sent::Taken { but: refused.map_or(0, |refused| refused.rejected_spans.unsigned_abs()) }
             }
             StatusCode::TOO_MANY_REQUESTS
             | StatusCode::BAD_GATEWAY

@@ -98,7 +98,26 @@ impl Line {
     /// A value in quotes; what could end it or the line is escaped.
     pub(crate) fn text(&mut self, name: Name, value: &str) {
         self.name(name);
+        let start = self.text.len();
         let _ = serde_json::to_writer(&mut self.text, value);
+        if value.bytes().any(|byte| byte >= 0x7f) {
+            self.escape_from(start);
+        }
+    }
+
+    /// What JSON leaves as it is, but terminals and readers of lines take for commands and ends.
+    #[cold]
+    fn escape_from(&mut self, start: usize) {
+        let is_escaped = |c: char| matches!(c, '\u{7f}'..='\u{9f}' | '\u{2028}' | '\u{2029}');
+        let written = String::from_utf8_lossy(&self.text[start..]).into_owned();
+        self.text.truncate(start);
+        for c in written.chars() {
+            if is_escaped(c) {
+                self.text.extend_from_slice(format!("\\u{:04x}", u32::from(c)).as_bytes());
+            } else {
+                self.text.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes());
+            }
+        }
     }
 
     pub(crate) fn maybe(&mut self, name: Name, value: Option<&str>) {
@@ -192,6 +211,8 @@ mod tests {
             line.number(name!("bytes"), Some(7));
         });
         assert_eq!(text, r#" path="/a\"b\n" bytes=7"#);
+        let text = written(false, |line| line.text(name!("path"), "/é\u{9b}2J\u{85}\u{2028}\u{7f}"));
+        assert_eq!(text, r#" path="/é\u009b2J\u0085\u2028\u007f""#);
     }
 
     #[test]
