@@ -4,6 +4,7 @@
 //! one thing here and another behind us. So they are refused, at every level.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
@@ -15,7 +16,8 @@ pub(crate) const MAX_DEPTH: usize = 16;
 /// What `serde_json` hands out in place of a number when its feature `arbitrary_precision` is on somewhere in the tree.
 const NUMBER: &str = "$serde_json::private::Number";
 
-/// How many members [`members`] reads: what is short needs no tree to find a duplicate.
+/// How many members [`members`] reads, and how many elements and members within them: what is short needs no tree to find a
+/// duplicate, and what nobody has signed for yet is not worth more.
 const MAX_MEMBERS: usize = 32;
 
 /// One member of an object that is only looked at.
@@ -25,20 +27,22 @@ pub(crate) enum Member<'de> {
     Other,
 }
 
-struct Strict {
+struct Strict<'a> {
     depth: usize,
+    /// How many elements and members there may still be.
+    left: &'a Cell<usize>,
 }
 
 struct Members;
 
 struct Text;
 
-struct Any;
+struct Any<'a>(&'a Cell<usize>);
 
 /// Reads one object and nothing behind it.
 pub(crate) fn object(bytes: &[u8]) -> Option<Map<String, Value>> {
     let mut json = serde_json::Deserializer::from_slice(bytes);
-    let value = Strict { depth: MAX_DEPTH }.deserialize(&mut json).ok()?;
+    let value = Strict { depth: MAX_DEPTH, left: &Cell::new(usize::MAX) }.deserialize(&mut json).ok()?;
     json.end().ok()?;
     match value {
         Value::Object(object) => Some(object),
@@ -56,14 +60,15 @@ pub(crate) fn members(bytes: &[u8]) -> Option<Vec<(Cow<'_, str>, Member<'_>)>> {
 
 // === impl Strict ===
 
-impl Strict {
+impl Strict<'_> {
     fn deeper<E: Error>(&self) -> Result<Self, E> {
         let depth = self.depth.checked_sub(1).ok_or_else(|| E::custom("too deep"))?;
-        Ok(Self { depth })
+        self.left.set(self.left.get().checked_sub(1).ok_or_else(|| E::custom("too many"))?);
+        Ok(Self { depth, left: self.left })
     }
 }
 
-impl<'de> DeserializeSeed<'de> for Strict {
+impl<'de> DeserializeSeed<'de> for Strict<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
@@ -71,7 +76,7 @@ impl<'de> DeserializeSeed<'de> for Strict {
     }
 }
 
-impl<'de> Visitor<'de> for Strict {
+impl<'de> Visitor<'de> for Strict<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -141,12 +146,12 @@ impl<'de> Visitor<'de> for Members {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut members = Vec::with_capacity(8);
+        let (mut members, left) = (Vec::with_capacity(8), Cell::new(MAX_MEMBERS));
         while let Some(name) = map.next_key_seed(Text)? {
             if members.len() == MAX_MEMBERS || members.iter().any(|(have, _)| *have == name) {
                 return Err(A::Error::custom("duplicate member, or too many"));
             }
-            members.push((name, map.next_value_seed(Any)?));
+            members.push((name, map.next_value_seed(Any(&left))?));
         }
         Ok(members)
     }
@@ -180,7 +185,7 @@ impl<'de> Visitor<'de> for Text {
 
 // === impl Any ===
 
-impl<'de> DeserializeSeed<'de> for Any {
+impl<'de> DeserializeSeed<'de> for Any<'_> {
     type Value = Member<'de>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Member<'de>, D::Error> {
@@ -188,7 +193,7 @@ impl<'de> DeserializeSeed<'de> for Any {
     }
 }
 
-impl<'de> Visitor<'de> for Any {
+impl<'de> Visitor<'de> for Any<'_> {
     type Value = Member<'de>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -224,11 +229,11 @@ impl<'de> Visitor<'de> for Any {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Member<'de>, A::Error> {
-        Strict { depth: MAX_DEPTH - 1 }.visit_seq(seq).map(|_| Member::Other)
+        Strict { depth: MAX_DEPTH - 1, left: self.0 }.visit_seq(seq).map(|_| Member::Other)
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Member<'de>, A::Error> {
-        Strict { depth: MAX_DEPTH - 1 }.visit_map(map).map(|_| Member::Other)
+        Strict { depth: MAX_DEPTH - 1, left: self.0 }.visit_map(map).map(|_| Member::Other)
     }
 }
 
@@ -273,6 +278,9 @@ mod tests {
         }
         let nested = |depth: usize| format!("{{\"a\":{}1{}}}", "[".repeat(depth), "]".repeat(depth));
         assert!(members(nested(MAX_DEPTH - 1).as_bytes()).is_some());
+        let within = |count: usize| format!("{{\"a\":[{}],\"b\":[]}}", vec!["1"; count].join(","));
+        assert!(members(within(MAX_MEMBERS - 2).as_bytes()).is_some());
+        assert!(members(within(MAX_MEMBERS + 1).as_bytes()).is_none());
         assert!(members(nested(MAX_DEPTH).as_bytes()).is_none());
         let many =
             |count: usize| format!("{{{}}}", (0..count).map(|n| format!("\"{n}\":0")).collect::<Vec<_>>().join(","));

@@ -329,25 +329,23 @@ impl Inner {
     fn verify(&self, bytes: &[u8], tag: Option<Tag>, client: &Client, now: Duration) -> Result<Identity, Failure> {
         let token = Token::parse(bytes)?;
         // Among several issuers the token has to say whose it is before it is believed; what it says only chooses.
-        let (provider, read) = if self.others.is_empty() {
-            (&self.first, None)
+        let is_chosen = !self.others.is_empty();
+        let provider = if is_chosen {
+            let issuer = token.issuer()?.ok_or_else(|| Denied::invalid("the token does not say who issued it"))?;
+            let provider = self.providers().find(|provider| provider.rules.issuer.as_ref() == Some(&issuer));
+            provider.ok_or_else(|| Denied::invalid(OTHER_ISSUER))?
         } else {
-            let signed = token.decode()?;
-            let claims = signed.claims()?;
-            let issuer = claims.get("iss").and_then(|issuer| issuer.as_str());
-            let issuer = issuer.ok_or_else(|| Denied::invalid("the token does not say who issued it"))?;
-            let provider = self.providers().find(|provider| provider.rules.issuer.as_deref() == Some(issuer));
-            (provider.ok_or_else(|| Denied::invalid(OTHER_ISSUER))?, Some((signed, claims)))
+            &self.first
         };
         let key = match provider.keys.find(token.kid.as_deref(), token.algorithm) {
             Lookup::Found(key) => key,
             Lookup::Ambiguous => return Err(Denied::invalid("the token does not say which key signed it").into()),
             Lookup::Unknown => {
                 // Another issuer's token is no reason to ask this one's provider, nor to wait for it.
-                if read.is_none()
+                if !is_chosen
                     && provider.keys.is_kept_fresh()
                     && let Some(issuer) = &provider.rules.issuer
-                    && !token.names(issuer)?
+                    && token.issuer()?.as_ref() != Some(issuer)
                 {
                     return Err(Denied::invalid(OTHER_ISSUER).into());
                 }
@@ -357,14 +355,11 @@ impl Inner {
             }
         };
         let charge = self.failures.take(client.address)?;
-        let (signed, claims) = match read {
-            Some((signed, claims)) => (signed, Some(claims)),
-            None => (token.decode()?, None),
-        };
+        let signed = token.decode()?;
         if !key.verifies(signed.message, &signed.signature) {
             return Err(Denied::invalid("the token's signature does not hold").into());
         }
-        let claims = claims.map_or_else(|| signed.claims(), Ok)?;
+        let claims = signed.claims()?;
         let Believed { identity, until, certificate } = provider.rules.check(token.typ.as_deref(), claims, now)?;
         if let (Some(cache), Some(tag), Some(until)) = (&self.cache, tag, until) {
             cache.insert(tag, identity.clone(), certificate, until, key, now);

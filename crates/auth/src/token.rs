@@ -140,11 +140,11 @@ impl<'a> Token<'a> {
         Ok(Self { algorithm, kid, typ, parts })
     }
 
-    /// Whether it says that it is from this issuer. Nothing else in it is read closely: this only tells whom to ask.
-    pub(crate) fn names(&self, issuer: &str) -> Result<bool, Denied> {
+    /// Whom it says it is from. Nothing else in it is read closely: this only tells whom to ask.
+    pub(crate) fn issuer(&self) -> Result<Option<String>, Denied> {
         let payload = base64url(self.parts.payload).ok_or_else(malformed)?;
         let claims: IssuedBy<'_> = serde_json::from_slice(&payload).map_err(|_| malformed_claims())?;
-        Ok(claims.iss.is_some_and(|named| named == issuer))
+        Ok(claims.iss.map(Cow::into_owned))
     }
 
     /// Decodes the rest.

@@ -284,23 +284,28 @@ where
         Some(self.pick(parts, body))
     }
 
-    /// Waits no longer for the service to be ready for another attempt than for the attempt itself.
+    /// Waits no longer for the service to be ready for another attempt than for the attempt itself, and not longer than for
+    /// somebody who admits.
     fn poll_not_ready(&mut self, cx: &mut Context<'_>) -> Poll<Option<NextOf<S, P, R, B>>> {
         let policy = policy_of(self.route.as_ref(), &self.shared);
-        let Some(trouble) = self.trouble.as_mut().filter(|trouble| trouble.last.is_some()) else {
-            return Poll::Pending;
-        };
+        let Some(trouble) = &mut self.trouble else { return Poll::Pending };
+        let is_again = trouble.last.is_some();
         if trouble.timeout.is_none() {
             let now = self.shared.clock.now();
             let caller = trouble.next.as_ref().and_then(|(parts, _)| Deadline::of(&parts.extensions));
-            let ends = [caller.map(|Deadline(end)| *end), policy.attempt_timeout.map(|limit| now + limit)];
+            let own = match &trouble.waits {
+                _ if is_again => policy.attempt_timeout.map(|limit| now + limit),
+                waits => waits.as_ref().map(|(end, _)| *end),
+            };
+            let ends = [caller.map(|Deadline(end)| *end), own];
             let end = ends.into_iter().flatten().min();
             trouble.timeout = end.map(|end| (end, Box::pin(sleep(end.since(now)))));
         }
         let Some((_, timeout)) = &mut trouble.timeout else { return Poll::Pending };
         ready!(pin!(unconstrained(timeout.as_mut())).poll(cx));
         let next = trouble.next.take();
-        Poll::Ready(next.map(|(parts, body)| self.nobody(Nobody::Empty, parts, body)))
+        let nobody = if is_again { Nobody::Empty } else { Nobody::Refused(Moment::MAX) };
+        Poll::Ready(next.map(|(parts, body)| self.nobody(nobody, parts, body)))
     }
 
     #[cold]

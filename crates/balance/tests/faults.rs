@@ -261,6 +261,24 @@ async fn a_service_is_waited_for_no_longer_than_the_attempt_would_be() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_an_endpoint_waits_no_longer_for_the_service() {
+    let set = endpoints(1);
+    set[0].gate().close_for(Mover::new());
+    let (inner, calls) = probe::<Replay<ProbeBody>>();
+    let layer = BalanceLayer::new(RoundRobin::new()).wait(Duration::from_secs(1));
+    let mut call = Box::pin(layer.layer(inner).oneshot(request_of(Method::GET, &set, "")));
+    assert!(futures::poll!(&mut call).is_pending());
+    calls.be_pending();
+    for millis in [500, 499] {
+        tokio::time::advance(Duration::from_millis(millis)).await;
+        assert!(futures::poll!(&mut call).is_pending());
+    }
+    tokio::time::advance(Duration::from_millis(2)).await;
+    let response = call.now_or_never().expect("in time").unwrap();
+    assert_eq!(response.extensions().get::<Rejection>().unwrap().reason(), "none-admits");
+}
+
 /// More than is kept must not pass to the attempt that has failed: its answer would be the caller's, after the wait.
 #[tokio::test(start_paused = true)]
 async fn an_upload_waits_while_another_attempt_does() {

@@ -26,8 +26,8 @@ pub struct Share(f64);
 
 /// How long a breaker stays open.
 ///
-/// Every time it opens again without having been well for as long as it was open before, it stays open twice as long, up to
-/// a limit; for each such time it is well, one doubling is forgotten.
+/// Every time it opens again without having been well for as long as it was to be open before, jitter and `Retry-After` aside,
+/// it stays open twice as long, up to a limit; for each such time it is well, one doubling is forgotten.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[must_use]
 pub struct OpenTime {

@@ -283,6 +283,9 @@ impl RateLimitLayer {
     /// Lets requests wait for up to `longest` instead of refusing them at once, but no longer than their `Deadline` and at
     /// most `places` of them at a time. They are charged when they come, in that order; one that goes away while it waits is
     /// given back its charge. It keeps the inner service that was ready for it. Concurrency limits do not wait.
+    ///
+    /// What a request is charged it is charged when it comes, whenever it begins. So of several limits only the one it waits
+    /// for is exact at the beginning; and whoever comes after one that went away may begin together with one behind it.
     #[must_use]
     pub fn delay(self, longest: Duration, places: usize) -> Self {
         self.set(|limiter| limiter.delay = Some(Delay::new(longest, places)))

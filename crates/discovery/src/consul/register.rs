@@ -112,10 +112,12 @@ impl Keeper {
                     }
                 },
                 () = &mut next => {
+                    let began = tokio::time::Instant::now();
                     let pause = match self.beat().await {
                         Ok(()) => {
                             backoff.reset();
-                            beat
+                            // However long it took: three fit into the time to live.
+                            beat.saturating_sub(began.elapsed())
                         }
                         Err(error) => {
                             tracing::warn!(service = &*service, id = &*id, %error, "the registration could not be confirmed");
