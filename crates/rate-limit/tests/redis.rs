@@ -364,3 +364,28 @@ async fn tls_without_a_provider_is_an_error_and_no_panic() {
         assert!(RedisStore::new(url).unwrap_err().is_provider(), "{url}");
     }
 }
+
+/// Two limits, both hot: who asks for a lease of the one waits for none of the other, or two would wait for each other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn leases_of_two_limits_are_not_waited_for_crosswise() {
+    let redis = Redis::start().await;
+    let store =
+        store(&redis).lease(Duration::from_millis(1)).deadline(Duration::from_secs(10)).on_failure(OnFailure::Refuse);
+    let rate = Rate::per_second(n(100_000));
+    let everyone = Limit::new("all", rate).with_key(Everyone);
+    let service = RateLimitLayer::new(rate).and(everyone).store(store.clone()).layer(Ok200);
+    let start = Instant::now();
+    let callers = (0..32).map(|_| {
+        let service = service.clone();
+        tokio::spawn(async move {
+            for _ in 0..200 {
+                assert_eq!(status(&service, "192.0.2.1").await, 200);
+            }
+        })
+    });
+    for caller in callers.collect::<Vec<_>>() {
+        caller.await.unwrap();
+    }
+    assert_eq!(store.stats().undecided, 0);
+    assert!(start.elapsed() < Duration::from_secs(10), "somebody slept to the deadline");
+}
