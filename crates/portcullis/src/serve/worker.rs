@@ -71,8 +71,12 @@ where
             match accepted {
                 // Accepted before there is a place for it: of several listeners, one that nobody comes to has none.
                 Ok((stream, peer)) => {
-                    let (places, phase) = (self.limits.connections.clone(), self.phase.clone());
-                    let Some(place) = place(places, phase).await else { return Ok(()) };
+                    let places = self.limits.connections.clone();
+                    let place = match places.clone().try_acquire_owned() {
+                        Ok(place) => Some(place),
+                        Err(_) => place(places, self.phase.clone()).await,
+                    };
+                    let Some(place) = place else { return Ok(()) };
                     self.spawn(stream, peer, async { Some(place) });
                 }
                 Err(error) => {
