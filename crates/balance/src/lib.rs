@@ -100,29 +100,28 @@
 //!
 //! # What it costs
 //!
-//! From `cargo bench -p portcullis-balance`, nanoseconds on two cores of an EPYC with 1 MiB of cache each. A pick includes
+//! From two runs of `cargo bench -p portcullis-balance`, nanoseconds on two cores of an EPYC with 1 MiB of cache each. A pick includes
 //! entering the gate, counting the request and counting it back; none allocates.
 //!
 //! | pick among | 3 | 1000 | 100,000 |
 //! |---|---|---|---|
-//! | random | 36–38 | 42–48 | 160–190 |
-//! | power of two | 43–48 | 47–49 | 180–230 |
-//! | round robin | 41–52 | 46–55 | 44–47 |
-//! | least connections | 50–51 | 66–71 | 193–239 |
-//! | peak EWMA | 65–67 | 68–80 | 218–255 |
-//! | the same, reading the clock (28) | 97–108 | 94–101 | 255–310 |
-//! | Maglev | 55–61 | 58–60 | |
-//! | ring hash | 53–60 | 53–56 | |
+//! | random | 37–40 | 44–49 | 165–190 |
+//! | power of two | 43–49 | 47–51 | 228–230 |
+//! | round robin | 49–53 | 47–55 | 45–49 |
+//! | least connections | 50–52 | 66–72 | 204–239 |
+//! | peak EWMA, a clock that costs nothing | 67–68 | 69–80 | 218–255 |
+//! | the same, reading the clock (28) | 100–108 | 94–101 | 256–310 |
+//! | Maglev | 55–61 | 59–60 | |
+//! | ring hash | 56–60 | 54–56 | |
 //!
-//! Most of a pick are six writes that other processors must see: the right to call and the count of what is under way each
-//! take and give back the endpoint, and the count goes up and down.
+//! Of each, four are the right to call, which goes on with the request, made and dropped by itself.
 //!
 //! What a pick touches of an endpoint is its place in the list and what it is counted by, 56 bytes that are one line of
 //! memory or lie across two; peak EWMA reads a word more, which stand side by side, and each choice costs that once. For
 //! 1000 endpoints it makes no difference. Those of 100,000 take 6.4 MB, more than what a core here has for itself, and picks
 //! at random wait for them. How long is up to the machine's other tenants: with the cache they share to itself, power of two
-//! took 49 to 89 and peak EWMA 77 to 129; in the hour of this table one read of such memory took 110 to 140 by itself. Round
-//! robin takes them in their order and does not wait.
+//! took 49 to 89 and peak EWMA 77 to 129; in the hour of this table one read of as much memory took 52 to 138 by itself, as
+//! `cargo bench -p portcullis-rate-limit --bench limit` has it. Round robin takes them in their order and does not wait.
 //!
 //! Two threads that pick among the same endpoints at random or by power of two take 47 to 55 each in some runs, nearly as
 //! one alone, and 110 to 125 in others; peak EWMA, with its clock, 116 to 126 or 210 to 276, round robin, which has one

@@ -191,8 +191,9 @@ impl Shared {
     }
 
     pub(crate) fn reset(&self, target: &Target) {
-        self.guarded(target).forget();
-        let turn = self.guarded(target).breaker.reset(target.gate(), self.mover, self.now());
+        let guarded = self.guarded(target);
+        let turn = guarded.breaker.reset(target.gate(), self.mover, self.now());
+        guarded.forget();
         if let Some(turn) = turn {
             self.turned(target, turn);
         }

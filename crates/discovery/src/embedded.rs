@@ -21,7 +21,6 @@ pub struct EmbeddedRegistry(Arc<Mutex<HashMap<Arc<str>, Members>>>);
 
 struct Members {
     all: BTreeMap<Arc<str>, Member>,
-    /// Counts registrations, so that an old handle cannot take off a newer registration of the same id.
     seen: watch::Sender<Vec<Instance>>,
 }
 
@@ -40,7 +39,7 @@ struct Held {
     number: u64,
 }
 
-/// Tells registrations apart, of whatever service.
+/// Counts registrations of whatever service, so that an old handle cannot take off a newer registration of the same id.
 static NUMBER: AtomicU64 = AtomicU64::new(0);
 
 // === impl EmbeddedRegistry ===

@@ -335,12 +335,11 @@ impl Route {
             for provider in &auth.0.providers {
                 known(provider, &config.auth.providers, "provider", notes);
             }
-            let auth_ = &auth.0;
-            let asks_for = [&auth_.scopes, &auth_.any_scope, &auth_.roles, &auth_.any_role];
-            let asks = asks_for.iter().any(|asked| !asked.is_empty())
-                || !auth_.claims.is_empty()
-                || !auth_.providers.is_empty();
-            if auth_.mode == AuthMode::None && asks {
+            let wanted = [&auth.0.scopes, &auth.0.any_scope, &auth.0.roles, &auth.0.any_role];
+            let wants = wanted.iter().any(|words| !words.is_empty())
+                || !auth.0.claims.is_empty()
+                || !auth.0.providers.is_empty();
+            if auth.0.mode == AuthMode::None && wants {
                 notes.push(
                     span,
                     "callers have to be somebody, and nobody is asked who they are",

@@ -71,12 +71,7 @@ where
             match accepted {
                 // Accepted before there is a place for it: of several listeners, one that nobody comes to has none.
                 Ok((stream, peer)) => {
-                    let places = self.limits.connections.clone();
-                    let place = match places.clone().try_acquire_owned() {
-                        Ok(place) => Some(place),
-                        Err(_) => place(places, self.phase.clone()).await,
-                    };
-                    let Some(place) = place else { return Ok(()) };
+                    let Some(place) = place(&self.limits.connections, &self.phase).await else { return Ok(()) };
                     self.spawn(stream, peer, async { Some(place) });
                 }
                 Err(error) => {
@@ -92,7 +87,7 @@ where
         while let Ok((stream, peer)) = listener.accept() {
             stream.set_nonblocking(true)?;
             let (places, phase) = (self.limits.connections.clone(), self.phase.clone());
-            self.spawn(TcpStream::from_std(stream)?, peer, place(places, phase));
+            self.spawn(TcpStream::from_std(stream)?, peer, async move { place(&places, &phase).await });
         }
         Ok(())
     }
@@ -114,11 +109,13 @@ where
 }
 
 /// A place among the connections; `None` when all is over.
-async fn place(places: Arc<Semaphore>, phase: Watch) -> Option<OwnedSemaphorePermit> {
+async fn place(places: &Arc<Semaphore>, phase: &Watch) -> Option<OwnedSemaphorePermit> {
+    if let Ok(place) = places.clone().try_acquire_owned() {
+        return Some(place);
+    }
     tokio::select! {
-        biased;
-        place = places.acquire_owned() => place.ok(),
-        () = phase.reaches(Phase::Over) => None,
+        place = places.clone().acquire_owned() => place.ok(),
+        () = phase.clone().reaches(Phase::Over) => None,
     }
 }
 
