@@ -106,7 +106,7 @@ impl World {
                 Server::Fails => next + Duration::from_millis(1),
             };
             free[server] = at;
-            let busy = permit.endpoint().begin();
+            let busy = permit.begin();
             under_way.push(Reverse(Done { at, gateway: index, server, began: next, _busy: busy }));
         }
         figures.times.sort_by(f64::total_cmp);

@@ -3,6 +3,7 @@
 use std::sync::OnceLock;
 
 use portcullis_core::{Endpoint, Slots};
+use prefetch_index::prefetch_index;
 
 use crate::pick::scale;
 
@@ -64,6 +65,15 @@ impl Group {
     #[inline]
     pub(crate) fn position(&self, index: usize) -> usize {
         self.order.as_ref().map_or(index, |order| order[index] as usize)
+    }
+
+    /// Has the processor fetch where this member is to be found.
+    #[inline]
+    pub(crate) fn prefetch(&self, endpoints: &[Endpoint], index: usize) {
+        match &self.order {
+            None => prefetch_index(endpoints, index),
+            Some(order) => prefetch_index(order, index),
+        }
     }
 
     pub(crate) fn weight(&self, index: usize) -> u32 {

@@ -87,11 +87,8 @@ impl PowerOfTwo {
 
 impl Pick for PowerOfTwo {
     fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
-        let one = among.sample();
-        match among.sample_other(one) {
-            Some(other) if is_less_busy(among, other, one) => Some(other),
-            _ => Some(one),
-        }
+        let [one, other] = among.sample_two();
+        Some(if is_less_busy(among, other, one) { other } else { one })
     }
 }
 
@@ -194,6 +191,31 @@ mod tests {
         set.close(3);
         (0..11_000).for_each(|_| seen[set.pick_after(&crate::random::Random, &[0])] += 1);
         assert!(seen[0] == 0 && seen[3] == 0 && (850..1150).contains(&seen[2]), "{seen:?}");
+    }
+
+    /// So many that numbers are drawn ahead: each policy shares them out all the same.
+    #[test]
+    fn very_many_are_shared_out_evenly_and_the_less_busy_ones_preferred() {
+        fastrand::seed(9);
+        const MANY: usize = 5000;
+        let set = Set::of(&[1; MANY]);
+        let _busy: Vec<_> = (0..MANY / 2).map(|i| set[i].begin()).collect();
+        let policies: [(&dyn Pick, f64); 3] =
+            [(&crate::random::Random, 0.5), (&PowerOfTwo, 0.25), (&crate::PeakEwma::new(), 0.125)];
+        for (policy, fair) in policies {
+            let rounds = 20 * MANY;
+            let (mut seen, mut busy) = (vec![0_u32; MANY], 0.0);
+            for _ in 0..rounds {
+                let i = set.pick(policy);
+                seen[i] += 1;
+                busy += f64::from(u8::from(i < MANY / 2)) / rounds as f64;
+            }
+            assert!((busy - fair).abs() < 0.01, "{busy} of busy ones for {fair}");
+            // Poisson: how far the counts of equals are spread is how many there are.
+            let mean = 2.0 * (1.0 - busy) * 20.0;
+            let spread: f64 = seen[MANY / 2..].iter().map(|seen| (f64::from(*seen) - mean).powi(2)).sum();
+            assert!((spread / mean / (MANY / 2) as f64 - 1.0).abs() < 0.1, "{spread}");
+        }
     }
 
     #[test]

@@ -199,6 +199,7 @@
 //! # What the simulation prints
 #![doc = include_str!("../simulation.md")]
 
+mod ahead;
 mod budget;
 mod estimate;
 mod few;
@@ -416,8 +417,8 @@ impl<P: Pick> BalanceLayer<P> {
     }
 
     /// The choice alone, for those who speak no `tower`: the right to call one of `endpoints`, by the layer's own
-    /// [policy](Self::policy). The caller counts the call itself, with [`begin`](portcullis_core::Endpoint::begin), and tells
-    /// a policy that [observes](Pick::observes) how it went.
+    /// [policy](Self::policy). The caller has the call counted, with [`begin`](Permit::begin), and tells a policy that
+    /// [observes](Pick::observes) how it went.
     ///
     /// # Errors
     ///
@@ -437,7 +438,8 @@ impl<P: Pick> BalanceLayer<P> {
     pub fn prepare(&self, endpoints: &Endpoints) {
         let request = Request::new(());
         let shared = &*self.shared;
-        let choice = shared.choice(&shared.policy, Asked::of(&request), &[]);
+        let asked = Asked::of(&request);
+        let choice = shared.choice(&shared.policy, &asked, &[]);
         shared.viewed(endpoints, &choice).subset(endpoints, &choice).prepare(endpoints, &choice);
     }
 
@@ -488,14 +490,15 @@ impl<P> Clone for Shared<P> {
 }
 
 impl<P: Pick> Shared<P> {
-    fn choose(
-        &self,
+    fn choose<'a>(
+        &'a self,
         endpoints: &Endpoints,
-        policy: &Policy,
-        asked: Asked<'_>,
+        policy: &'a Policy,
+        mut asked: Asked<'a>,
         tried: &[Failed],
     ) -> Result<Chosen, Nobody> {
-        let choice = self.choice(policy, asked, tried);
+        asked.hash_key = policy.hash_key.as_ref();
+        let choice = self.choice(policy, &asked, tried);
         if let Some(prefer) = asked.extensions.get::<Prefer>() {
             let ids = || (0..).zip(endpoints.iter()).map(|(i, endpoint)| (endpoint.id().clone(), i)).collect();
             let position = endpoints.slot(&IDS, ids).get(&prefer.id);
@@ -522,8 +525,7 @@ impl<P: Pick> Shared<P> {
     }
 
     #[inline]
-    fn choice<'a>(&'a self, policy: &'a Policy, asked: Asked<'a>, tried: &'a [Failed]) -> Choice<'a, P> {
-        let asked = Asked { hash_key: policy.hash_key.as_ref(), ..asked };
+    fn choice<'a>(&'a self, policy: &'a Policy, asked: &'a Asked<'a>, tried: &'a [Failed]) -> Choice<'a, P> {
         let terms = Terms { shape: &self.shape, subset: policy.subset.as_ref(), asked, tried, clock: &self.clock };
         Choice { pick: &*self.pick, terms }
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use portcullis_core::{Endpoint, Moment, SlotKey};
+use prefetch_index::prefetch_index;
 
 use crate::estimate::{Estimate, Known, Place, Seen, TICKS};
 use crate::pick::{Call, Candidates, Pick};
@@ -147,7 +148,8 @@ impl Pick for PeakEwma {
     fn pick(&self, among: &Candidates<'_>) -> Option<usize> {
         let listed = among.of_all(&self.listed, |all| self.list(all));
         let eye = Eye { among, listed, now: self.tick(among.now()), penalty: self.penalty };
-        let [mut best, mut one, mut other] = among.sample_three();
+        let beside = |position| listed.prefetch(position);
+        let [mut best, mut one, mut other] = among.sample_three(beside);
         let (mut cheapest, mut left) = (eye.look(best), self.choices.min(among.len()) - 1);
         while left > 0 {
             if left == 1 {
@@ -165,7 +167,7 @@ impl Pick for PeakEwma {
             }
             left -= 2;
             cheapest = eye.look(best);
-            [_, one, other] = among.sample_three();
+            [_, one, other] = among.sample_three(beside);
         }
         Some(best)
     }
@@ -186,6 +188,15 @@ impl Listed {
         match &*blocks {
             [only] if (0..).zip(&places).all(|(i, place)| *place == (0, i)) => Self::Straight(only.clone()),
             _ => Self::Scattered { blocks, places },
+        }
+    }
+
+    /// Has the processor fetch what is read first at this position.
+    #[inline(always)]
+    fn prefetch(&self, position: usize) {
+        match self {
+            Self::Straight(block) => prefetch_index(block, position),
+            Self::Scattered { places, .. } => prefetch_index(places, position),
         }
     }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use http::{Extensions, HeaderMap, Method, Request, Uri};
 use portcullis_core::{Endpoint, Endpoints, Moment, Outcome, SlotKey};
 
+use crate::ahead;
 use crate::group::Group;
 use crate::hash_key::HashKey;
 use crate::shape::Subset;
@@ -84,6 +85,8 @@ pub struct Candidates<'a> {
 /// How many that turned out not to admit are remembered within one pick.
 const SKIPPED: usize = 4;
 const NOBODY: u32 = u32::MAX;
+/// So many endpoints are not all at hand: from here on the caches next to the processor hold few of them.
+const MANY: usize = 4096;
 
 /// What a policy may look at of the request.
 #[derive(Clone, Copy, Debug)]
@@ -245,7 +248,28 @@ impl<'a> Candidates<'a> {
         {
             return i;
         }
-        self.group.sample(self.endpoints, self.random())
+        let [one] = self.draw(|random| [self.group.sample(self.endpoints, random)], |_| {});
+        one
+    }
+
+    /// What `look` makes of a random number. Among [`MANY`], what it will make of the next picks' is fetched meanwhile, together
+    /// with what `beside` fetches by [position](Self::position).
+    #[inline(always)]
+    fn draw<const N: usize>(&self, look: impl Fn(u64) -> [usize; N], beside: impl Fn(usize)) -> [usize; N] {
+        if self.len() < MANY || self.seed.get() != 0 {
+            return look(self.random());
+        }
+        let drawn = ahead::draw();
+        self.seed.set(drawn.now | 1);
+        for index in look(drawn.later) {
+            self.group.prefetch(self.endpoints, index);
+        }
+        for index in look(drawn.soon) {
+            let position = self.position(index);
+            self.at(position).prefetch();
+            beside(position);
+        }
+        look(drawn.now)
     }
 
     #[cold]
@@ -283,21 +307,42 @@ impl<'a> Candidates<'a> {
         Some(other + usize::from(other >= than))
     }
 
-    /// One at random by weight, and two of the others, which may be the same; all the same when there is only one. When some
-    /// have failed this request, of those that are [usable](Self::usable).
+    /// One at random by weight, and one of the others, or the same once more when there is no other. When some have failed this
+    /// request, of those that are [usable](Self::usable).
     #[inline(always)]
-    pub(crate) fn sample_three(&self) -> [usize; 3] {
+    pub(crate) fn sample_two(&self) -> [usize; 2] {
+        /// Of so many two fit into a random number.
+        const FITTING: usize = 1 << 30;
+        let len = self.len();
+        if self.fewer.get() || self.is_weighted() || !(2..=FITTING).contains(&len) {
+            let one = self.sample();
+            return [one, self.sample_other(one).unwrap_or(one)];
+        }
+        let look = |random: u64| {
+            let (one, other) = (scale(random, len), scale(random.rotate_left(32), len - 1));
+            [one, other + usize::from(other >= one)]
+        };
+        self.draw(look, |_| {})
+    }
+
+    /// One at random by weight, and two of the others, which may be the same; all the same when there is only one. When some
+    /// have failed this request, of those that are [usable](Self::usable). `beside` fetches what else will be read of those
+    /// of a later pick, by [position](Self::position).
+    #[inline(always)]
+    pub(crate) fn sample_three(&self, beside: impl Fn(usize)) -> [usize; 3] {
         /// Of so many three fit into a random number.
         const FITTING: usize = 1 << 20;
         let len = self.len();
         if self.fewer.get() || self.is_weighted() || !(2..=FITTING).contains(&len) {
             return self.sample_three_apart();
         }
-        let random = self.random();
         // Each of them by other bits, and none waits for the one before.
-        let (one, first, second) =
-            (scale(random, len), scale(random.rotate_left(21), len - 1), scale(random.rotate_left(42), len - 1));
-        [one, first + usize::from(first >= one), second + usize::from(second >= one)]
+        let look = |random: u64| {
+            let (one, first, second) =
+                (scale(random, len), scale(random.rotate_left(21), len - 1), scale(random.rotate_left(42), len - 1));
+            [one, first + usize::from(first >= one), second + usize::from(second >= one)]
+        };
+        self.draw(look, beside)
     }
 
     #[cold]
@@ -340,7 +385,7 @@ impl<'a> Candidates<'a> {
     /// The request.
     #[must_use]
     pub fn asked(&self) -> Asked<'a> {
-        self.terms.asked
+        *self.terms.asked
     }
 
     /// What the policy with this key derived from these candidates, derived when it is first asked for. It is dropped

@@ -71,7 +71,7 @@ impl Set {
 
     fn among_after<R>(&self, request: &Request<()>, tried: &[Failed], look: impl FnOnce(&Candidates<'_>) -> R) -> R {
         let (shape, asked) = (Shape::default(), Asked::of(request));
-        let terms = Terms { shape: &shape, subset: None, asked, tried, clock: &self.clock };
+        let terms = Terms { shape: &shape, subset: None, asked: &asked, tried, clock: &self.clock };
         look(&Candidates::new(&self.endpoints, &self.group, false, &terms))
     }
 }

@@ -77,7 +77,7 @@ pub(crate) struct Choice<'a, P: ?Sized> {
 pub(crate) struct Terms<'a> {
     pub(crate) shape: &'a Shape,
     pub(crate) subset: Option<&'a Subset>,
-    pub(crate) asked: Asked<'a>,
+    pub(crate) asked: &'a Asked<'a>,
     pub(crate) tried: &'a [Failed],
     pub(crate) clock: &'a Clock,
 }
@@ -340,13 +340,14 @@ impl View {
             [] => return self.scan(endpoints, choice, 0, false),
             [only] => only,
             several => {
-                let point = pick.point(choice.terms.asked).unwrap_or_else(|| fastrand::u64(..)) >> 32;
+                let point = pick.point(*choice.terms.asked).unwrap_or_else(|| fastrand::u64(..)) >> 32;
                 several.iter().find(|part| point < part.end).unwrap_or(&several[0])
             }
         };
         let among = Candidates::new(endpoints, &part.group, part.panic, &choice.terms);
         let now = || among.now();
-        let observed = || pick.observes().then(now);
+        // Before a gate is entered: what is got there is then not moved once more.
+        let observed = pick.observes().then(now);
         if !self.unseen.is_empty()
             && among.random_below(PROBES) == 0
             && let Some(i) = self.unseen.get(among.random_below(self.unseen.len()))
@@ -354,7 +355,7 @@ impl View {
             && !choice.has_tried(endpoint)
             && let Ok(permit) = endpoint.permit(now)
         {
-            return Ok((permit, observed()));
+            return Ok((permit, observed));
         }
         for _ in 0..ASKED {
             let Some(i) = pick.pick(&among).filter(|i| *i < among.len()) else { break };
@@ -364,8 +365,8 @@ impl View {
                 continue;
             }
             match endpoint.permit(now) {
-                Ok(permit) => return Ok((permit, observed())),
-                Err(_) if part.panic => return Ok((endpoint.permit_by_force(), observed())),
+                Ok(permit) => return Ok((permit, observed)),
+                Err(_) if part.panic => return Ok((endpoint.permit_by_force(), observed)),
                 Err(_) => among.skip(i),
             }
         }
@@ -428,7 +429,7 @@ mod tests {
     fn subsets_and_cookies_that_say_the_same_are_worked_out_once_for_a_snapshot() {
         let (set, request, clock) = (Set::of(&[1; 3]), Request::new(()), Clock::system());
         let (shape, asked) = (Shape::default(), Asked::of(&request));
-        let terms = Terms { shape: &shape, subset: None, asked, tried: &[], clock: &clock };
+        let terms = Terms { shape: &shape, subset: None, asked: &asked, tried: &[], clock: &clock };
         let whole = Choice { pick: &Random, terms };
         let viewed = Viewed::new(&set.endpoints, &whole);
         let of = |subset| viewed.subset(&set.endpoints, &whole.within(Some(&subset)));

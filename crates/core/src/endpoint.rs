@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwap;
+use prefetch_index::prefetch_index;
 
 use crate::gate::{Gate, Moves, Pass, Refused};
 use crate::per_endpoint::Number;
@@ -91,9 +92,10 @@ pub struct Endpoint(Arc<Inner>);
 #[derive(Clone)]
 pub struct WeakEndpoint(Weak<Inner>);
 
-/// What an endpoint is busy with, mostly one request; dropping it ends the counting.
+/// What an endpoint is busy with, mostly one request; dropping it ends the counting, and gives the
+/// [right](Permit::begin) back that it came with.
 #[must_use = "the request is counted until this is dropped"]
-pub struct InFlight(Endpoint);
+pub struct InFlight(Permit);
 
 /// What every pick reads and every request writes: with the counts of handles it fills one line of a cache, and what the
 /// endpoint is stands elsewhere. Of very many endpoints this is what a pick waits for.
@@ -336,8 +338,7 @@ impl Endpoint {
 
     /// Counts a request until the returned value is dropped.
     pub fn begin(&self) -> InFlight {
-        self.0.load.begun.fetch_add(1, Ordering::Relaxed);
-        InFlight(self.clone())
+        InFlight::begin(Permit::without_right(self.clone()))
     }
 
     /// Counts it as busy until the returned value is dropped, with what a request has become, such as a tunnel.
@@ -356,6 +357,16 @@ impl Endpoint {
     #[must_use]
     pub fn existing_slot<T: Send + Sync + 'static>(&self, key: &SlotKey<T>) -> Option<&T> {
         self.0.about.slots.get(key)
+    }
+
+    /// Has the processor fetch what a pick reads and a request writes: for whoever will soon want it, of so many that they are
+    /// not all at hand.
+    #[inline]
+    pub fn prefetch(&self) {
+        let inner = std::slice::from_ref(&*self.0);
+        prefetch_index(inner, 0);
+        // An allocator that does not align may have put its end on the next line.
+        prefetch_index(inner, 1);
     }
 
     pub(crate) fn number(&self) -> &Number {
@@ -448,19 +459,25 @@ impl InFlight {
     /// The endpoint that is busy.
     #[must_use]
     pub fn endpoint(&self) -> &Endpoint {
-        &self.0
+        self.0.endpoint()
+    }
+
+    #[inline]
+    pub(crate) fn begin(permit: Permit) -> Self {
+        permit.endpoint().0.load.begun.fetch_add(1, Ordering::Relaxed);
+        Self(permit)
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.0.load.ended.fetch_add(1, Ordering::Release);
+        self.endpoint().0.load.ended.fetch_add(1, Ordering::Release);
     }
 }
 
 impl fmt::Debug for InFlight {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("InFlight").field(&self.0).finish()
+        f.debug_tuple("InFlight").field(self.endpoint()).finish()
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use crate::Endpoint;
 use crate::gate::{Entry, Pass};
+use crate::{Endpoint, InFlight};
 
 /// The right to call one endpoint once, as balance leaves it in the request.
 ///
@@ -32,6 +32,12 @@ impl Permit {
     #[must_use]
     pub fn endpoint(&self) -> &Endpoint {
         &self.endpoint
+    }
+
+    /// Counts the call as [`Endpoint::begin`] does; the right is given back when the counting ends.
+    #[inline]
+    pub fn begin(self) -> InFlight {
+        InFlight::begin(self)
     }
 
     /// Takes the right out, if it is still here, and leaves the endpoint.
@@ -91,7 +97,10 @@ mod tests {
         drop(permit);
         assert!(endpoint.permit(now).is_err(), "the right was taken, not dropped");
         drop(pass);
-        assert!(endpoint.permit(now).is_ok());
+        let begun = endpoint.permit(now).unwrap().begin();
+        assert!(endpoint.permit(now).is_err() && endpoint.in_flight() == 1);
+        drop(begun);
+        assert!(endpoint.permit(now).is_ok() && endpoint.in_flight() == 0);
     }
 
     #[test]
