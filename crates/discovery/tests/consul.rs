@@ -76,16 +76,11 @@ async fn parked_watches_see_changes_as_well() {
         service.endpoints.as_ref().unwrap().len()
     };
     until(async || (0..20).all(|i| endpoints(i) == 1)).await;
-    let mut slowest = Duration::ZERO;
+    // Long before the wait of a parked watch is over, which is minutes.
     for i in (14..20).rev() {
-        let start = tokio::time::Instant::now();
         consul.put("/v1/agent/service/register", &format!(r#"{{"Name":"s-{i}","ID":"{i}-b","Port":2}}"#)).await;
         until(async || endpoints(i) == 2).await;
-        slowest = slowest.max(start.elapsed());
-        // Isolated changes, not churn.
-        tokio::time::sleep(Duration::from_millis(1100)).await;
     }
-    assert!(slowest < Duration::from_secs(1), "{slowest:?}");
 }
 
 /// How many connections are open to a port of the loopback interface.
@@ -325,10 +320,11 @@ async fn over_tls_with_certificates_on_both_sides_few_connections_carry_many_wat
     }
     let seen = || layer.status().iter().filter(|s| s.endpoints.as_ref().is_some_and(|e| e.len() == 1)).count();
     until(async || seen() == 100).await;
-    let start = tokio::time::Instant::now();
+    // Parked ones share one; these are spread over eight, beside the catalog's.
+    #[cfg(target_os = "linux")]
+    assert!((8..=10).contains(&connections(port)), "{}", connections(port));
     consul.put("/v1/agent/service/deregister/99", "").await;
     until(async || seen() == 99).await;
-    assert!(start.elapsed() < Duration::from_millis(500), "{:?}", start.elapsed());
     std::fs::remove_dir_all(folder).unwrap();
     assert!(ConsulRegistry::new(tls.certificate_authorities("nonsense")).unwrap_err().is_invalid());
 }
