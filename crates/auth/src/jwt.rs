@@ -104,7 +104,8 @@ impl Jwt {
         self.rule(|rules| rules.leeway = leeway.min(MAX_LEEWAY))
     }
 
-    /// Refuses tokens issued (`iat`) longer ago than this, whatever their `exp`.
+    /// Refuses tokens issued (`iat`) longer ago than this and the [leeway](Self::leeway), whatever their `exp`, and tokens that
+    /// do not say when. By default none is too old.
     #[must_use]
     pub fn max_age(self, age: Duration) -> Self {
         self.rule(|rules| rules.max_age = Some(age))

@@ -69,7 +69,8 @@ impl KeySet {
     ///
     /// # Errors
     ///
-    /// [`Error::is_key`] when it is not a key for that algorithm, or an RSA key of less than 2048 bits.
+    /// [`Error::is_key`] when it is not a key for that algorithm, or an RSA key of less than 2048 or more than 8192 bits, or
+    /// one that can be factored (ROCA).
     pub fn from_pem(algorithm: Algorithm, pem: impl AsRef<[u8]>) -> Result<Self, Error> {
         Ok(Self::of(vec![Key::pem(algorithm, pem.as_ref())?]))
     }
@@ -106,7 +107,7 @@ impl KeySet {
     ///
     /// # Errors
     ///
-    /// [`Error::is_key_set`] when both have a key with the same `kid` and algorithm; [`Error::is_setting`] when either is kept
+    /// [`Error::is_key_set`] when both have a key with the same `kid`, or with none, and the same algorithm; [`Error::is_setting`] when either is kept
     /// fresh.
     pub fn with(self, other: &Self) -> Result<Self, Error> {
         if self.is_kept_fresh() || other.is_kept_fresh() {
@@ -126,7 +127,8 @@ impl KeySet {
     ///
     /// # Errors
     ///
-    /// [`Error::is_key_set`] when there is more than one key.
+    /// [`Error::is_key_set`] when there is more than one key, or the set is shared or kept fresh; [`Error::is_key`] when `kid`
+    /// is longer than 512 bytes.
     pub fn named(self, kid: &str) -> Result<Self, Error> {
         let one_key = || Error::new(Kind::KeySet, "only a set of one key, not yet shared, can be named");
         let handle = Arc::into_inner(self.0).filter(|handle| handle.task.is_none()).ok_or_else(one_key)?;

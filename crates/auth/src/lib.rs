@@ -3,7 +3,7 @@
 //! * **Reads** the credentials in the request's headers, the [`PeerTls`](portcullis_core::PeerTls) and
 //!   [`PeerAddress`](portcullis_core::PeerAddress) the server left, and the [`Policy`] of the
 //!   [`Route`].
-//! * **Writes** the [`Identity`]; takes the credentials out, unless told to pass them on; writes
+//! * **Writes** the [`Identity`]; takes the credentials it accepted out, unless told to pass them on; writes
 //!   the [identity headers](IdentityHeaders) it was told to.
 //! * **Refuses** with 401 who shows nothing or what does not hold, with 403 who must not, with 400 what cannot be read, with
 //!   429 an address that failed too often, with 503 while it cannot be told. Challenges are
@@ -284,7 +284,7 @@ impl<A> AuthLayer<A> {
     }
 
     /// Passes the credentials on with the request, marked as sensitive. By default they are taken out once they were accepted, so that nobody
-    /// behind can use them elsewhere.
+    /// behind can use them elsewhere. Requests that nobody is asked about ([`Policy::none`], preflights) keep theirs.
     #[must_use]
     pub fn forward_credentials(self, forward: bool) -> Self {
         self.change(|settings| settings.forward_credentials = forward)
@@ -309,14 +309,14 @@ impl<A> AuthLayer<A> {
         self.change(|settings| settings.preflight = pass)
     }
 
-    /// Names the `realm` in challenges.
+    /// Names the `realm` in `Bearer` challenges, by default none; [`Basic`] has the one it was made with.
     #[must_use]
     pub fn realm(self, realm: &str) -> Self {
         self.change(|settings| settings.challenges.realm(realm))
     }
 
     /// Names the document that says where tokens for this service come from
-    /// ([RFC 9728](https://www.rfc-editor.org/rfc/rfc9728)) in challenges.
+    /// ([RFC 9728](https://www.rfc-editor.org/rfc/rfc9728)) in `Bearer` challenges.
     #[must_use]
     pub fn resource_metadata(self, url: &str) -> Self {
         self.change(|settings| settings.challenges.resource_metadata(url))

@@ -9,7 +9,7 @@ use crate::table::{Placed, Table, Tables, hash_by};
 ///
 /// Shares are more even than a [ring](crate::RingHash)'s and looking up is one step; when an endpoint comes or goes, a few
 /// more keys move than must. One that does not admit is passed over without moving other keys. A request without a key
-/// goes anywhere.
+/// goes anywhere. Of an endpoint counts `hash_key` in its metadata or else its id, as with [`RingHash`](crate::RingHash).
 #[derive(Clone, Debug)]
 pub struct Maglev {
     key: HashKey,

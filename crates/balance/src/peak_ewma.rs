@@ -18,8 +18,9 @@ use crate::pick::{Call, Candidates, Pick};
 /// caller stops reading its body, as that of an endless stream must, does not count. What is different here:
 ///
 /// * **Failures cost.** The share of failed calls adds up to [`penalty`](Self::penalty) to the latency. An endpoint that
-///   fails in a millisecond would otherwise be the fastest of all and draw twice its share. A `429` or
-///   `RESOURCE_EXHAUSTED` with `retry-after` or pushback raises the latency to what it asks for, up to five minutes.
+///   fails in a millisecond would otherwise be the fastest of all and draw twice its share. A `429`,
+///   `503`, `RESOURCE_EXHAUSTED` or `UNAVAILABLE` with `retry-after` or pushback raises the latency to what it asks for, up
+///   to five minutes.
 /// * **What is not known is taken to be as the other's.** A new endpoint gets a fair share at once: it neither starves nor
 ///   is flooded. An estimate counts the more the more calls it comes from, and fades when nothing confirms it: a few calls
 ///   say little of latency, so the shares of an idle service stay those of the weights.

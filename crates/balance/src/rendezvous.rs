@@ -7,7 +7,7 @@ use portcullis_core::SlotKey;
 
 /// The endpoint with the highest score for the request's [`HashKey`] (Thaler and Ravishankar, 1998): shares are exactly
 /// those of the weights, no key moves that need not, and there is no table; but each pick looks at every endpoint. For up
-/// to some dozens.
+/// to some dozens. Of an endpoint counts `hash_key` in its metadata or else its id, as with [`RingHash`](crate::RingHash).
 #[derive(Clone, Debug)]
 pub struct Rendezvous {
     key: HashKey,

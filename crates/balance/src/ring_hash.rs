@@ -9,6 +9,9 @@ use crate::table::{Placed, Table, Tables, hash_by};
 ///
 /// Each endpoint stands on the ring in proportion to its weight. One that does not admit, or is
 /// [too busy](Self::bounded_load), is passed over for the next. A request without a key goes anywhere.
+///
+/// An endpoint's own place comes from `hash_key` in its metadata
+/// (gRPC A76), or else from its id: what comes back under another id without one takes other keys.
 #[derive(Clone, Debug)]
 pub struct RingHash {
     key: HashKey,

@@ -41,7 +41,7 @@ pub(crate) type Token = u128;
 impl Sticky {
     /// By a cookie of this name, `None` if that is no name for a cookie
     /// ([RFC 6265 §4.1.1](https://www.rfc-editor.org/rfc/rfc6265#section-4.1.1)). The secret should be random; gateways that
-    /// serve the same callers need the same one.
+    /// serve the same callers need the same one. The cookie is sent with `Path=/; HttpOnly; SameSite=Lax`.
     #[must_use]
     pub fn cookie(name: &str, secret: [u8; 16]) -> Option<Self> {
         let separators = b"()<>@,;:\\\"/[]?={} \t";

@@ -21,9 +21,9 @@ use crate::{Error, Registry, Watch};
 
 /// Services from DNS: addresses with a port of their own, or SRV records.
 ///
-/// Names are asked for anew when their time to live is over, but not sooner than after 5 s. An answer that the server
-/// truncated is asked for over TCP. That a name does not exist, or has no such records, is a sound "none", believed as long
-/// as the server says; a server that cannot be reached or says `SERVFAIL` is a failure. An address or an SRV target that
+/// Names are asked for anew when their time to live is over, but not sooner than after [5 s](Self::floor), nor later than
+/// after five minutes. An answer that the server truncated is asked for over TCP. That a name does not exist, or has no such
+/// records, is a sound "none", believed as long as the server says, within the same bounds; a server that cannot be reached or says `SERVFAIL` is a failure. An address or an SRV target that
 /// fails by itself is a failure of the whole, so that half an answer shrinks no pool.
 ///
 /// A name that does not end in a dot may be meant relative to the domains that the system searches, tried in the order of
@@ -113,7 +113,7 @@ impl DnsRegistry {
         self
     }
 
-    /// How soon a name is asked for again at the earliest, whatever its time to live. Default 5 s.
+    /// How soon a name is asked for again at the earliest, whatever its time to live. Default 5 s; at least 10 ms.
     #[must_use]
     pub fn floor(mut self, floor: Duration) -> Self {
         self.floor = floor.max(Duration::from_millis(10));

@@ -2,7 +2,7 @@
 //!
 //! * **Reads** [`Destination`] (or a fixed name, or what a closure makes of the request).
 //! * **Writes** [`Endpoints`].
-//! * **Refuses** with 503 what nobody serves: `no-instances`, `not-known-yet`, `too-many-services`.
+//! * **Refuses** with 503 what nobody serves: `no-instances`, `not-known-yet`, `too-many-services`, `no-runtime`.
 //! * **Alone** a request without a name passes on untouched; the endpoints are for whoever reads them.
 //! * **Cost** a hash and two pointer loads; no lock and no allocation but the value written. A request that comes before
 //!   the first answer waits, and is boxed for that.

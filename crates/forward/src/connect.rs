@@ -2,7 +2,8 @@
 
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::stream::{FuturesUnordered, StreamExt};
@@ -10,6 +11,7 @@ use portcullis_core::{Address, Instance, Scheme};
 use tokio::net::TcpStream;
 #[cfg(unix)]
 use tokio::net::UnixStream;
+use tokio::sync::watch;
 use tokio::time::sleep;
 
 use crate::failure::{Failure, Kind};
@@ -26,17 +28,26 @@ pub(crate) struct Dialed {
     pub(crate) h2: bool,
 }
 
+/// Looks up the name of one endpoint, once for all who want to connect to it: a lookup that nobody answers occupies a thread
+/// for many seconds, whether anybody still waits for it or not.
+#[derive(Default)]
+pub(crate) struct Lookup(Arc<Mutex<Option<watch::Receiver<Found>>>>);
+
+/// Nothing yet, the addresses, or why there are none.
+type Found = Option<Result<Vec<SocketAddr>, Arc<io::Error>>>;
+
 /// Connects to `instance`. `h2` is what it is known to speak, if that is known; without TLS it decides.
 pub(crate) async fn dial(
     instance: &Instance,
     h2: Option<bool>,
+    lookup: &Lookup,
     #[cfg(feature = "tls")] tls: Option<&crate::tls::ClientTls>,
 ) -> Result<Dialed, Failure> {
     let failed = |error: io::Error| Failure::unsent(Kind::Connect).because(&error);
     let (stream, h2) = match instance.scheme {
         #[cfg(feature = "tls")]
         Scheme::Https => {
-            let plain = plain(&instance.address).await.map_err(failed)?;
+            let plain = plain(&instance.address, lookup).await.map_err(failed)?;
             let missing = || Failure::unsent(Kind::Tls).because(&"no TLS is set up for upstreams");
             let stream = tls.ok_or_else(missing)?.connect(&instance.address, plain, h2).await?;
             let agreed = stream.get_ref().1.alpn_protocol() == Some(b"h2");
@@ -48,7 +59,7 @@ pub(crate) async fn dial(
             let stream = match &instance.address {
                 #[cfg(unix)]
                 Address::Unix(path) => Stream::Unix(UnixStream::connect(path).await.map_err(failed)?),
-                address => Stream::Tcp(tcp(address).await.map_err(failed)?),
+                address => Stream::Tcp(tcp(address, lookup).await.map_err(failed)?),
             };
             (stream, h2.unwrap_or(false))
         }
@@ -57,25 +68,60 @@ pub(crate) async fn dial(
 }
 
 #[cfg(feature = "tls")]
-async fn plain(address: &Address) -> io::Result<crate::stream::Plain> {
+async fn plain(address: &Address, lookup: &Lookup) -> io::Result<crate::stream::Plain> {
     Ok(match address {
         #[cfg(unix)]
         Address::Unix(path) => crate::stream::Plain::Unix(UnixStream::connect(path).await?),
-        address => crate::stream::Plain::Tcp(tcp(address).await?),
+        address => crate::stream::Plain::Tcp(tcp(address, lookup).await?),
     })
 }
 
-async fn tcp(address: &Address) -> io::Result<TcpStream> {
+async fn tcp(address: &Address, lookup: &Lookup) -> io::Result<TcpStream> {
     let stream = match address {
         Address::Socket(address) => TcpStream::connect(address).await?,
         Address::Name(host, port) => {
-            let found: Vec<_> = tokio::net::lookup_host((&**host, *port)).await?.take(MOST_ADDRESSES).collect();
-            happy_eyeballs(interleave(found), TcpStream::connect).await?
+            happy_eyeballs(interleave(lookup.addresses(host, *port).await?), TcpStream::connect).await?
         }
         _ => return Err(io::ErrorKind::Unsupported.into()),
     };
     stream.set_nodelay(true)?;
     Ok(stream)
+}
+
+// === impl Lookup ===
+
+impl Lookup {
+    async fn addresses(&self, host: &Arc<str>, port: u16) -> io::Result<Vec<SocketAddr>> {
+        let mut found = self.begin(host, port);
+        let answer = found.wait_for(Option::is_some).await.map(|found| found.clone());
+        match answer {
+            Ok(Some(Ok(addresses))) => Ok(addresses),
+            Ok(Some(Err(error))) => Err(io::Error::new(error.kind(), error)),
+            Ok(None) | Err(_) => Err(io::Error::other("the lookup of the name was given up")),
+        }
+    }
+
+    /// The lookup that is under way, or a new one.
+    fn begin(&self, host: &Arc<str>, port: u16) -> watch::Receiver<Found> {
+        let mut under_way = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that was dropped, with its runtime, tells nobody.
+        if let Some(found) = &*under_way
+            && found.has_changed().is_ok()
+        {
+            return found.clone();
+        }
+        let (tell, found) = watch::channel(None);
+        *under_way = Some(found.clone());
+        drop(under_way);
+        let (host, under_way) = (host.clone(), self.0.clone());
+        tokio::task::spawn_blocking(move || {
+            let addresses = (&*host, port).to_socket_addrs().map(|found| found.take(MOST_ADDRESSES).collect());
+            // Who comes from now on wants to know what is true then.
+            *under_way.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            tell.send_replace(Some(addresses.map_err(Arc::new)));
+        });
+        found
+    }
 }
 
 /// Families in turn, beginning with that of the first.

@@ -262,7 +262,7 @@ impl Exchange {
             && let (Some(flow), Some(upload)) = (&self.flow, h1.split())
         {
             // The answer came early; the rest of the request goes on beside it, whether the answer is read or not.
-            tokio::spawn(upload.run(flow.clone(), self.times.idle));
+            tokio::spawn(upload.run(flow.clone(), self.times.idle, self.times.end));
         }
         let body = match h1.whole_body() {
             Some(bytes) => {
@@ -335,12 +335,12 @@ impl Exchange {
                 let (mut head, stream) = response.into_parts();
                 head.extensions = std::mem::take(&mut self.extensions);
                 let stream = Received::new(stream, &head.headers);
-                if self.is_too_large(stream.left().unwrap_or_default()) {
+                if !self.has_no_body(head.status) && self.is_too_large(stream.left().unwrap_or_default()) {
                     return Tried::Failed(Failure::sent(Kind::ResponseTooLarge), Again::Never);
                 }
                 if let (Some(upload), Some(flow)) = (upload, &self.flow) {
                     // The answer came early; the rest of the request goes on beside it, whether the answer is read or not.
-                    tokio::spawn(upload.run(flow.clone(), self.times.idle, place.shared()));
+                    tokio::spawn(upload.run(flow.clone(), self.times.idle, self.times.end, place.shared()));
                 }
                 let (limits, permit) = (self.limits(), self.permit.take());
                 Tried::Answered(Response::from_parts(head, ResponseBody::h2(stream, place, limits, permit)))
@@ -374,6 +374,12 @@ impl Exchange {
             (Some(flow), Kind::Reset) => broken(flow).unwrap_or(kind),
             _ => kind,
         }
+    }
+
+    /// Whether a length in the head of the answer is only that of another one
+    /// ([RFC 9110](https://www.rfc-editor.org/rfc/rfc9110#section-8.6)).
+    fn has_no_body(&self, status: StatusCode) -> bool {
+        self.method == Method::HEAD || status == StatusCode::NOT_MODIFIED
     }
 
     fn is_too_large(&self, announced: u64) -> bool {

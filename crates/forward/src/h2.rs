@@ -23,7 +23,7 @@ use crate::failure::{Failure, Kind};
 use crate::pool::{Limits, Shard};
 use crate::stream::Stream;
 use crate::upload::{Flow, Outgoing};
-use portcullis_wire::{Alarm, Halt, Pings, Transmit, after, poll_once, reason};
+use portcullis_wire::{Alarm, Halt, Pings, Transmit, after, earlier, poll_once, reason};
 
 /// Begins streams on a connection.
 pub(crate) type Sender = SendRequest<Bytes>;
@@ -109,10 +109,10 @@ impl H2 {
         self.sender.clone()
     }
 
-    /// A stream, if there is one left.
-    pub(crate) fn stream(&mut self, now: Instant, limit: usize) -> Option<StreamPlace> {
+    /// A stream, if there is one left, and the connection is not `to_retire`, or that does not count.
+    pub(crate) fn stream(&mut self, now: Instant, limit: usize, to_retire: bool) -> Option<StreamPlace> {
         let most = self.state.most.load(Ordering::Relaxed).min(limit);
-        let is_fit = self.retire.is_none_or(|retire| now < retire)
+        let is_fit = (to_retire || !self.is_to_retire(now))
             && self.state.streams.load(Ordering::SeqCst) < most
             && is_open(&mut self.sender).is_ok();
         is_fit.then(|| {
@@ -131,10 +131,13 @@ impl H2 {
         self.state.streams.load(Ordering::Relaxed) == 0
     }
 
+    fn is_to_retire(&self, now: Instant) -> bool {
+        self.retire.is_some_and(|retire| now >= retire)
+    }
+
     pub(crate) fn is_over(&mut self, now: Instant, idle_timeout: Duration) -> bool {
-        is_open(&mut self.sender).is_err()
-            || self.retire.is_some_and(|retire| now >= retire)
-            || self.is_unused() && now.saturating_duration_since(self.last_used) > idle_timeout
+        let is_old = self.is_to_retire(now) || now.saturating_duration_since(self.last_used) > idle_timeout;
+        is_open(&mut self.sender).is_err() || is_old && self.is_unused()
     }
 }
 
@@ -240,14 +243,14 @@ impl Upload {
         }
     }
 
-    /// Sends it to its end, whether the answer is read or not, unless it stands still for `idle`.
-    pub(crate) async fn run(mut self, flow: Arc<Flow>, idle: Duration, _place: StreamPlace) {
+    /// Sends it to its end, whether the answer is read or not, unless it stands still for `idle` or there is no time left.
+    pub(crate) async fn run(mut self, flow: Arc<Flow>, idle: Duration, end: Option<Instant>, _place: StreamPlace) {
         let mut alarm = Alarm::default();
         poll_fn(|cx| {
             if self.poll(cx, Some(&flow)).is_ready() {
                 return Poll::Ready(());
             }
-            let Some(end) = after(flow.moved(), idle) else { return Poll::Pending };
+            let Some(end) = earlier(after(flow.moved(), idle), end) else { return Poll::Pending };
             ready!(alarm.poll(cx, end));
             // The answer may hold on to the stream.
             self.transmit.reset(Reason::CANCEL);

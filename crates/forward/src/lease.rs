@@ -118,6 +118,9 @@ impl Shard {
                 if let Some(dialing) = dialing {
                     dialing.resign();
                 }
+                if let Some(lease) = self.retired(want, Instant::now()) {
+                    return Ok(lease);
+                }
                 if self.queue(&mut waiting)? == Queued::Already {
                     fresh = false;
                     tokio::select! {
@@ -132,6 +135,10 @@ impl Shard {
                 }
                 continue;
             };
+            if waiting.take().is_some() {
+                // What came back meanwhile was kept for this one.
+                self.yield_place();
+            }
             let made = by(deadline, self.connect(endpoint, want, place)).await?;
             match &made {
                 Ok(lease) if want == Want::Agreed => self.kept().agreed_h2 = Some(matches!(lease, Lease::H2(..))),
@@ -213,9 +220,9 @@ impl Shard {
     async fn dial(&self, endpoint: &Endpoint, h2: Option<bool>) -> Result<Dialed, Failure> {
         let instance = endpoint.instance();
         #[cfg(feature = "tls")]
-        let dialed = dial(&instance, h2, self.limits.tls.as_ref()).await?;
+        let dialed = dial(&instance, h2, &self.lookup, self.limits.tls.as_ref()).await?;
         #[cfg(not(feature = "tls"))]
-        let dialed = dial(&instance, h2).await?;
+        let dialed = dial(&instance, h2, &self.lookup).await?;
         debug!(endpoint = &**endpoint.id(), h2 = dialed.h2, "connected");
         Ok(dialed)
     }

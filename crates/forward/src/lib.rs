@@ -121,6 +121,7 @@
 //! | the request's body stops; breaks off; is too large | 408; 400; 413 | as counted |
 //! | the response is announced too large | 502 `response-too-large`, of the gateway's own side | yes |
 //! | the response's body stops, breaks off, turns out too large | the head it had, and a body that ends in an error | |
+//! | it cannot be passed on | 400 `no-authority`, `connect`, `max-forwards`; 405 `connect`, `trace`; 500 `rewrite`, `unsendable`; 501 `transfer-coding`, `connect`; 508 `loop` | no |
 //!
 //! # What it does not do
 //!
@@ -331,7 +332,8 @@ impl Forward {
         })
     }
 
-    /// What holds for requests whose route says nothing else. What `policy` leaves open keeps its default.
+    /// What holds for requests whose route says nothing else, instead of all that was said before: only connect, response and
+    /// idle timeouts that `policy` leaves open stay as they are. Say it first.
     #[must_use]
     pub fn policy(self, policy: Policy) -> Self {
         self.edit(|shared| {

@@ -14,6 +14,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep};
 
+use crate::connect::Lookup;
 use crate::failure::Failure;
 use crate::h1::H1;
 use crate::h2::H2;
@@ -41,6 +42,7 @@ pub(crate) struct Limits {
 pub(crate) struct Pool {
     open: Arc<Semaphore>,
     limits: Arc<Limits>,
+    lookup: Arc<Lookup>,
     shards: Arc<Shards>,
 }
 
@@ -58,6 +60,7 @@ struct Link {
 pub(crate) struct Shard {
     pub(crate) limits: Arc<Limits>,
     pub(crate) open: Arc<Semaphore>,
+    pub(crate) lookup: Arc<Lookup>,
     kept: Mutex<Kept>,
     pub(crate) waiting: AtomicUsize,
     /// A connection came to be unused: one of HTTP/1.1 that came back, or one of HTTP/2 whose last stream ended.
@@ -101,7 +104,12 @@ struct Keeper {
 
 impl Pool {
     pub(crate) fn new(limits: Arc<Limits>) -> Self {
-        Self { open: Arc::new(Semaphore::new(limits.connections)), limits, shards: Arc::default() }
+        Self {
+            open: Arc::new(Semaphore::new(limits.connections)),
+            limits,
+            lookup: Arc::default(),
+            shards: Arc::default(),
+        }
     }
 
     /// This runtime's connections.
@@ -113,6 +121,7 @@ impl Pool {
                 let shard = Shard {
                     limits: self.limits.clone(),
                     open: self.open.clone(),
+                    lookup: self.lookup.clone(),
                     kept: Mutex::default(),
                     waiting: AtomicUsize::new(0),
                     returned: Notify::new(),
@@ -162,7 +171,7 @@ impl Shard {
     pub(crate) fn take(&self, want: Want, now: Instant) -> Option<Lease> {
         let mut kept = self.kept();
         if want != Want::H1
-            && let Some(lease) = kept.stream(now, self.limits.streams)
+            && let Some(lease) = kept.stream(now, self.limits.streams, false)
         {
             return Some(lease);
         }
@@ -176,6 +185,11 @@ impl Shard {
             }
         }
         None
+    }
+
+    /// A stream of a connection that is to be given up: where no other may be opened, that has to wait.
+    pub(crate) fn retired(&self, want: Want, now: Instant) -> Option<Lease> {
+        if want == Want::H1 { None } else { self.kept().stream(now, self.limits.streams, true) }
     }
 
     /// The right to open a connection. If all that are allowed are open, an idle one of any runtime is closed for it; the
@@ -225,8 +239,15 @@ impl Shard {
         // After it can be found: whoever begins to wait now finds it, or is seen here.
         if self.has_waiting() {
             self.returned.notify_one();
-        } else if self.is_missed_elsewhere() {
-            let unused = self.kept().idle.pop();
+        } else {
+            self.yield_place();
+        }
+    }
+
+    /// Closes a connection that nobody uses if another runtime waits for its place, and this one does not.
+    pub(crate) fn yield_place(&self) {
+        if self.is_missed_elsewhere() {
+            let unused = self.kept().unused();
             drop(unused);
         }
     }
@@ -276,9 +297,9 @@ impl Kept {
         Some(Unused::H2(self.h2.swap_remove(at)))
     }
 
-    fn stream(&mut self, now: Instant, limit: usize) -> Option<Lease> {
+    fn stream(&mut self, now: Instant, limit: usize, to_retire: bool) -> Option<Lease> {
         self.h2.iter_mut().find_map(|h2| {
-            let place = h2.stream(now, limit)?;
+            let place = h2.stream(now, limit, to_retire)?;
             Some(Lease::H2(h2.sender(), place, true))
         })
     }

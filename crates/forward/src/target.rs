@@ -87,7 +87,9 @@ pub(crate) fn rewritten<'a>(uri: Uri, policy: &'a Merged<'_>) -> Result<Rewritte
         (rest, stripped) = (after, Some(prefix));
     }
     let prepend = policy.prepend();
-    if stripped.is_none() && prepend.is_none() {
+    // As that of `http://a?q`.
+    let has_no_path = uri.path_and_query().is_some_and(|target| target.as_str().starts_with('?'));
+    if stripped.is_none() && prepend.is_none() && !has_no_path {
         let target = uri.into_parts().path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/"));
         return Ok(Rewritten { target, stripped });
     }

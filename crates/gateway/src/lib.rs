@@ -23,8 +23,8 @@
 //! lose none of some 1,300 requests during thirty reloads
 //! (`cargo test -p portcullis-gateway --test reload nothing_is_lost -- --nocapture`). Requests under way end by
 //! the layers they began with. Listeners show new certificates to whoever connects from then on, and connections go on with
-//! those they began with. Where listeners are, the operators' address, threads, the log's format and the time to drain count
-//! from the next start; the answer says so when they differ.
+//! those they began with. What else is said of listeners (addresses, limits, times, registration), whether and where operators
+//! are served, threads, the log's format and the time to drain count from the next start; the answer says so when they differ.
 //!
 //! # Operators
 //!
@@ -43,7 +43,7 @@
 //! | `POST /breaker` | `{"service": …, "endpoint": …, "state": "open" \| "closed" \| "auto"}`; without an endpoint, all of the service, whatever single ones were told and also those still to come. Other files leave what is held so |
 //! | `POST /register` | `{"service": …, "address": "host:port"}`, and perhaps `id`, `weight`, `zone`, `tags`, `metadata`, `https`: an instance in the embedded registry; with `"ttl": "30s"` until that is over, unless it comes again. `registry` names one of several |
 //! | `POST /deregister` | `{"service": …, "id": …}` |
-//! | `POST /log` | `{"level": "warn,portcullis_forward=debug"}` until the next start or reload of another level |
+//! | `POST /log` | `{"level": "warn,access=info,portcullis_forward=debug"}` until the next start or reload of another level |
 //!
 //! What changes something needs `admin.writable`, and `admin.token` as a bearer token if there is one; a file that allows it
 //! beyond this machine without a token is refused, also where that is because of the address of the start. Pages from
@@ -67,11 +67,11 @@
 //!
 //! In Prometheus' text format, with OpenTelemetry's names and buckets where it has them. Labels come from the file, from
 //! registries, and from fixed words: the route's name or pattern, never the path; methods that callers make up are `_OTHER`;
-//! beyond 2,000 series of requests further ones are counted in one.
+//! beyond 2,000 series of requests further ones are counted in one, of the route `_overflow`.
 //!
 //! | | labels |
 //! |---|---|
-//! | `http_server_request_duration_seconds`, to the end of the answer | method, status, route, gRPC status, error type, refusing layer |
+//! | `http_server_request_duration_seconds`, to the end of the answer | `http_request_method`, `http_response_status_code` (499: the caller left before there was one), `http_route`, `rpc_grpc_status_code`, `error_type` (why it was refused, or what failed), `portcullis_layer` (who refused) |
 //! | `http_server_active_requests`; `portcullis_route_bytes_total` | ; route, direction |
 //! | `portcullis_service_endpoints` | service, state: admitting, refusing, half-open, open, sick, held |
 //! | `portcullis_service_bytes_total`, `portcullis_retry_budget` | service, direction; service |
@@ -97,7 +97,7 @@
 //! `status`, `grpc_status`, `service`, `endpoint`, `attempts`, `refused_by` and `reason`, `bytes_in`, `bytes_out`, whether it was `complete`,
 //! `peer`, `trace` and `span`; and how long each stage took: `auth_ms` (the route included), `limit_ms`, `discovery_ms`,
 //! `balance_ms`, `upstream_ms` (all attempts), `body_ms`, which together are `total_ms`, and `head_ms` from the start to the
-//! head of the answer. Of requests that succeed a share can be written; those that fail all are. No header is ever written. A
+//! head of the answer. What a request did not come to is left out, as is `status` when the caller left before there was one. Of requests that succeed a share can be written; those that fail all are. No header is ever written. A
 //! thread of its own writes; when whoever reads is slower than requests come, lines are left out and counted.
 //!
 //! # Traces
@@ -119,7 +119,7 @@
 //! | exit code | |
 //! |---|---|
 //! | 0 | ended as told, or the file is right |
-//! | 1 | something it needs is not to be had: a port, a certificate that fits its key |
+//! | 1 | something it needs is not to be had: a port, a certificate that fits its key; or a second signal ended it |
 //! | 2 | the command line or the file is wrong |
 
 /// Prints a line. Nobody to read it is no reason to end.

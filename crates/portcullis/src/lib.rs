@@ -60,7 +60,8 @@
 //!
 //! Each layer is a feature of its own name, on by default. Off by default: `gateway` ([`Gateway`](gateway::Gateway), the
 //! whole stack behind routes), `health` (asks endpoints how they are), `serve` (a server with limits and a drain), `consul`, `dns` and `file` (where instances come
-//! from), `fetch` (keys from a URL), `redis` (limits across processes), `tls` (to upstreams); `full` is all of them.
+//! from), `fetch` (keys from a URL), `redis` (limits across processes), `redis-tls` (over `rediss://`),
+//! `tls` (to upstreams); `full` is all of them but `redis-tls`.
 
 pub use portcullis_core as core;
 

@@ -220,7 +220,7 @@ impl Server {
     }
 
     /// How long a connection may take to say what it speaks, and an HTTP/1.1 connection to send a request's head, from
-    /// when it could have begun; a head that has begun by then is answered with 408. Default 30 s.
+    /// when it could have begun, so that it is also how long one may be idle; a head that has begun by then is answered with 408. Default 30 s.
     pub fn header_timeout(mut self, timeout: Duration) -> Self {
         self.limits.header = timeout;
         self

@@ -2,8 +2,9 @@
 //!
 //! * **Reads** `Identity`, `PeerAddress`, `Route` (for a [`Policy`]); `X-Forwarded-For` or `Forwarded` of trusted proxies.
 //! * **Writes** nothing.
-//! * **Refuses** with 429, `Retry-After` and the `RateLimit` fields; gRPC callers with `RESOURCE_EXHAUSTED`, `RetryInfo` and
-//!   a pushback.
+//! * **Refuses** with 429 and the `RateLimit` fields, and with `Retry-After` where waiting helps by itself: it does for
+//!   `too-many-requests`, not for `too-many-at-once` and `more-than-the-limit`. With 503 if a store does not answer and that is
+//!   what was told. gRPC callers get `RESOURCE_EXHAUSTED`, `RetryInfo` and a pushback.
 //! * **Alone** it tells callers apart by the client's address; without that, all share one budget and a warning is logged
 //!   once.
 //! * **Cost** one hash and one compare-and-set; no lock, no allocation.

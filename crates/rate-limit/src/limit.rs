@@ -100,7 +100,8 @@ impl Limit {
     }
 
     /// So many requests of each caller at the same time, each until its response's body has ended or was dropped: a
-    /// connection that was upgraded no longer counts once its response is out.
+    /// connection that was upgraded no longer counts once its response is out. Further ones get 429 `too-many-at-once`,
+    /// without `Retry-After`.
     ///
     /// Callers are counted in two rows of as many counters as the [capacity](crate::RateLimitLayer::capacity) has keys. With n
     /// requests in flight, one in about (capacity / n)² callers meets others in both rows, and may be refused because of

@@ -116,11 +116,22 @@ fn announced(headers: &HeaderMap) -> Option<u64> {
 
 // === impl Pings ===
 
+/// The least time between two looks: without any it would do nothing else.
+const SHORTEST: Duration = Duration::from_millis(10);
+
 impl Pings {
-    /// When nothing has come for `interval` the other end is asked, and has `timeout` to answer.
+    /// When nothing has come for `interval`, a hundredth of a second at least, the other end is asked, and has `timeout` to
+    /// answer.
     #[must_use]
     pub fn new(pings: PingPong, interval: Duration, timeout: Duration) -> Self {
-        Self { pings, interval, timeout, alarm: Alarm::default(), heard: Instant::now(), due: None }
+        Self {
+            pings,
+            interval: interval.max(SHORTEST),
+            timeout,
+            alarm: Alarm::default(),
+            heard: Instant::now(),
+            due: None,
+        }
     }
 
     /// Ready when the other end does not answer. It is asked only if somebody waits for it.

@@ -78,7 +78,7 @@
 //! | pause after failures | 0.25 s doubling to 30 s, each with jitter |
 //! | queries of one service under churn | 8 at once, then 4 a second |
 //! | size of an answer | 16 MiB |
-//! | connections | 128 for watches, and up to 50 for short calls, of the 200 an agent allows |
+//! | connections | 128 for watches, two that tell those without one of changes, and up to 64 for short calls, of the 200 an agent allows |
 //! | comparing a registration with the agent | every 10 s |
 
 mod answer;
@@ -326,7 +326,7 @@ impl ConsulConfig {
         self
     }
 
-    /// How many connections watches may use; a few more serve everything else. Default 128. An agent allows 200 from one
+    /// How many connections watches may use; up to 66 more serve everything else. Default 128. An agent allows 200 from one
     /// address.
     #[must_use]
     pub fn connections(mut self, connections: usize) -> Self {

@@ -44,9 +44,7 @@ pub(crate) struct Answered {
 impl Asked<'_> {
     pub(crate) fn write(&self, out: &mut Vec<u8>) {
         out.reserve(256 + self.target.len() + 48 * self.headers.len());
-        // Of a target like `http://a?q` this is all there is of the path.
-        let root = if self.target.starts_with('?') { " /" } else { " " };
-        for part in [self.method.as_str(), root, self.target, " HTTP/1.1\r\nhost: "] {
+        for part in [self.method.as_str(), " ", self.target, " HTTP/1.1\r\nhost: "] {
             out.extend_from_slice(part.as_bytes());
         }
         out.extend_from_slice(self.host.as_bytes());
@@ -289,7 +287,7 @@ mod tests {
             (
                 Length::Exact(5),
                 None,
-                "?y",
+                "/?y",
                 "POST /?y HTTP/1.1\r\nhost: new\r\ncontent-length: 5\r\na: b\r\nvia: 1.1 portcullis\r\n\r\n",
             ),
         ] {

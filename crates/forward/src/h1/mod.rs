@@ -16,7 +16,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Method};
 use http_body::{Frame, SizeHint};
-use portcullis_wire::{Alarm, Decoder, Input, Malformed, SendError, Sending, after, poll_once};
+use portcullis_wire::{Alarm, Decoder, Input, Malformed, SendError, Sending, after, earlier, poll_once};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf, ReadHalf, WriteHalf};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
@@ -265,9 +265,9 @@ impl H1 {
 // === impl Upload ===
 
 impl Upload {
-    /// Sends it to its end, unless it stands still for `idle`. If it does not come to that, the upstream hears that there is
-    /// no more: whoever reads its answer keeps the connection open.
-    pub(crate) async fn run(mut self, flow: Arc<Flow>, idle: Duration) {
+    /// Sends it to its end, unless it stands still for `idle` or there is no time left. If it does not come to that, the
+    /// upstream hears that there is no more: whoever reads its answer keeps the connection open.
+    pub(crate) async fn run(mut self, flow: Arc<Flow>, idle: Duration, end: Option<Instant>) {
         let whole = std::future::poll_fn(|cx| {
             let before = self.sending.written();
             let sent = self.sending.poll(&mut self.io, cx, Pin::new(&mut self.body));
@@ -277,7 +277,7 @@ impl Upload {
             if let Poll::Ready(sent) = sent {
                 return Poll::Ready(sent.is_ok());
             }
-            match after(flow.moved(), idle) {
+            match earlier(after(flow.moved(), idle), end) {
                 Some(end) => self.alarm.poll(cx, end).map(|()| false),
                 None => Poll::Pending,
             }

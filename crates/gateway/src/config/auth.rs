@@ -15,11 +15,12 @@ section! {
         providers: Map<At<Provider>>,
         /// What is asked of callers where a route says nothing. "required" if there is a provider, else "none".
         default: Option<At<AuthMode>>,
-        /// The realm in challenges.
+        /// The realm in challenges; by default none for tokens, and "portcullis" for passwords.
         realm: Option<String>,
         /// Where callers learn how to get a token (RFC 9728).
         resource_metadata: Option<String>,
-        /// Passes tokens and keys on to the services. By default they are taken out.
+        /// Passes tokens and keys on to the services. By default they are taken out once they were accepted; where nobody is
+        /// asked (`auth = "none"`, preflights that are let pass) they pass as they came.
         forward_credentials: bool = false,
         /// Lets CORS preflights pass to services, which browsers send without credentials. Routes with `cors` answer them
         /// by themselves.

@@ -144,13 +144,13 @@ section! {
     pub struct Retry {
         /// Attempts in all; 1 never tries another.
         attempts: NonZeroU8 = NonZeroU8::MIN.saturating_add(1),
-        /// Gives an attempt up after so long.
+        /// Gives an attempt up after so long; by default only the timeouts do.
         attempt_timeout: Option<Duration>,
         /// Whether a connection that broke is a reason.
         on_reset: bool = true,
-        /// Statuses that are a reason, such as 503.
+        /// Statuses that are a reason, such as 503; by default none.
         on_statuses: Vec<StatusCode>,
-        /// gRPC codes that are a reason, as numbers, such as 14.
+        /// gRPC codes that are a reason, as numbers, such as 14; by default none.
         on_grpc: Vec<At<u8>>,
         /// Also repeats requests that are not idempotent, though an endpoint may have acted on them.
         any_method: bool = false,

@@ -25,7 +25,7 @@ section! {
         reuse_port: bool = false,
         /// Connections at a time; others wait to be accepted.
         max_connections: NonZeroUsize = NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MIN),
-        /// How long a caller may take to send the head of a request.
+        /// How long a caller may take to send the head of a request, and how long an HTTP/1.1 connection may be idle.
         header_timeout: Duration = Duration::from_secs(10),
         /// How long a TLS handshake may take.
         handshake_timeout: Duration = Duration::from_secs(10),
@@ -35,7 +35,7 @@ section! {
         keep_alive: Duration = Duration::from_secs(60),
         /// How long it may take to answer that.
         keep_alive_timeout: Duration = Duration::from_secs(20),
-        /// How large the head of a request may be.
+        /// How large the head of a request may be, 8 KiB at least; a larger one gets 431.
         max_header_size: Bytes = Bytes(64 << 10),
         /// Streams at a time on one HTTP/2 connection.
         max_streams: NonZeroU32 = NonZeroU32::new(128).unwrap_or(NonZeroU32::MIN),

@@ -31,7 +31,7 @@ section! {
         routes: Vec<At<Route>>,
         /// How callers prove who they are.
         auth: Auth,
-        /// How often callers may come, by name; routes say which hold for them.
+        /// How often callers may come, by name; routes say which hold for them, and count each by itself.
         limits: Map<At<Limit>>,
         /// Where the limits count, and what holds where a route says nothing.
         limiter: Limiter,

@@ -18,7 +18,8 @@ section! {
         format: LogFormat = LogFormat::Text,
         /// What is written: a level, or directives such as "info,portcullis_forward=debug".
         level: At<String> = At::of(String::from("info")),
-        /// Writes a line for each request.
+        /// Writes a line for each request, at the level info of the target `access`: with the level "warn" none is written,
+        /// with "warn,access=info" all are.
         access: bool = true,
         /// The share of requests that succeed which get one; all that fail do.
         sample: Sample = Sample(1.0),
@@ -88,7 +89,8 @@ section! {
         enabled: bool = true,
         /// Where it listens; port 0 takes a free one and says which.
         address: At<SocketAddr> = At::of(SocketAddr::from(([127, 0, 0, 1], 9901))),
-        /// Lets it change things: reload, drain, force breakers, log level. Otherwise it only shows.
+        /// Lets it change things: reload, drain, force breakers, register and deregister instances, log level. Otherwise it
+        /// only shows, to whoever reaches it.
         writable: bool = false,
         /// What a request that changes something must bring as a bearer token. Needed beyond this machine.
         token: Option<Secret>,

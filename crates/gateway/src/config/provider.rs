@@ -15,7 +15,7 @@ section! {
     /// A way to prove who one is: signed tokens (JWT), API keys, names with passwords, or client certificates. Several ways
     /// are several providers: whoever one of them accepts is accepted.
     pub struct Provider {
-        /// Tokens: a shared secret; HS256, unless `algorithm` says otherwise.
+        /// Tokens: a shared secret, at least as long as the hash; HS256 and so 32 bytes, unless `algorithm` says otherwise.
         secret: Option<At<Secret>>,
         /// Tokens: a public key, as PEM; needs `algorithm`.
         public_key: Option<At<Blob>>,
@@ -37,9 +37,9 @@ section! {
         ca: Option<At<Blob>>,
         /// Hosts that may have the keys besides the issuer's, with `discover`.
         allow_hosts: Vec<String>,
-        /// How long keys are used while they cannot be fetched.
+        /// How long keys are used while they cannot be fetched; "1d" by default.
         max_stale: Option<Duration>,
-        /// How soon keys may be fetched again for the sake of a key that nobody knows.
+        /// How soon keys may be fetched again for the sake of a key that nobody knows; "30s" by default.
         cooldown: Option<Duration>,
         /// Fetches keys over `http` as well: whoever is on the way decides whom this gateway believes.
         insecure_http: bool = false,
@@ -49,11 +49,11 @@ section! {
         issuer: Option<String>,
         /// Whom a token must be for; one of these.
         audiences: Vec<String>,
-        /// What a token's `typ` must be.
+        /// What a token's `typ` must be; by default it has none, or says that it is a JWT or an access token.
         typ: Option<String>,
         /// Takes access tokens only (RFC 9068), so that nobody comes with an ID token.
         access_tokens_only: bool = false,
-        /// How old a token may be, however long it is good for.
+        /// How old a token may be, `leeway` aside, however long it is good for; one that does not say (`iat`) is refused.
         max_age: Option<Duration>,
         /// The claim with the caller's name, or where in a token it is; "sub" by default.
         subject_from: Option<String>,
@@ -65,11 +65,11 @@ section! {
         insecure_without_expiry: bool = false,
         /// The longest token that is looked at; 8 KiB by default.
         max_token: Option<Bytes>,
-        /// How far clocks may be apart.
+        /// How far clocks may be apart; "60s" by default, "5m" at most.
         leeway: Option<Duration>,
-        /// How much memory remembers tokens that verified; 0 remembers none.
+        /// How much memory remembers tokens that verified; 8 MiB by default, 0 remembers none.
         cache: Option<Bytes>,
-        /// How many proofs of one address may be wrong, such as "100/5s".
+        /// How many proofs of one address may be wrong; "100/5s" by default.
         failures: Option<Rate>,
     }
 }
@@ -232,7 +232,7 @@ impl Provider {
             (Some(algorithm), _) if portcullis::auth::Algorithm::from_name(algorithm).is_none() => {
                 let known = [
                     "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384",
-                    "EdDSA",
+                    "ES512", "EdDSA", "Ed25519",
                 ];
                 notes.push(&algorithm.span, format!("no algorithm {:?}", **algorithm), help(algorithm, known));
             }

@@ -41,7 +41,7 @@ section! {
         timeout: Option<Duration>,
         /// Consul: how long connecting may take; "2s" by default.
         connect_timeout: Option<Duration>,
-        /// Consul: how often what was registered is looked after.
+        /// Consul: how often what was registered is looked after; "10s" by default.
         resync: Option<Duration>,
         /// Consul: how large an answer may be; 16 MiB by default.
         max_body: Option<Bytes>,

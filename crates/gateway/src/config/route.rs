@@ -48,11 +48,12 @@ section! {
         host: Option<At<String>>,
         /// What is asked of callers, instead of the default.
         auth: Option<RouteAuth>,
-        /// Names of limits that hold here, instead of the default ones. An empty list: none.
+        /// Names of limits that hold here, instead of the default ones. Each route counts them by itself, also where several
+        /// name one limit; those of `limiter.default` count over all routes together. An empty list: none.
         limits: Option<Vec<At<String>>>,
         /// Counts against the default limits as well as against those.
         default_limits: bool = false,
-        /// Answers 504 to what takes longer, other attempts included.
+        /// Answers 504 to what takes longer, other attempts included; an answer that has begun by then is broken off.
         timeout: Option<Duration>,
         /// How long single things may take, instead of what the service says.
         timeouts: Timeouts,

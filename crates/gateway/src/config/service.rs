@@ -109,13 +109,13 @@ words! {
 section! {
     /// How long things may take; "never" gives nothing up.
     pub struct Timeouts {
-        /// To have a connection.
+        /// To have a connection; "1s" by default.
         connect: Option<Patience>,
-        /// From the end of the request to the head of the response.
+        /// From the end of the request to the head of the response; "15s" by default.
         response: Option<Patience>,
-        /// From the first byte to the last, other attempts included.
+        /// From the first byte to the last, other attempts included; by default "never".
         total: Option<Patience>,
-        /// Without a byte in either direction.
+        /// Without a byte in either direction; "5m" by default.
         idle: Option<Patience>,
     }
 }
@@ -123,23 +123,23 @@ section! {
 section! {
     /// The connections to a service's endpoints.
     pub struct Pool {
-        /// Idle connections kept for each endpoint.
+        /// Idle connections kept for each endpoint, by each of `server.threads`; 256 by default.
         max_idle: Option<NonZeroUsize>,
-        /// Connections for each endpoint.
+        /// Connections for each endpoint, of all threads together; 1024 by default.
         max_connections: Option<NonZeroUsize>,
-        /// Requests that wait for one of those, for each endpoint.
+        /// Requests that wait for one of those, for each endpoint and thread; 1024 by default.
         max_waiting: Option<usize>,
-        /// How long an idle connection is kept.
+        /// How long an idle connection is kept; "60s" by default.
         idle_timeout: Option<Duration>,
-        /// After how long a connection takes no more requests.
+        /// After how long a connection takes no more requests; "10m" by default.
         max_age: Option<Duration>,
-        /// How many requests share an HTTP/2 connection.
+        /// How many requests share an HTTP/2 connection; 100 by default.
         max_streams: Option<NonZeroUsize>,
         /// How often HTTP/2 connections with requests under way are pinged; by default never.
         keep_alive: Option<Duration>,
         /// How long an endpoint may take to answer that.
         keep_alive_timeout: Duration = Duration::from_secs(20),
-        /// How large the head of a response may be.
+        /// How large the head of a response may be, from 8 KiB to 16 MiB.
         max_header_size: Bytes = Bytes(64 << 10),
     }
 }
@@ -163,7 +163,8 @@ section! {
     pub struct Health {
         /// How they are asked.
         kind: HealthKind = HealthKind::Http,
-        /// HTTP: the path to get; any 2xx is well. gRPC: the name of the service to ask for.
+        /// HTTP: the path to get, "/" by default; any 2xx is well. gRPC: the name of the service to ask for, by default the
+        /// server as a whole.
         path: Option<At<String>>,
         /// How often.
         interval: Duration = Duration::from_secs(10),

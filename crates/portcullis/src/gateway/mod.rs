@@ -4,13 +4,13 @@
 //!     request
 //!        │
 //!        ▼
-//!     route ───────── what is it asking for?       404 405
-//!     auth ────────── who is calling?              401 403
-//!     rate-limit ──── may they, this often?        429
+//!     route ───────── what is it asking for?       400 404 405
+//!     auth ────────── who is calling?              401 403 429 503
+//!     rate-limit ──── may they, this often?        429 503
 //!     discovery ───── where does that name live?   503
-//!     balance ─────── which of those?              503
+//!     balance ─────── which of those?              503 504
 //!     circuit-break ─ is that one well?            503
-//!     forward ─────── send it, stream it back      502 504
+//!     forward ─────── send it, stream it back      502 503 504, and 4xx to what cannot be sent
 //!        │
 //!        ▼
 //!     upstream
@@ -274,7 +274,8 @@ impl Builder {
         self.with_auth(AuthLayer::new(authenticate.shared()))
     }
 
-    /// Holds every caller to this rate on each route, unless a route's own policy says otherwise. By default there is no limit.
+    /// Holds every caller to this rate over all routes together; a route with a policy of its own is not counted here. By
+    /// default there is no limit.
     pub fn rate_limit(self, rate: Rate) -> Self {
         self.with_rate_limit(RateLimitLayer::new(rate))
     }

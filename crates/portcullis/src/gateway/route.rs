@@ -164,15 +164,16 @@ impl Route {
         self
     }
 
-    /// Answers with 504 what takes longer, other attempts and the body included. By default nothing but the caller's own
-    /// deadline ends a request.
+    /// Ends what takes longer, other attempts and the body included: with 504 before the head of the answer is out, after
+    /// that by breaking its body off (gRPC: with `DEADLINE_EXCEEDED` in the trailers). By default nothing but the caller's
+    /// own deadline ends a request.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
     }
 
-    /// Answers with 504 what takes longer at one of its services, as [`timeout`](Self::timeout) does for all of them; of the
+    /// Ends what takes longer at one of its services, as [`timeout`](Self::timeout) does for all of them; of the
     /// two the shorter counts.
     #[must_use]
     pub fn timeout_of(mut self, service: &str, timeout: Duration) -> Self {
@@ -186,7 +187,7 @@ impl Route {
         self.with_policy(policy)
     }
 
-    /// How often callers may come.
+    /// How often callers may come here, instead of the gateway's own limits; counted for this route by itself.
     #[must_use]
     pub fn rate_limit(self, policy: portcullis_rate_limit::Policy) -> Self {
         self.with_policy(policy)

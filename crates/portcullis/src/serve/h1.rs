@@ -15,7 +15,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use http::{HeaderMap, Request, Response, StatusCode, response};
 use http_body::Body;
 use pin_project_lite::pin_project;
@@ -212,6 +212,7 @@ impl Connection {
         let Some(socket) = &mut self.socket else { return Poll::Ready(Ok(Next::End)) };
         loop {
             if self.input.has_new_line() {
+                skip_empty_lines(&mut self.input.buffer);
                 match Found::read(&mut self.input.buffer, self.max_head, &mut self.headers) {
                     Found::Part => {}
                     Found::Plain(mut parts, asked) => {
@@ -222,6 +223,7 @@ impl Connection {
                     Found::Other => return Poll::Ready(Ok(Next::Other)),
                     Found::Ambiguous => {
                         socket.say(AMBIGUOUS);
+                        socket.expect_more();
                         return Poll::Ready(Ok(Next::End));
                     }
                 }
@@ -308,6 +310,7 @@ impl Connection {
         if self.poll_upload(cx).is_ready() {
             return Poll::Ready(Ok(()));
         }
+        self.pass_over(cx);
         let Some(socket) = self.socket.as_mut().filter(|_| self.upload.is_none()) else { return Poll::Pending };
         // Nobody answers a client that has gone. What else it says is for later.
         if self.input.buffer.is_empty() {
@@ -344,7 +347,10 @@ impl Connection {
             let is_mine = upload.hand(cx, handed, over);
             if over {
                 self.upload = None;
-                self.keep_alive &= !failed;
+                if failed {
+                    self.keep_alive = false;
+                    socket.expect_more();
+                }
                 return if is_mine { Poll::Ready(()) } else { Poll::Pending };
             }
             if is_mine {
@@ -390,6 +396,20 @@ impl Connection {
         socket.put_back(std::mem::take(&mut self.input.buffer).freeze());
         Some(socket)
     }
+}
+
+/// Old clients end a body by a line that is not part of it
+/// ([RFC 9112](https://www.rfc-editor.org/rfc/rfc9112#section-2.2)).
+fn skip_empty_lines(input: &mut BytesMut) {
+    let mut end = 0;
+    loop {
+        match input[end..] {
+            [b'\r', b'\n', ..] => end += 2,
+            [b'\n', ..] => end += 1,
+            _ => break,
+        }
+    }
+    input.advance(end);
 }
 
 // === impl Broken ===

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use h2::RecvStream;
@@ -39,6 +39,8 @@ enum Source {
 struct Hyper {
     body: hyper::body::Incoming,
     line: Arc<Line>,
+    /// Its end was seen, which of one in chunks it does not say itself.
+    is_over: bool,
 }
 
 // === impl Incoming ===
@@ -54,7 +56,7 @@ impl Incoming {
     }
 
     pub(super) fn hyper(body: hyper::body::Incoming, line: Arc<Line>) -> Self {
-        Self(Source::Hyper(Hyper { body, line }))
+        Self(Source::Hyper(Hyper { body, line, is_over: false }))
     }
 
     /// The body, and what is said in it if the client waits until it is asked for.
@@ -79,7 +81,11 @@ impl Body for Incoming {
                 Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))))
             }
             Source::Http1(body) => Pin::new(body).poll_frame(cx).map(told),
-            Source::Hyper(Hyper { body, .. }) => Pin::new(body).poll_frame(cx).map(told),
+            Source::Hyper(Hyper { body, is_over, .. }) => {
+                let frame = ready!(Pin::new(body).poll_frame(cx));
+                *is_over |= !matches!(&frame, Some(Ok(frame)) if frame.is_data());
+                Poll::Ready(told(frame))
+            }
             Source::Http2 { body, is_wanted, expects } => {
                 *is_wanted = true;
                 if let Some(expects) = expects.take() {
@@ -118,7 +124,7 @@ impl fmt::Debug for Incoming {
 
 impl Drop for Hyper {
     fn drop(&mut self) {
-        if !self.body.is_end_stream() {
+        if !self.is_over && !self.body.is_end_stream() {
             self.line.is_left_unread();
         }
     }

@@ -305,8 +305,8 @@ impl AsyncWrite for Socket {
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let flushed = Pin::new(&mut this.io).poll_flush(cx);
-        // One that had nothing to do says nothing of the reader.
-        if flushed.is_ready() { flushed } else { this.stalled.watch(cx, flushed) }
+        // One that had nothing to do says nothing of the reader; with TLS it says that all is out.
+        if flushed.is_ready() && matches!(this.io, Io::Plain(_)) { flushed } else { this.stalled.watch(cx, flushed) }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

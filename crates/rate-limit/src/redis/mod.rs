@@ -206,21 +206,21 @@ impl RedisStore {
         self
     }
 
-    /// How long a request waits for an answer, an hour at most.
+    /// How long a request waits for an answer, 20 ms by default, an hour at most.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.settings.deadline = deadline.min(LONGEST);
         self
     }
 
-    /// What a request gets when there is no answer.
+    /// What a request gets when there is no answer; [`OnFailure::Admit`] by default.
     #[must_use]
     pub fn on_failure(mut self, on_failure: OnFailure) -> Self {
         self.settings.on_failure = on_failure;
         self
     }
 
-    /// How long a lease lives, an hour at most; zero for none at all: then every request that is admitted is a round trip.
+    /// How long a lease lives, a second by default, an hour at most; zero for none at all: then every request that is admitted is a round trip.
     #[must_use]
     pub fn lease(mut self, life: Duration) -> Self {
         self.settings.lease = life.min(LONGEST);
