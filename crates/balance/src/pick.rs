@@ -85,8 +85,8 @@ pub struct Candidates<'a> {
 /// How many that turned out not to admit are remembered within one pick.
 const SKIPPED: usize = 4;
 const NOBODY: u32 = u32::MAX;
-/// So many endpoints are not all at hand: from here on the caches next to the processor hold few of them.
-const MANY: usize = 4096;
+/// Of so many some are not at hand: other threads have written them since, or there are more than the nearest cache holds.
+const MANY: usize = 64;
 
 /// What a policy may look at of the request.
 #[derive(Clone, Copy, Debug)]
