@@ -88,6 +88,12 @@ async fn answer(request: Request<Incoming>, tells: Tells) -> Result<Response<Out
             let _dropped = OnDrop(tells);
             std::future::pending().await
         }
+        // The same, without a use for the body.
+        "/forgets" => {
+            drop(request);
+            let _dropped = OnDrop(tells);
+            std::future::pending().await
+        }
         "/long" | "/short" => {
             let text = if path == "/long" { "longer" } else { "sho" };
             let frames = [Ok(Frame::data(Bytes::from(text)))];
@@ -225,6 +231,17 @@ async fn what_nobody_reads_ends_the_connection_unless_it_is_all_there() {
     assert_eq!(client.rest().await, "");
 }
 
+/// As old clients write behind a body.
+#[tokio::test]
+async fn empty_lines_before_a_request_are_nothing() {
+    let mut client = Client::connect().await;
+    for _ in 0..3 {
+        client.send("\r\n\n\r\n").await;
+        client.send("\r\nGET /a HTTP/1.1\r\n\r\n\r\n").await;
+        client.answer("/a").await;
+    }
+}
+
 #[tokio::test]
 async fn a_body_that_breaks_off_is_not_whole() {
     for (request, end) in [
@@ -247,7 +264,12 @@ async fn a_body_that_breaks_off_is_not_whole() {
 
 #[tokio::test]
 async fn nobody_works_for_a_client_that_has_gone() {
-    for request in ["GET /waits HTTP/1.1\r\n\r\n".to_owned(), format!("{}hello", post("/waits", 5))] {
+    let requests = [
+        "GET /waits HTTP/1.1\r\n\r\n".to_owned(),
+        format!("{}hello", post("/waits", 5)),
+        format!("{}hel", post("/forgets", 5)),
+    ];
+    for request in requests {
         let mut client = Client::connect().await;
         client.send(request).await;
         client.io.shutdown().await.unwrap();

@@ -151,6 +151,8 @@ async fn a_drain_finishes_what_is_under_way_and_closes_what_is_idle() {
     let mut idle = running.connect().await;
     send(&mut idle, "/").await;
     until(&mut idle, "false").await;
+    // Not a request that has begun.
+    idle.write_all(b"\r\n").await.unwrap();
     let mut busy = running.connect().await;
     send(&mut busy, "/slow").await;
     let mut sender = h2(running.connect().await).await;

@@ -130,6 +130,23 @@ async fn an_upstream_goes_away_after_every_byte() {
     }
 }
 
+/// What is left of a request has no more time than the request has.
+#[tokio::test]
+async fn what_goes_on_after_an_early_answer_ends_with_the_time_of_the_whole() {
+    let upstream = Upstream::bind().await;
+    let (mut frames, body) = http_body_util::Channel::<Bytes, std::io::Error>::new(1);
+    let request = Request::post("/").header("host", "a").body(body).unwrap();
+    let call = tokio::spawn(upstream.forward().total_timeout(Duration::from_millis(300)).oneshot(request));
+    frames.send_data("some".into()).await.unwrap();
+    let mut server = upstream.accept().await;
+    server.until("some\r\n").await;
+    server.send("HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\n\r\n").await;
+    within(call).await.unwrap().unwrap();
+    // A byte now and then is no standstill.
+    within(async { while frames.send_data("x".into()).await.is_ok() {} }).await;
+    server.end().await;
+}
+
 /// What the answer is waiting for never comes, so the upstream must learn that.
 #[tokio::test]
 async fn an_upstream_that_answers_early_hears_that_the_request_breaks_off() {

@@ -295,6 +295,28 @@ async fn a_stream_that_is_reset_on_a_used_connection_is_not_repeated() {
     assert_eq!(within(requests).await.unwrap(), 2);
 }
 
+/// Of an answer to `HEAD` the length is another's, also where an empty frame ends it.
+#[tokio::test]
+async fn an_answer_without_a_body_is_not_too_large() {
+    // The status, a length of 1000, and the end.
+    const ANSWER: &[u8] = b"\0\0\x08\x01\x04\0\0\0\x01\x88\x0f\x0d\x041000\0\0\0\0\x01\0\0\0\x01";
+    let (endpoint, _requests) = scripted(vec![ANSWER]).await;
+    let head = Request::head("http://a/").version(Version::HTTP_2).body(Empty::<Bytes>::new()).unwrap();
+    let forward = Forward::new().policy(portcullis_forward::Policy::new().response_limit(10));
+    let response = call(&forward, to(&endpoint, head)).await;
+    assert_eq!((response.status().as_u16(), response.headers()["content-length"].as_bytes()), (200, &b"1000"[..]));
+}
+
+#[tokio::test]
+async fn a_target_that_is_only_a_query_has_the_root_for_its_path() {
+    let target = |request: Request<Incoming>| async move {
+        Response::new(full(request.uri().path_and_query().unwrap().as_str().to_owned()))
+    };
+    let upstream = h2_upstream(100, target).await;
+    let response = call(&Forward::new(), to(&upstream.endpoint, get("?a=1"))).await;
+    assert_eq!(within(response.into_body().collect()).await.unwrap().to_bytes(), "/?a=1");
+}
+
 /// A server whose answers wait until they are released; how many wait.
 async fn holding(streams: u32) -> (H2, Arc<Notify>, Arc<AtomicUsize>) {
     let (release, waiting) = (Arc::new(Notify::new()), Arc::new(AtomicUsize::new(0)));
@@ -359,6 +381,24 @@ async fn an_unused_connection_makes_room_for_one_of_the_other_protocol_and_for_a
     assert_eq!(within(response.into_body().collect()).await.unwrap().to_bytes(), "ok");
     assert_eq!(forward.open_connections(&upstream.endpoint), 1);
     runtime.shutdown_background();
+}
+
+/// A stream that goes on for hours keeps the place of its connection, however old that is.
+#[tokio::test]
+async fn where_no_other_may_be_opened_an_old_connection_takes_another_stream() {
+    let (upstream, release, waiting) = holding(100).await;
+    let forward = Forward::new().max_age(Duration::ZERO).max_connections(1).connect_timeout(Duration::from_secs(10));
+    let mut calls = Vec::new();
+    for count in 1..=3 {
+        let (mut forward, request) = (forward.clone(), to(&upstream.endpoint, get("/")));
+        calls.push(tokio::spawn(async move { forward.call(request).await.unwrap().status() }));
+        until(&waiting, count).await;
+    }
+    release.notify_waiters();
+    for call in calls {
+        assert_eq!(within(call).await.unwrap(), 200);
+    }
+    assert_eq!(upstream.connections.load(Ordering::Relaxed), 1);
 }
 
 /// One place, a connection of HTTP/2 in it, and a request that needs one of HTTP/1.1.

@@ -220,19 +220,22 @@ async fn an_answer_that_is_reset_before_its_end_is_not_whole_whatever_is_said_of
 }
 
 #[tokio::test]
-async fn what_goes_on_after_its_answer_is_given_up_when_it_stands_still() {
-    let upstream = Upstream::bind().await;
-    let forward = forward(&upstream).idle_timeout(Duration::from_millis(50));
-    let (mut caller, body) = Channel::<Bytes, Infallible>::new(1);
-    let call = tokio::spawn(forward.clone().oneshot(post(body)));
-    let mut end = accept(&upstream).await;
-    let (request, mut respond) = next(&mut end).await;
-    // There is no more room than for the first of it.
-    caller.send_data(vec![0; 100].into()).await.unwrap();
-    respond.send_response(Response::new(()), true).unwrap();
-    assert_eq!(along(&mut end, call).await.unwrap().unwrap().status(), 200);
-    along(&mut end, async { while caller.send_data("more".into()).await.is_ok() {} }).await;
-    drop(request);
+async fn what_goes_on_after_its_answer_is_given_up_when_it_stands_still_or_has_had_its_time() {
+    let short = Duration::from_millis(50);
+    for limited in [Forward::idle_timeout, Forward::total_timeout] {
+        let upstream = Upstream::bind().await;
+        let forward = limited(forward(&upstream), short);
+        let (mut caller, body) = Channel::<Bytes, Infallible>::new(1);
+        let call = tokio::spawn(forward.clone().oneshot(post(body)));
+        let mut end = accept(&upstream).await;
+        let (request, mut respond) = next(&mut end).await;
+        // There is no more room than for the first of it.
+        caller.send_data(vec![0; 100].into()).await.unwrap();
+        respond.send_response(Response::new(()), true).unwrap();
+        assert!(along(&mut end, call).await.unwrap().is_ok());
+        along(&mut end, async { while caller.send_data("more".into()).await.is_ok() {} }).await;
+        drop(request);
+    }
 }
 
 #[tokio::test]
