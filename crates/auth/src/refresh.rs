@@ -83,11 +83,14 @@ impl Refresh {
             }
             // One that is under way may have read before the key was there.
             awaited = self.begun.load(Ordering::Acquire) + 1;
-            self.asked_for.fetch_max(awaited, Ordering::AcqRel);
+            // Whoever comes late may ask for one more than the one who closed the door, and nobody else would say so.
+            let is_news = self.asked_for.fetch_max(awaited, Ordering::AcqRel) < awaited;
             let next = (now + self.cooldown).as_nanos();
             let won = self.closed_until.compare_exchange(closed_until, next, Ordering::AcqRel, Ordering::Acquire);
             if won.is_ok() {
                 self.remember(kid, now);
+            }
+            if won.is_ok() || is_news {
                 self.wake.notify_one();
             }
         }

@@ -192,8 +192,9 @@ impl Breaker {
 
     /// When the open time is over.
     pub(crate) fn until(&self) -> Option<Moment> {
-        let edge = Moment::from_nanos(self.edge.load(Ordering::Acquire));
-        (self.state() != State::Closed).then_some(edge)
+        // In this order, and written in the other: one that has opened has its own.
+        let is_closed = self.state() == State::Closed;
+        (!is_closed).then(|| Moment::from_nanos(self.edge.load(Ordering::Acquire)))
     }
 
     pub(crate) fn call_sum(&self) -> Option<Sum> {

@@ -1,7 +1,7 @@
 //! Services from a file.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
 use futures::stream;
@@ -37,7 +37,8 @@ pub struct FileRegistry(Arc<Inner>);
 struct Inner {
     path: PathBuf,
     interval: Duration,
-    read: Mutex<Option<watch::Sender<Reading>>>,
+    /// Of the task that looks at the file, while there is one.
+    read: Mutex<Weak<watch::Sender<Reading>>>,
 }
 
 /// What the file says, if anything yet.
@@ -53,6 +54,14 @@ struct Document {
 #[derive(Clone, PartialEq)]
 struct Stamp(Option<(SystemTime, u64, [i64; 3])>);
 
+// === impl Inner ===
+
+impl Inner {
+    fn reader(&self) -> MutexGuard<'_, Weak<watch::Sender<Reading>>> {
+        self.read.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 // === impl FileRegistry ===
 
 impl FileRegistry {
@@ -63,14 +72,14 @@ impl FileRegistry {
     }
 
     fn listen(&self) -> watch::Receiver<Reading> {
-        let mut read = self.0.read.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(read) = &*read
-            && read.receiver_count() > 0
-        {
+        let mut read = self.0.reader();
+        if let Some(read) = read.upgrade() {
             return read.subscribe();
         }
         let (sender, receiver) = watch::channel(None);
-        *read = Some(sender.clone());
+        let sender = Arc::new(sender);
+        *read = Arc::downgrade(&sender);
+        drop(read);
         tokio::spawn(run(self.0.clone(), sender));
         receiver
     }
@@ -96,7 +105,7 @@ impl Registry for FileRegistry {
 }
 
 /// The task: looks at the file until nobody listens.
-async fn run(inner: Arc<Inner>, reading: watch::Sender<Reading>) {
+async fn run(inner: Arc<Inner>, reading: Arc<watch::Sender<Reading>>) {
     let (mut read, mut unreadable) = (None, false);
     let mut seen = Stamp::of(&inner.path).await;
     loop {
@@ -126,7 +135,13 @@ async fn run(inner: Arc<Inner>, reading: watch::Sender<Reading>) {
         seen = now;
         tokio::select! {
             () = tokio::time::sleep(inner.interval) => {}
-            () = reading.closed() => return,
+            () = reading.closed() => {
+                let mut read = inner.reader();
+                // Somebody may have begun to listen meanwhile.
+                if reading.receiver_count() == 0 {
+                    return *read = Weak::new();
+                }
+            }
         }
     }
 }

@@ -145,20 +145,36 @@ impl Memory {
         }
         state.changed = true;
         if !std::mem::replace(&mut state.writing, true) {
-            tokio::spawn(save(self.clone()));
+            drop(state);
+            tokio::spawn(save(Writer { memory: self.clone(), is_done: false }));
+        }
+    }
+}
+
+/// What the task has, which may end with its runtime: then another begins with the next change.
+struct Writer {
+    memory: Arc<Memory>,
+    is_done: bool,
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if !self.is_done {
+            self.memory.lock().writing = false;
         }
     }
 }
 
 /// The task: writes until nothing changes for a pause.
-async fn save(memory: Arc<Memory>) {
+async fn save(mut writer: Writer) {
+    let memory = writer.memory.clone();
     loop {
         tokio::time::sleep(PAUSE).await;
         let book = {
             let mut state = memory.lock();
             if !std::mem::take(&mut state.changed) {
                 state.writing = false;
-                return;
+                return writer.is_done = true;
             }
             state.book.clone()
         };

@@ -2,7 +2,7 @@
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use portcullis_core::{Endpoint, Instance, Protocol, Scheme};
@@ -35,6 +35,8 @@ pub(crate) enum Want {
 }
 
 enum Turn<'a> {
+    /// There is one by now.
+    Have(Lease),
     /// Make one for yourself.
     Alone,
     /// Make one that others wait for.
@@ -54,7 +56,7 @@ enum Queued {
 }
 
 /// One of those who wait.
-struct Waiting<'a>(&'a AtomicUsize);
+struct Waiting<'a>(&'a Shard);
 
 // === impl Want ===
 
@@ -85,10 +87,14 @@ impl Shard {
         let mut waiting = None;
         let mut failures = None;
         let mut place = None;
+        // Somebody said that a connection came to be unused, and nothing was made of it yet.
+        let mut told = false;
         loop {
             let (mut returned, mut room) = (pin!(self.returned.notified()), pin!(self.room.notified()));
             let mut resigned = pin!(self.resigned.notified());
-            returned.as_mut().enable();
+            if want != Want::H2 {
+                returned.as_mut().enable();
+            }
             if want != Want::H1 {
                 room.as_mut().enable();
                 resigned.as_mut().enable();
@@ -96,12 +102,16 @@ impl Shard {
             if !fresh && let Some(lease) = self.take(want, Instant::now()) {
                 return Ok(lease);
             }
-            let dialing = match self.turn(want, &mut failures)? {
+            let dialing = match self.turn(want, fresh, &mut failures)? {
+                Turn::Have(lease) => return Ok(lease),
                 Turn::Alone => None,
                 Turn::ForAll(dialing) => Some(dialing),
                 Turn::Wait => {
-                    // Whoever makes the connection has a place of its own.
+                    // Whoever makes the connection has a place of its own, and others may use what came to be unused.
                     place = None;
+                    if std::mem::take(&mut told) {
+                        self.returned.notify_one();
+                    }
                     if self.queue(&mut waiting)? == Queued::Already {
                         fresh = false;
                         tokio::select! {
@@ -114,6 +124,7 @@ impl Shard {
                     continue;
                 }
             };
+            returned.as_mut().enable();
             let Some(place) = place.take().or_else(|| self.place()) else {
                 if let Some(dialing) = dialing {
                     dialing.resign();
@@ -126,7 +137,7 @@ impl Shard {
                     tokio::select! {
                         biased;
                         // For HTTP/2, too: what nobody uses is closed for it.
-                        () = returned => {}
+                        () = returned => told = true,
                         () = room, if want != Want::H1 => {}
                         // Places go to those who wait in turn, so it is kept for what comes next.
                         freed = self.open.clone().acquire_owned() => place = freed.ok(),
@@ -135,10 +146,7 @@ impl Shard {
                 }
                 continue;
             };
-            if waiting.take().is_some() {
-                // What came back meanwhile was kept for this one.
-                self.yield_place();
-            }
+            drop(waiting.take());
             let made = by(deadline, self.connect(endpoint, want, place)).await?;
             match &made {
                 Ok(lease) if want == Want::Agreed => self.kept().agreed_h2 = Some(matches!(lease, Lease::H2(..))),
@@ -155,10 +163,14 @@ impl Shard {
 
     /// Who makes the next connection. One with room for many is made by one request while the others wait for it, and
     /// fails for all of them.
-    fn turn<'a>(self: &'a Arc<Self>, want: Want, failures: &mut Option<u64>) -> Result<Turn<'a>, Failure> {
+    fn turn<'a>(self: &'a Arc<Self>, want: Want, fresh: bool, failures: &mut Option<u64>) -> Result<Turn<'a>, Failure> {
         let mut kept = self.kept();
         if want == Want::H1 || want == Want::Agreed && kept.agreed_h2 == Some(false) {
             return Ok(Turn::Alone);
+        }
+        // It may have come to be since it was looked for.
+        if !fresh && let Some(lease) = kept.stream(Instant::now(), self.limits.streams, false) {
+            return Ok(Turn::Have(lease));
         }
         if failures.is_some_and(|seen| seen != kept.failures)
             && let Some(failure) = &kept.failure
@@ -180,7 +192,7 @@ impl Shard {
         }
         // `SeqCst`, as where it is read after something became free: one of both sees what the other did.
         let before = self.waiting.fetch_add(1, Ordering::SeqCst);
-        let entry = Waiting(&self.waiting);
+        let entry = Waiting(self);
         if before >= self.limits.waiting {
             return Err(Failure::unsent(Kind::Exhausted));
         }
@@ -213,6 +225,7 @@ impl Shard {
                 }
             }
         };
+        drop(waiting);
         let dialed = by(deadline, self.dial(endpoint, Some(false))).await??;
         Ok((dialed.stream, place))
     }
@@ -275,7 +288,9 @@ impl Drop for Dialing<'_> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+        // What came back meanwhile was kept for this one.
+        self.0.yield_place();
     }
 }
 

@@ -297,7 +297,7 @@ impl Kept {
         Some(Unused::H2(self.h2.swap_remove(at)))
     }
 
-    fn stream(&mut self, now: Instant, limit: usize, to_retire: bool) -> Option<Lease> {
+    pub(crate) fn stream(&mut self, now: Instant, limit: usize, to_retire: bool) -> Option<Lease> {
         self.h2.iter_mut().find_map(|h2| {
             let place = h2.stream(now, limit, to_retire)?;
             Some(Lease::H2(h2.sender(), place, true))

@@ -3,7 +3,7 @@
 //! Two blocking queries tell: one over all checks, filtered down to none, and one over the names of all services. Their
 //! indexes move with every change of a check or a service. What changed they do not say, so every parked watch asks then.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use futures::{StreamExt, stream};
@@ -18,7 +18,7 @@ use crate::backoff::Backoff;
 
 /// The signal's receivers. Its task lives as long as somebody listens.
 #[derive(Default)]
-pub(super) struct Pulse(Mutex<Option<watch::Sender<()>>>);
+pub(super) struct Pulse(Mutex<Weak<watch::Sender<()>>>);
 
 /// One of the two queries.
 struct Listener {
@@ -41,21 +41,25 @@ const GATHER: Duration = Duration::from_millis(25);
 
 impl Pulse {
     pub(super) fn listen(client: &Arc<Client>) -> watch::Receiver<()> {
-        let mut pulse = client.pulse.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(beat) = &*pulse
-            && beat.receiver_count() > 0
-        {
+        let mut pulse = client.pulse.lock();
+        if let Some(beat) = pulse.upgrade() {
             return beat.subscribe();
         }
         let (beat, heard) = watch::channel(());
-        *pulse = Some(beat.clone());
+        let beat = Arc::new(beat);
+        *pulse = Arc::downgrade(&beat);
+        drop(pulse);
         tokio::spawn(run(client.clone(), beat));
         heard
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Weak<watch::Sender<()>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The task: beats until nobody listens.
-async fn run(client: Arc<Client>, beat: watch::Sender<()>) {
+async fn run(client: Arc<Client>, beat: Arc<watch::Sender<()>>) {
     let mut pace = Pace::new(BURST, EVERY);
     // A stale server or a cache may see a change after the signal did.
     let late = matches!(client.config.consistency, Consistency::Stale | Consistency::Cached);
@@ -64,7 +68,14 @@ async fn run(client: Arc<Client>, beat: watch::Sender<()>) {
     loop {
         tokio::select! {
             Some(()) = changes.next() => {}
-            () = beat.closed() => return,
+            () = beat.closed() => {
+                let mut pulse = client.pulse.lock();
+                // Somebody may have begun to listen meanwhile.
+                if beat.receiver_count() == 0 {
+                    return *pulse = Weak::new();
+                }
+                continue;
+            }
         }
         // One change moves both indexes, and a burst moves them often: one beat for all of it.
         let gather = tokio::time::sleep(pace.take(client.config.clock.now()).max(GATHER));

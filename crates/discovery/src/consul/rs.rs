@@ -219,8 +219,7 @@ impl External {
         async move { catalog.within(catalog.rs.register_entity(&payload)).await }
     }
 
-    fn remove(&mut self) -> impl Future<Output = Result<(), Error>> + Send + use<> {
-        self.registered = false;
+    fn remove(&self) -> impl Future<Output = Result<(), Error>> + Send + use<> {
         let config = &self.catalog.registry.0.config;
         let payload = DeregisterEntityPayload {
             Node: Some(self.node()),
@@ -236,7 +235,12 @@ impl External {
 
 impl Membership for External {
     fn deregister(mut self: Box<Self>) -> Pending<()> {
-        Box::pin(self.remove())
+        Box::pin(async move {
+            let removed = self.remove().await;
+            // If not, or not yet when this is given up, it is tried once more.
+            self.registered = removed.is_err();
+            removed
+        })
     }
 
     fn maintenance(&self, reason: Option<String>) -> Pending<()> {
