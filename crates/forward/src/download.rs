@@ -18,6 +18,7 @@ use crate::h2::StreamPlace;
 use crate::headers::clean_trailers;
 use crate::pool::Shard;
 use crate::tunnel::Heard;
+use crate::upload::Flow;
 use portcullis_wire::{Alarm, Received, after, earlier};
 
 /// The upstream's body, streamed as it arrives. A body that was cut short ends in an error, so that nobody takes it for
@@ -27,6 +28,8 @@ pub struct ResponseBody {
     limits: Option<Box<Limits>>,
     /// Held until the body ends.
     permit: Option<Permit>,
+    /// The rest of the request, which goes on beside the answer.
+    beside: Option<Arc<Flow>>,
     over: bool,
 }
 
@@ -65,7 +68,7 @@ impl ResponseBody {
     /// A body that has arrived.
     pub(crate) fn whole(bytes: Bytes) -> Self {
         let over = bytes.is_empty();
-        Self { source: Source::Whole(bytes), limits: None, permit: None, over }
+        Self { source: Source::Whole(bytes), limits: None, permit: None, beside: None, over }
     }
 
     pub(crate) fn h1(
@@ -75,7 +78,7 @@ impl ResponseBody {
         limits: Option<Box<Limits>>,
         permit: Option<Permit>,
     ) -> Self {
-        Self { source: Source::H1(h1, shard, endpoint), limits, permit, over: false }
+        Self { source: Source::H1(h1, shard, endpoint), limits, permit, beside: None, over: false }
     }
 
     pub(crate) fn h2(
@@ -87,11 +90,18 @@ impl ResponseBody {
         if stream.is_over() {
             return Self::whole(Bytes::new());
         }
-        Self { source: Source::H2(stream, place), limits, permit, over: false }
+        Self { source: Source::H2(stream, place), limits, permit, beside: None, over: false }
     }
 
     pub(crate) fn tunnel(heard: Heard) -> Self {
-        Self { source: Source::Tunnel(heard), limits: None, permit: None, over: false }
+        Self { source: Source::Tunnel(heard), limits: None, permit: None, beside: None, over: false }
+    }
+
+    /// What is left of the request goes on beside it: neither stands still while the other moves, and who gives the answer up
+    /// gives up both.
+    pub(crate) fn beside(mut self, request: Option<Arc<Flow>>) -> Self {
+        self.beside = request.filter(|_| !self.over);
+        self
     }
 
     fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
@@ -116,6 +126,9 @@ impl ResponseBody {
     fn finish(&mut self, whole: bool) {
         self.over = true;
         self.permit = None;
+        if let Some(request) = self.beside.take().filter(|_| !whole) {
+            request.give_up();
+        }
         match std::mem::replace(&mut self.source, Source::Whole(Bytes::new())) {
             Source::H1(h1, shard, endpoint) if whole => shard.put(h1, &endpoint),
             _ => {}
@@ -149,8 +162,9 @@ impl Limits {
         watched.then(|| Box::new(Self { alarm: Alarm::default(), idle, still: None, deadline, left, takes_status }))
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Cut> {
+    fn poll(&mut self, cx: &mut Context<'_>, beside: Option<&Flow>) -> Poll<Cut> {
         let still = *self.still.get_or_insert_with(Instant::now);
+        let still = beside.map_or(still, |request| still.max(request.moved()));
         let idle = after(still, self.idle);
         let Some(end) = earlier(idle, self.deadline) else { return Poll::Pending };
         self.alarm.poll(cx, end).map(|()| if idle == Some(end) { Cut::Idle } else { Cut::Deadline })
@@ -184,6 +198,7 @@ impl Body for ResponseBody {
                     clean_trailers(trailers);
                     this.finish(true);
                 } else {
+                    this.beside.iter().for_each(|request| request.touch());
                     let bytes = frame.data_ref().map_or(0, Bytes::len);
                     if let Some(limits) = &mut this.limits
                         && let Err(cut) = limits.pass(bytes)
@@ -206,7 +221,7 @@ impl Body for ResponseBody {
             }
             Poll::Pending => {
                 if let Some(limits) = &mut this.limits
-                    && let Poll::Ready(cut) = limits.poll(cx)
+                    && let Poll::Ready(cut) = limits.poll(cx, this.beside.as_deref())
                 {
                     return this.cut(cut);
                 }
@@ -226,6 +241,14 @@ impl Body for ResponseBody {
             Source::H1(h1, ..) => h1.size_hint(),
             Source::H2(stream, _) => stream.size_hint(),
             Source::Tunnel(_) => SizeHint::default(),
+        }
+    }
+}
+
+impl Drop for ResponseBody {
+    fn drop(&mut self) {
+        if let Some(request) = &self.beside {
+            request.give_up();
         }
     }
 }

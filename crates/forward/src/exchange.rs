@@ -258,10 +258,12 @@ impl Exchange {
         if self.is_too_large(h1.size_hint().lower()) {
             return Tried::Failed(Failure::sent(Kind::ResponseTooLarge), Again::Never);
         }
+        let mut beside = None;
         if h1.is_sending()
             && let (Some(flow), Some(upload)) = (&self.flow, h1.split())
         {
             // The answer came early; the rest of the request goes on beside it, whether the answer is read or not.
+            beside = Some(flow.clone());
             tokio::spawn(upload.run(flow.clone(), self.times.idle, self.times.end));
         }
         let body = match h1.whole_body() {
@@ -272,7 +274,7 @@ impl Exchange {
             }
             None => {
                 let (limits, permit) = (self.limits(), self.permit.take());
-                ResponseBody::h1(h1, self.shard.clone(), self.endpoint.clone(), limits, permit)
+                ResponseBody::h1(h1, self.shard.clone(), self.endpoint.clone(), limits, permit).beside(beside)
             }
         };
         Tried::Answered(response.map(|()| body))
@@ -311,7 +313,7 @@ impl Exchange {
         if let Err(error) = is_open(&mut sender) {
             return Tried::Returned(body, Failure::unsent(Kind::Reset).because(&error));
         }
-        let before = place.written();
+        let (before, arrived) = (place.written(), place.arrived());
         let is_whole = body.is_end_stream();
         let (mut answer, stream) = match sender.send_request(self.request(&body, keep), is_whole) {
             Ok(begun) => begun,
@@ -338,16 +340,26 @@ impl Exchange {
                 if !self.has_no_body(head.status) && self.is_too_large(stream.left().unwrap_or_default()) {
                     return Tried::Failed(Failure::sent(Kind::ResponseTooLarge), Again::Never);
                 }
+                let mut beside = None;
                 if let (Some(upload), Some(flow)) = (upload, &self.flow) {
                     // The answer came early; the rest of the request goes on beside it, whether the answer is read or not.
+                    beside = Some(flow.clone());
                     tokio::spawn(upload.run(flow.clone(), self.times.idle, self.times.end, place.shared()));
                 }
                 let (limits, permit) = (self.limits(), self.permit.take());
-                Tried::Answered(Response::from_parts(head, ResponseBody::h2(stream, place, limits, permit)))
+                Tried::Answered(Response::from_parts(
+                    head,
+                    ResponseBody::h2(stream, place, limits, permit).beside(beside),
+                ))
             }
             Ok(Err(error)) => failed(&error, self.flow.as_deref(), place.written() > before, reused),
             // Even if nothing has left yet: the connection may be writing just now, or have it where it cannot be called back.
-            Err(kind) => Tried::Failed(Failure::sent(self.whose_fault(kind)), Again::Never),
+            Err(kind) => {
+                if matches!(kind, Kind::ResponseTimeout | Kind::Deadline) {
+                    place.doubt(arrived);
+                }
+                Tried::Failed(Failure::sent(self.whose_fault(kind)), Again::Never)
+            }
         }
     }
 
@@ -428,8 +440,8 @@ fn failed(error: &h2::Error, flow: Option<&Flow>, sent: bool, stale: bool) -> Tr
 /// ([RFC 9113](https://www.rfc-editor.org/rfc/rfc9113#section-8.7)).
 fn is_unprocessed(h2: &h2::Error) -> bool {
     let refused = h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM);
-    let gone = h2.is_go_away() && h2.reason() == Some(h2::Reason::NO_ERROR);
-    h2.is_remote() && (refused || gone)
+    // Of a stream that it may have processed h2 does not say so.
+    h2.is_remote() && (refused || h2.is_go_away())
 }
 
 // === impl Target ===

@@ -48,6 +48,8 @@ struct State {
     heard: AtomicBool,
     /// Bytes that the transport took.
     written: AtomicU64,
+    /// How often something arrived.
+    arrived: AtomicU64,
     shard: Weak<Shard>,
     /// Held until the last stream is gone, which may outlive the right to begin others.
     _place: OwnedSemaphorePermit,
@@ -64,6 +66,20 @@ pub(crate) struct Upload {
     transmit: Transmit,
     body: Outgoing,
 }
+
+/// How much all streams of a connection may hold that nobody has read yet, and one of them: however many callers do not read,
+/// there is room for the others.
+const WINDOW: u32 = 1 << 24;
+const LEAST_WINDOW: u32 = 64 << 10;
+const MOST_WINDOW: u32 = 1 << 20;
+/// The most there is ([RFC 9113](https://www.rfc-editor.org/rfc/rfc9113#section-6.9.1)).
+const MAX_WINDOW: u32 = (1 << 31) - 1;
+/// What h2 lets small frames cost that nobody has read, 256 bytes each less what is in them, before it gives the connection
+/// up with all its streams.
+const SMALL_FRAMES: usize = 64 << 20;
+/// How many streams h2 remembers that we have reset, and for how long: what still comes of others ends the connection.
+const RESETS: usize = 1000;
+const CROSSING: Duration = Duration::from_secs(30);
 
 // === impl H2 ===
 
@@ -83,14 +99,21 @@ impl H2 {
             settled: AtomicBool::new(false),
             heard: AtomicBool::new(false),
             written: AtomicU64::new(0),
+            arrived: AtomicU64::new(0),
             shard: Arc::downgrade(shard),
             _place: place,
         });
+        let streams = u32::try_from(limits.streams).unwrap_or(u32::MAX).max(1);
+        let stream_window = (WINDOW / streams).clamp(LEAST_WINDOW, MOST_WINDOW);
         let mut builder = Builder::new();
         builder
             .enable_push(false)
-            .initial_window_size(1 << 20)
-            .initial_connection_window_size(1 << 24)
+            .initial_window_size(stream_window)
+            .initial_connection_window_size(stream_window.saturating_mul(streams).clamp(WINDOW, MAX_WINDOW))
+            .data_frame_budget(SMALL_FRAMES)
+            .max_concurrent_reset_streams(RESETS)
+            .reset_stream_duration(CROSSING)
+            .max_local_error_reset_streams(None)
             .max_send_buffer_size(1 << 20)
             .max_header_list_size(u32::try_from(limits.max_head).unwrap_or(u32::MAX))
             .initial_max_send_streams(limits.streams);
@@ -197,6 +220,18 @@ impl StreamPlace {
     pub(crate) fn written(&self) -> u64 {
         self.0.written.load(Ordering::Relaxed)
     }
+
+    /// Counts how often anything arrived, of whatever stream.
+    pub(crate) fn arrived(&self) -> u64 {
+        self.0.arrived.load(Ordering::Relaxed)
+    }
+
+    /// Nothing arrived since then while an answer was due: no other stream begins until something does.
+    pub(crate) fn doubt(&self, arrived: u64) {
+        if self.arrived() == arrived {
+            self.0.most.store(0, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Drop for StreamPlace {
@@ -243,11 +278,15 @@ impl Upload {
         }
     }
 
-    /// Sends it to its end, whether the answer is read or not, unless it stands still for `idle` or there is no time left.
+    /// Sends it to its end, unless the answer is given up, both stand still for `idle` or there is no time left.
     pub(crate) async fn run(mut self, flow: Arc<Flow>, idle: Duration, end: Option<Instant>, _place: StreamPlace) {
         let mut alarm = Alarm::default();
         poll_fn(|cx| {
             if self.poll(cx, Some(&flow)).is_ready() {
+                return Poll::Ready(());
+            }
+            if flow.poll_given_up(cx).is_ready() {
+                self.transmit.reset(Reason::CANCEL);
                 return Poll::Ready(());
             }
             let Some(end) = earlier(after(flow.moved(), idle), end) else { return Poll::Pending };
@@ -268,6 +307,7 @@ impl AsyncRead for Heard {
         ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
         if !buf.filled().is_empty() {
             this.state.heard.store(true, Ordering::Relaxed);
+            this.state.arrived.fetch_add(1, Ordering::Relaxed);
         }
         Poll::Ready(Ok(()))
     }

@@ -2,11 +2,12 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures::task::AtomicWaker;
 use http_body::{Body, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use portcullis_core::ReservedHeaders;
@@ -30,6 +31,10 @@ pub(crate) struct Flow {
     state: AtomicU8,
     /// Whether the transport waits for the caller's next frame, not the upstream's reading.
     waits_for_caller: AtomicU8,
+    /// Nobody reads the answer any more.
+    given_up: AtomicBool,
+    /// Who sends the rest of it beside the answer.
+    sender: AtomicWaker,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +81,8 @@ impl Outgoing {
             moved: AtomicU64::new(0),
             state: AtomicU8::new(Progress::Open as u8),
             waits_for_caller: AtomicU8::new(0),
+            given_up: AtomicBool::new(false),
+            sender: AtomicWaker::new(),
         });
         (Self::Stream(Box::pin(Upload { body, flow: Tell(flow.clone()), left: limit, reserved })), Some(flow))
     }
@@ -188,7 +195,18 @@ impl Flow {
         }
     }
 
-    /// When some of it last moved.
+    /// Nobody reads the answer any more: what is left of the request is for nothing.
+    pub(crate) fn give_up(&self) {
+        self.given_up.store(true, Ordering::Release);
+        self.sender.wake();
+    }
+
+    pub(crate) fn poll_given_up(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.sender.register(cx.waker());
+        if self.given_up.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    /// When some of it last moved, or of the answer while that goes on beside it.
     pub(crate) fn moved(&self) -> Instant {
         self.started + Duration::from_nanos(self.moved.load(Ordering::Relaxed))
     }

@@ -198,7 +198,12 @@ impl Transmit {
                     return Err(Halt::Room);
                 }
                 moved();
-                let piece = data.split_to(data.len().min(Self::FRAME));
+                // No more than there is room for: the rest would be gone from here, and nobody would see that it is not taken.
+                let room = match self.stream.capacity() {
+                    0 => Self::FRAME,
+                    room => room.min(Self::FRAME),
+                };
+                let piece = data.split_to(data.len().min(room));
                 let is_over = data.is_empty();
                 if self.stream.send_data(piece, is_over && last).is_err() || is_over && last {
                     return Ok(());
@@ -242,7 +247,7 @@ impl Transmit {
     }
 
     fn hold(&mut self, data: Bytes, last: bool) {
-        self.stream.reserve_capacity(1);
+        self.stream.reserve_capacity(data.len().min(Self::FRAME));
         self.held = Some((data, last));
     }
 }
@@ -295,6 +300,32 @@ mod tests {
         _ = timeout(seconds(85), served).await;
         asked.dedup();
         assert_eq!(asked, [10, 60, 70, 80]);
+    }
+
+    /// Or nobody would see that it is not taken.
+    #[tokio::test]
+    async fn an_answer_is_handed_over_as_far_as_there_is_room() {
+        let (near, far) = tokio::io::duplex(1024);
+        tokio::spawn(async move {
+            let client = h2::client::Builder::new().initial_window_size(1).handshake::<_, Bytes>(near).await;
+            let (mut requests, mut connection) = client.unwrap();
+            let (_answer, _) = requests.send_request(http::Request::new(()), true).unwrap();
+            poll_fn(|cx| Pin::new(&mut connection).poll(cx)).await.unwrap();
+        });
+        let mut connection: Connection<_, Bytes> = h2::server::handshake(far).await.unwrap();
+        let (_, mut respond) = connection.accept().await.unwrap().unwrap();
+        let mut transmit = Transmit::response(respond.send_response(http::Response::new(()), false).unwrap());
+        let mut body = http_body_util::Full::new(Bytes::from_static(b"more than a byte"));
+        let mut looks = 0;
+        poll_fn(|cx| {
+            _ = connection.poll_accept(cx);
+            assert!(matches!(transmit.poll(cx, Pin::new(&mut body), || {}), Err(Halt::Room)));
+            looks += 1;
+            cx.waker().wake_by_ref();
+            if looks == 100 { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+        assert_eq!(transmit.held.map(|(data, _)| data).as_deref(), Some(&b"ore than a byte"[..]));
     }
 
     #[test]

@@ -265,8 +265,8 @@ impl H1 {
 // === impl Upload ===
 
 impl Upload {
-    /// Sends it to its end, unless it stands still for `idle` or there is no time left. If it does not come to that, the
-    /// upstream hears that there is no more: whoever reads its answer keeps the connection open.
+    /// Sends it to its end, unless the answer is given up, both stand still for `idle` or there is no time left. If it does not
+    /// come to that, the upstream hears that there is no more: whoever reads its answer keeps the connection open.
     pub(crate) async fn run(mut self, flow: Arc<Flow>, idle: Duration, end: Option<Instant>) {
         let whole = std::future::poll_fn(|cx| {
             let before = self.sending.written();
@@ -276,6 +276,9 @@ impl Upload {
             }
             if let Poll::Ready(sent) = sent {
                 return Poll::Ready(sent.is_ok());
+            }
+            if flow.poll_given_up(cx).is_ready() {
+                return Poll::Ready(false);
             }
             match earlier(after(flow.moved(), idle), end) {
                 Some(end) => self.alarm.poll(cx, end).map(|()| false),

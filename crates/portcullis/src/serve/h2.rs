@@ -44,6 +44,11 @@ enum State {
 const WINDOW: u32 = 1 << 20;
 /// How much of that one may: where nobody asks for it, there is room for others.
 const STREAM_WINDOW: u32 = 256 << 10;
+/// What h2 lets small frames cost that nobody has read, 256 bytes each less what is in them, before it lets the client go.
+const SMALL_FRAMES: usize = 4 << 20;
+/// How many streams h2 remembers that we have reset, and for how long: what still comes of others counts against the client.
+const RESETS: usize = 200;
+const CROSSING: Duration = Duration::from_secs(10);
 /// How much of an answer is kept for a reader who takes less, in each stream.
 const SEND_BUFFER: usize = 64 << 10;
 
@@ -64,6 +69,9 @@ where
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(WINDOW)
             .max_send_buffer_size(SEND_BUFFER)
+            .data_frame_budget(SMALL_FRAMES)
+            .max_concurrent_reset_streams(RESETS)
+            .reset_stream_duration(CROSSING)
             .max_concurrent_streams(limits.max_streams)
             .max_header_list_size(u32::try_from(limits.max_head).unwrap_or(u32::MAX))
             .handshake(transport);
@@ -93,6 +101,9 @@ where
 
     fn end(mut self: Pin<&mut Self>) {
         self.is_ending = true;
+        // Closed while the client still says that it has read something, the connection would be reset, and with it what has
+        // not arrived there.
+        self.line.is_left_unread();
         if let State::Serving(connection, _) = &mut self.state {
             connection.graceful_shutdown();
         }

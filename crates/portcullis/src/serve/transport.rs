@@ -25,7 +25,7 @@ pub(super) struct Socket {
     /// What was read before it was known who reads it.
     early: Bytes,
     stalled: Stall,
-    /// Whether what still comes in at the end is read for a while: where it is a request, not an attack on the framing.
+    /// Whether what comes in just at the end is read on for a while: where it is a request, not an attack on the framing.
     may_linger: bool,
     /// Whether more of a request is on its way that nobody wants.
     more: bool,
@@ -244,8 +244,8 @@ impl Socket {
     fn poll_close(&mut self, cx: &mut Context<'_>, given_away: bool) -> Poll<io::Result<()>> {
         // Closed with something unread, or yet to come, the connection would be reset, and the client might never see its
         // answer (RFC 9112 §9.6): it goes on reading for a while.
-        let may_linger = self.may_linger && self.lingers.is_none() && !given_away;
-        if may_linger && (self.more || self.discard(cx) == Poll::Ready(true)) {
+        let begins = self.lingers.is_none() && !given_away;
+        if begins && (self.more || self.may_linger && self.discard(cx) == Poll::Ready(true)) {
             self.lingers = Some(Box::pin(sleep(LINGER)));
         }
         let Some(over) = &mut self.lingers else {
