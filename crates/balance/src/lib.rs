@@ -140,7 +140,8 @@
 //! call, not a guess. Endpoints whose gates do not let everybody in are left out, and one request in four first looks
 //! whether one of them can be probed; how many probes there are is the gate's business. When fewer than half admit, the
 //! balancer panics: it picks from all and passes gates by force, because then it is likelier that something else is wrong,
-//! and the few would not bear the load of all. When none admits there is nobody left to protect, and the request is
+//! and the few would not bear the load of all. One that is [held by hand](portcullis_core::Gate::hold_for) is taken for one
+//! that is not there. When none admits there is nobody left to protect, and the request is
 //! refused, at once or after a [wait](BalanceLayer::wait).
 //!
 //! # Another attempt

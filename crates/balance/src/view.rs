@@ -261,7 +261,7 @@ impl View {
         let wants_all = choice.pick.wants_all();
         let mut instances: Vec<_> =
             (0_u32..).zip(endpoints.iter()).map(|(index, endpoint)| (index, endpoint, endpoint.instance())).collect();
-        instances.retain(|(_, endpoint, _)| endpoint.weight() > 0);
+        instances.retain(|(_, endpoint, _)| endpoint.weight() > 0 && !endpoint.gate().is_held());
         let all = || instances.iter().map(|(_, _, instance)| instance.clone());
         let fell_back = choice.terms.subset.is_some_and(|subset| subset.falls_back(all()));
         if let Some(subset) = choice.terms.subset.filter(|_| !fell_back) {

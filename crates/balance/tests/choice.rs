@@ -74,6 +74,18 @@ fn a_priority_is_probed_while_another_panics() {
     }
 }
 
+/// Whoever holds them knows why; the others are well, and not too few.
+#[test]
+fn what_is_held_by_hand_is_not_tried_in_a_panic_and_makes_none() {
+    let set = described(4, |_, _| {});
+    set[..3].iter().for_each(|endpoint| endpoint.gate().hold_for(Mover::new()));
+    for (name, policy) in policies() {
+        let layer = BalanceLayer::new(policy);
+        layer.prepare(&set);
+        assert_eq!(shares(&layer, &set, 1000), [0, 0, 0, 1000], "{name}");
+    }
+}
+
 /// The walk through a table that names it nearly always does not lead past it.
 #[test]
 fn keys_of_a_heavy_endpoint_that_does_not_admit_stay_together() {

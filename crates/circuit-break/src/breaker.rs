@@ -269,7 +269,8 @@ impl Breaker {
         }
         let failed = call.outcome == Outcome::Failure;
         if seen.state() != State::Closed {
-            return if failed {
+            // What opens it by being slow does not close it either.
+            return if failed || desk.rules.find_slow(call.took).contains(&true) {
                 self.open(desk, seen, Reason::ProbeFailed, call.asked, now(), random())
             } else {
                 self.probe_succeeded(desk, seen, now)
@@ -299,11 +300,7 @@ impl Breaker {
         took: Option<Duration>,
         now: &impl Fn() -> Moment,
     ) -> (bool, Option<Moment>) {
-        let slow = |window: Option<Window>| match (window.and_then(|window| window.slow), took) {
-            (Some((after, _)), Some(took)) => took >= after,
-            _ => false,
-        };
-        let (slow_call, slow_time) = (slow(rules.calls), slow(rules.time));
+        let [slow_call, slow_time] = rules.find_slow(took);
         if let Some(window) = &self.calls {
             window.record(period, failed, slow_call);
         }

@@ -112,7 +112,7 @@ impl Window {
     }
 
     /// Opens when this share of the calls, or more, took `after` or longer until the head of their response, or until
-    /// they broke off without one.
+    /// they broke off without one. A probe that takes so long has failed.
     pub const fn slow_rate(mut self, after: Duration, share: Share) -> Self {
         self.slow = Some((after, share));
         self
@@ -246,6 +246,14 @@ impl Rules {
     pub(crate) fn time_calls(&self) -> bool {
         let slow = |window: &Option<Window>| window.is_some_and(|window| window.slow.is_some());
         slow(&self.calls) || slow(&self.time)
+    }
+
+    /// Whether a call took too long, for the window of calls and for that of time.
+    pub(crate) fn find_slow(&self, took: Option<Duration>) -> [bool; 2] {
+        [self.calls, self.time].map(|window| match (window.and_then(|window| window.slow), took) {
+            (Some((after, _)), Some(took)) => took >= after,
+            _ => false,
+        })
     }
 
     pub(crate) fn ration(&self, until: Moment) -> portcullis_core::Ration {

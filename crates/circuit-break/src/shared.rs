@@ -130,7 +130,7 @@ impl Shared {
             told.push(target.clone());
         }
         if mode == Some(Mode::ForcedOpen) {
-            target.gate().close_for(self.hand);
+            target.gate().hold_for(self.hand);
         } else {
             target.gate().forget(self.hand);
         }

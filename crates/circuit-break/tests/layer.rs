@@ -278,7 +278,12 @@ async fn slow_calls_open_it_though_they_succeed() {
     }
     assert_eq!(layer.handle().whole().call_rates().map(|rates| (rates.calls, rates.slow)), Some((3, 2)));
     ask(&service, "2").await;
-    assert_eq!(layer.handle().whole().state(), State::Open);
+    for (probe, state) in [("2", State::Open), ("1", State::Closed)] {
+        assert_eq!(layer.handle().whole().state(), State::Open);
+        tokio::time::sleep(layer.handle().whole().open_for().unwrap() + S).await;
+        ask(&service, probe).await;
+        assert_eq!(layer.handle().whole().state(), state, "as slow as what opened it, or not");
+    }
 }
 
 #[tokio::test(start_paused = true)]

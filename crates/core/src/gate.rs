@@ -107,6 +107,8 @@ struct Vote {
     mover: Mover,
     moved: Generation,
     ration: Option<Ration>,
+    /// The gate is not to be passed even by force.
+    holds: bool,
 }
 
 // === impl Gate ===
@@ -238,13 +240,24 @@ impl Gate {
 
     /// Refuses everybody until `mover` [`admit`](Self::admit)s again, whatever it had said before.
     pub fn close_for(&self, mover: Mover) {
-        let refuse = Ration { until: Moment::MAX, places: 0, every: Duration::MAX };
-        self.apply(&mut lock(&self.rest.book), mover, Some(refuse));
+        self.apply(&mut lock(&self.rest.book), mover, Some(NOBODY), false);
+    }
+
+    /// As [`close_for`](Self::close_for), by hand: a balancer takes the endpoint for one that is not there, so that it neither
+    /// counts as sick nor is tried in a panic.
+    pub fn hold_for(&self, mover: Mover) {
+        self.apply(&mut lock(&self.rest.book), mover, Some(NOBODY), true);
+    }
+
+    /// Whether somebody [holds](Self::hold_for) it closed.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        !self.admits() && lock(&self.rest.book).votes.iter().any(|vote| vote.holds)
     }
 
     /// Withdraws whatever `mover` had said.
     pub fn open_for(&self, mover: Mover) {
-        self.apply(&mut lock(&self.rest.book), mover, None);
+        self.apply(&mut lock(&self.rest.book), mover, None, false);
     }
 
     /// As [`open_for`](Self::open_for), and forgets `mover`, which moves this gate no more.
@@ -270,14 +283,14 @@ impl Gate {
 
     fn cast(&self, mover: Mover, since: Generation, ration: Option<Ration>) -> Option<Generation> {
         let book = &mut *lock(&self.rest.book);
-        (moved(&book.votes, mover) == since).then(|| self.apply(book, mover, ration))
+        (moved(&book.votes, mover) == since).then(|| self.apply(book, mover, ration, false))
     }
 
-    fn apply(&self, book: &mut Book, mover: Mover, ration: Option<Ration>) -> Generation {
+    fn apply(&self, book: &mut Book, mover: Mover, ration: Option<Ration>, holds: bool) -> Generation {
         let next = self.word().generation().next();
         match book.votes.iter_mut().find(|vote| vote.mover == mover) {
-            Some(vote) => (vote.moved, vote.ration) = (next, ration),
-            None => book.votes.push(Vote { mover, moved: next, ration }),
+            Some(vote) => (vote.moved, vote.ration, vote.holds) = (next, ration, holds),
+            None => book.votes.push(Vote { mover, moved: next, ration, holds }),
         }
         self.move_on(book);
         next
@@ -327,6 +340,9 @@ impl fmt::Debug for Gate {
 const SHORTEST: Duration = Duration::from_millis(1);
 
 /// What counts when several object: the latest deadline, the fewest places, the longest time out.
+/// What lets nobody in.
+const NOBODY: Ration = Ration { until: Moment::MAX, places: 0, every: Duration::MAX };
+
 fn strictest(votes: &[Vote]) -> Option<Ration> {
     let strictest = votes.iter().filter_map(|vote| vote.ration).reduce(|a, b| Ration {
         until: a.until.max(b.until),

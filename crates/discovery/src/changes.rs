@@ -54,16 +54,21 @@ where
 {
     fn watch(&self, service: &Arc<str>) -> Watch {
         let changes = Box::pin((self.0)(service).fuse());
-        Watch::new(stream::unfold((changes, BTreeMap::new()), |(mut changes, mut known)| async move {
+        Watch::new(stream::unfold((changes, BTreeMap::new(), None), |(mut changes, mut known, failure)| async move {
+            if let Some(failure) = failure {
+                return Some((Err(failure), (changes, known, None)));
+            }
             let mut next = Some(changes.next().await?);
-            let mut failure = None;
+            let (mut changed, mut failure) = (false, None);
             while let Some(change) = next {
                 match change {
                     Ok(Change::Insert(key, instance)) => {
                         known.insert(key, instance);
+                        changed = true;
                     }
                     Ok(Change::Remove(key)) => {
                         known.remove(&key);
+                        changed = true;
                     }
                     Err(error) => {
                         failure = Some(Error::unavailable("the stream of changes failed").with_source(error));
@@ -72,8 +77,11 @@ where
                 }
                 next = changes.next().now_or_never().flatten();
             }
-            let answer = failure.map_or_else(|| Ok(known.values().cloned().collect()), Err);
-            Some((answer, (changes, known)))
+            match failure.take_if(|_| !changed) {
+                Some(failure) => Some((Err(failure), (changes, known, None))),
+                // What came before it counts.
+                None => Some((Ok(known.values().cloned().collect()), (changes, known, failure))),
+            }
         }))
     }
 }
@@ -114,9 +122,10 @@ mod tests {
         assert_eq!(ids().await, Some(Some("b".into())));
         say.send(Ok(Change::Insert(1, instance("c")))).unwrap();
         say.send(Err(std::fmt::Error)).unwrap();
+        assert_eq!(ids().await, Some(Some("cb".into())), "what came with the failure is not lost");
         assert_eq!(ids().await, Some(None));
         say.send(Ok(Change::Insert(2, instance("d")))).unwrap();
-        assert_eq!(ids().await, Some(Some("cd".into())), "what came with the failure is not lost");
+        assert_eq!(ids().await, Some(Some("cd".into())));
         drop(say);
         assert_eq!(ids().await, None);
     }

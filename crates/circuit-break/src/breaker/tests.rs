@@ -96,8 +96,12 @@ impl Naive {
             return None;
         }
         let failed = outcome == Outcome::Failure;
+        let slow = |window: Option<Window>| {
+            window.and_then(|window| window.slow).is_some_and(|(after, _)| Duration::from_secs(took) >= after)
+        };
+        let (slow_call, slow_time) = (slow(self.rules.calls), slow(self.rules.time));
         if self.state != State::Closed {
-            if failed {
+            if failed || slow_call || slow_time {
                 return self.open(now, Reason::ProbeFailed, zeal);
             }
             self.succeeded += 1;
@@ -108,10 +112,6 @@ impl Naive {
             self.moves += 1;
             return Some((State::Closed, Reason::Recovered));
         }
-        let slow = |window: Option<Window>| {
-            window.and_then(|window| window.slow).is_some_and(|(after, _)| Duration::from_secs(took) >= after)
-        };
-        let (slow_call, slow_time) = (slow(self.rules.calls), slow(self.rules.time));
         if let Some(Window { span: Span::Calls(size), .. }) = self.rules.calls {
             self.calls.push_back((failed, slow_call));
             if self.calls.len() > usize::from(size) {

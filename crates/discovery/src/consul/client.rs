@@ -302,6 +302,7 @@ impl Answer {
         let detail = format!("the agent answered {}: {text}", self.status.as_u16());
         Err(match self.status {
             StatusCode::FORBIDDEN | StatusCode::UNAUTHORIZED => Error::denied(detail),
+            StatusCode::BAD_REQUEST => Error::invalid(detail),
             _ if text.contains("No cluster leader") || text.contains("No known Consul servers") => {
                 Error::no_leader(detail)
             }

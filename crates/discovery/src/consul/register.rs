@@ -54,7 +54,7 @@ pub(super) async fn register(client: Arc<Client>, definition: ServiceDefinition)
     tokio::spawn(async move {
         let result = keeper.put().await;
         let failed = result.is_err();
-        if failed {
+        if result.as_ref().is_err_and(|error| !(error.is_invalid() || error.is_denied())) {
             // It may have arrived although the answer did not. Before anybody hears of it, who may try again under this id.
             let _ = keeper.deregister().await;
         }
