@@ -14,8 +14,8 @@ use crate::{Error, Registration, Registry, ServiceDefinition, Watch};
 
 /// All instances that any of several sources knows. Registrations go to the first.
 ///
-/// A source that fails keeps what it last knew. The whole fails when every source does; it soundly knows none when every
-/// source soundly knows none. Of one id at one address in several sources, the first counts.
+/// A source that fails keeps what it last knew. What some know counts once the others have answered or failed, or after half a
+/// second. The whole fails when every source does; it soundly knows none when every source soundly knows none. Of one id at one address in several sources, the first counts.
 #[derive(Clone)]
 pub struct Merged(Vec<Arc<dyn Registry>>);
 
@@ -37,6 +37,7 @@ struct Said {
     patience: Option<std::pin::Pin<Box<tokio::time::Sleep>>>,
 }
 
+/// How long those who have an answer wait for the others at the beginning.
 const PATIENCE: Duration = Duration::from_millis(500);
 
 /// A watch that does not end: it is made anew after a pause.
@@ -77,8 +78,14 @@ impl Said {
             answers: stream::select_all(answers).boxed(),
             known: vec![None; sources.len()],
             failing: vec![false; sources.len()],
-            patience: None,
+            patience: Some(Box::pin(tokio::time::sleep(PATIENCE))),
         }
+    }
+
+    /// Whether somebody may answer yet who has said nothing so far.
+    fn waits(&self) -> bool {
+        let mut silent = self.known.iter().zip(&self.failing).map(|(known, failing)| known.is_none() && !failing);
+        self.patience.is_some() && silent.any(|silent| silent)
     }
 
     /// Takes in what is said next; `Err` is what a source failed with.
@@ -120,21 +127,25 @@ impl Merged {
 
 impl Registry for Merged {
     fn watch(&self, service: &Arc<str>) -> Watch {
-        Watch::new(stream::unfold(Said::new(&self.0, service), |mut said| async move {
+        Watch::new(stream::unfold((Said::new(&self.0, service), true), |(mut said, new)| async move {
             loop {
-                let answer = match said.next().await? {
-                    Err(error) if said.failing.iter().all(|failing| *failing) => Err(error),
+                match said.next().await? {
+                    Err(error) if said.failing.iter().all(|failing| *failing) => {
+                        return Some((Err(error), (said, new)));
+                    }
                     // The others still tell.
                     Err(error) => {
                         tracing::debug!(%error, "one of several sources fails");
-                        continue;
+                        if !new {
+                            continue;
+                        }
                     }
-                    Ok(()) => Ok(said.known.iter().flatten().flatten().cloned().collect::<Vec<_>>()),
-                };
-                let complete = said.known.iter().all(Option::is_some);
-                if answer.as_ref().is_err_and(|_| true) || complete || answer.as_ref().is_ok_and(|all| !all.is_empty())
-                {
-                    return Some((answer, said));
+                    Ok(()) => {}
+                }
+                let all: Vec<_> = said.known.iter().flatten().flatten().cloned().collect();
+                let (complete, heard) = (said.known.iter().all(Option::is_some), !said.waits());
+                if complete || heard && !all.is_empty() {
+                    return Some((Ok(all), (said, false)));
                 }
             }
         }))
@@ -166,8 +177,7 @@ impl Fallback {
 
 impl Registry for Fallback {
     fn watch(&self, service: &Arc<str>) -> Watch {
-        let mut said = Said::new(&[self.first.clone(), self.second.clone()], service);
-        said.patience = Some(Box::pin(tokio::time::sleep(PATIENCE)));
+        let said = Said::new(&[self.first.clone(), self.second.clone()], service);
         Watch::new(stream::unfold(said, |mut said| async move {
             loop {
                 let heard = said.next().await?;
@@ -268,6 +278,33 @@ mod tests {
         assert_eq!(next(&mut watch).await, "c");
         know(&b, &[]);
         assert_eq!(next(&mut watch).await, "", "now it is sound");
+    }
+
+    /// Or all that the others know would be gone for a moment, with a pool that goes on by another watch.
+    #[tokio::test(start_paused = true)]
+    async fn merged_waits_for_all_for_a_while() {
+        let ((a, one), (b, two)) = (script(), script());
+        let mut watch = Merged::new([one, two]).watch(&"s".into());
+        know(&a, &["a"]);
+        assert_eq!(next(&mut watch).await, "…", "the other may know more");
+        know(&b, &["b"]);
+        assert_eq!(next(&mut watch).await, "ab");
+
+        let ((a, one), (b, two)) = (script(), script());
+        let mut watch = Merged::new([one, two]).watch(&"s".into());
+        know(&a, &["a"]);
+        assert_eq!(next(&mut watch).await, "…");
+        fail(&b);
+        assert_eq!(next(&mut watch).await, "a", "it has failed");
+        fail(&b);
+        assert_eq!(next(&mut watch).await, "…", "nothing new");
+
+        let ((a, one), (_b, two)) = (script(), script());
+        let mut watch = Merged::new([one, two]).watch(&"s".into());
+        know(&a, &["a"]);
+        assert_eq!(next(&mut watch).await, "…");
+        tokio::time::sleep(PATIENCE).await;
+        assert_eq!(next(&mut watch).await, "a", "it had its time");
     }
 
     #[tokio::test(start_paused = true)]
