@@ -79,6 +79,12 @@ impl TrustedProxies {
         self
     }
 
+    /// Whether [`reading_forwarded`](Self::reading_forwarded) was asked for.
+    #[must_use]
+    pub const fn reads_forwarded(&self) -> bool {
+        matches!(self.field, Field::Forwarded)
+    }
+
     /// Whether what `peer` says about a request's origin is believed.
     #[must_use]
     pub fn trusts(&self, peer: IpAddr) -> bool {

@@ -17,7 +17,9 @@ pub(crate) const PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 pub(crate) const PREFIX: HeaderName = HeaderName::from_static("x-forwarded-prefix");
 
 /// Which fields tell the upstream where a request came from. Whatever the caller wrote in any of them is believed only
-/// if it is a trusted proxy.
+/// if it is a trusted proxy, and of such a one only the family that
+/// [`TrustedProxies`](portcullis_core::TrustedProxies) reads: the other may be its caller's own, so it is removed. Where
+/// that other family is to be written, it begins with the client's address as the believed one tells it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Forwarded {
@@ -55,15 +57,24 @@ pub(crate) fn write(
     let mut added = Added::default();
     let peer = PeerAddress::of(extensions).map(|peer| canonical_address(peer.0.ip()));
     let trusted = peer.is_some_and(|peer| proxies.trusts(peer));
-    if found.forwarded && (!trusted || fields == Forwarded::Nothing) {
-        remove_all(headers);
+    let believed = found.forwarded && trusted && fields != Forwarded::Nothing;
+    let (standard, usual) = (believed && proxies.reads_forwarded(), believed && !proxies.reads_forwarded());
+    let writes_standard = matches!(fields, Forwarded::Standard | Forwarded::Both);
+    let writes_usual = matches!(fields, Forwarded::XForwarded | Forwarded::Both);
+    // Whom the believed family names, for the other one.
+    let client = peer.filter(|_| standard && writes_usual || usual && writes_standard);
+    let client = client.map(|peer| proxies.client(peer, headers)).filter(|client| Some(*client) != peer);
+    if found.forwarded && !usual {
+        remove_usual(headers);
+    }
+    if found.forwarded && !(standard && writes_standard) {
+        headers.remove(FORWARDED);
     }
     let encrypted = PeerTls::of(extensions).is_some();
     let proto = if encrypted { "https" } else { "http" };
-    let believed = trusted && found.forwarded;
-    if matches!(fields, Forwarded::XForwarded | Forwarded::Both) {
+    if writes_usual {
         if let Some(peer) = peer {
-            let chain = believed.then(|| joined(headers)).flatten();
+            let chain = if usual { joined(headers) } else { client.map(|client| client.to_string()) };
             match chain.and_then(|chain| HeaderValue::try_from(format!("{chain}, {peer}")).ok()) {
                 Some(chain) => _ = headers.insert(FOR, chain),
                 None => {
@@ -72,40 +83,32 @@ pub(crate) fn write(
                 }
             }
         }
-        if !believed || !headers.contains_key(PROTO) {
+        if !usual || !headers.contains_key(PROTO) {
             added.proto = Some(proto);
         }
-        if !believed || !headers.contains_key(HOST) {
+        if !usual || !headers.contains_key(HOST) {
             added.host = host.cloned();
         }
-    } else if believed {
+    } else if usual {
         for name in [FOR, PROTO, HOST, PORT, PREFIX] {
             headers.remove(name);
         }
     }
-    match fields {
-        Forwarded::Standard | Forwarded::Both => {
-            let node = match peer {
-                Some(IpAddr::V6(peer)) => format!("\"[{peer}]\""),
-                Some(IpAddr::V4(peer)) => peer.to_string(),
-                None => "unknown".to_owned(),
-            };
-            let mut element = format!("for={node};proto={proto}");
-            if let Some(host) = host.and_then(|host| host.to_str().ok()).filter(|host| is_quotable(host)) {
-                element.push_str(";host=\"");
-                element.push_str(host);
-                element.push('"');
-            }
-            if let Ok(value) = HeaderValue::try_from(element) {
-                headers.append(FORWARDED, value);
-            }
+    if writes_standard {
+        let mut chain = String::new();
+        if let Some(client) = client.filter(|_| usual) {
+            chain = format!("for={}, ", node(client));
         }
-        Forwarded::XForwarded => {
-            if believed {
-                headers.remove(FORWARDED);
-            }
+        let peer = peer.map_or_else(|| "unknown".to_owned(), node);
+        chain.push_str(&format!("for={peer};proto={proto}"));
+        if let Some(host) = host.and_then(|host| host.to_str().ok()).filter(|host| is_quotable(host)) {
+            chain.push_str(";host=\"");
+            chain.push_str(host);
+            chain.push('"');
         }
-        Forwarded::Nothing => {}
+        if let Ok(value) = HeaderValue::try_from(chain) {
+            headers.append(FORWARDED, value);
+        }
     }
     added
 }
@@ -147,10 +150,19 @@ fn is_quotable(host: &str) -> bool {
     host.bytes().all(|b| b.is_ascii_graphic() && b != b'"' && b != b'\\')
 }
 
-fn remove_all(headers: &mut HeaderMap) {
+/// An address as `Forwarded` has it.
+fn node(address: IpAddr) -> String {
+    match address {
+        IpAddr::V6(address) => format!("\"[{address}]\""),
+        IpAddr::V4(address) => address.to_string(),
+    }
+}
+
+/// Removes all but `Forwarded`.
+fn remove_usual(headers: &mut HeaderMap) {
     let theirs: Vec<HeaderName> = headers
         .keys()
-        .filter(|name| name.as_str().starts_with("x-forwarded-") || *name == FORWARDED || *name == "x-real-ip")
+        .filter(|name| name.as_str().starts_with("x-forwarded-") || *name == "x-real-ip")
         .cloned()
         .collect();
     for name in theirs {
@@ -289,8 +301,75 @@ mod tests {
                 "x-real-ip: 1.1.1.1",
             ]
         );
+        let proxies = proxies.reading_forwarded();
         let standard = written(Forwarded::Standard, &proxies, &[("forwarded", "for=1.1.1.1")]);
         assert_eq!(standard, ["forwarded: for=1.1.1.1", "forwarded: for=10.0.0.9;proto=http;host=\"shop.test\""]);
+    }
+
+    /// The other passed on whatever the proxy's caller had written in it.
+    #[test]
+    fn a_trusted_proxy_is_believed_in_the_family_it_writes_alone() {
+        let proxies = TrustedProxies::networks(["10.0.0.0/8"]).unwrap();
+        let told = [
+            ("x-forwarded-for", "2001:db8::7, 10.1.1.1"),
+            ("x-forwarded-proto", "https"),
+            ("forwarded", "for=1.6.6.6;proto=https, for=10.1.1.1"),
+        ];
+        let ours = "for=10.0.0.9;proto=http;host=\"shop.test\"";
+        let (usual, standard) = (proxies.clone(), proxies.reading_forwarded());
+        for (fields, proxies, expected) in [
+            (
+                Forwarded::XForwarded,
+                &usual,
+                &[
+                    "x-forwarded-for: 2001:db8::7, 10.1.1.1, 10.0.0.9",
+                    "x-forwarded-host: shop.test",
+                    "x-forwarded-proto: https",
+                ][..],
+            ),
+            (Forwarded::Standard, &usual, &[&format!("forwarded: for=\"[2001:db8::7]\", {ours}")]),
+            (
+                Forwarded::Both,
+                &usual,
+                &[
+                    &format!("forwarded: for=\"[2001:db8::7]\", {ours}"),
+                    "x-forwarded-for: 2001:db8::7, 10.1.1.1, 10.0.0.9",
+                    "x-forwarded-host: shop.test",
+                    "x-forwarded-proto: https",
+                ],
+            ),
+            (
+                Forwarded::XForwarded,
+                &standard,
+                &["x-forwarded-for: 1.6.6.6, 10.0.0.9", "x-forwarded-host: shop.test", "x-forwarded-proto: http"],
+            ),
+            (
+                Forwarded::Standard,
+                &standard,
+                &["forwarded: for=1.6.6.6;proto=https, for=10.1.1.1", &format!("forwarded: {ours}")],
+            ),
+            (
+                Forwarded::Both,
+                &standard,
+                &[
+                    "forwarded: for=1.6.6.6;proto=https, for=10.1.1.1",
+                    &format!("forwarded: {ours}"),
+                    "x-forwarded-for: 1.6.6.6, 10.0.0.9",
+                    "x-forwarded-host: shop.test",
+                    "x-forwarded-proto: http",
+                ],
+            ),
+            (Forwarded::Nothing, &usual, &[]),
+            (Forwarded::Nothing, &standard, &[]),
+        ] {
+            assert_eq!(written(fields, proxies, &told), expected, "{fields:?} {proxies:?}");
+        }
+        // A caller's lie in the other family alone.
+        let lie = [("forwarded", "for=127.0.0.1")];
+        assert_eq!(written(Forwarded::Standard, &usual, &lie), [format!("forwarded: {ours}")]);
+        let lie = [("x-forwarded-for", "127.0.0.1"), ("x-real-ip", "127.0.0.1")];
+        let written = written(Forwarded::XForwarded, &standard, &lie);
+        assert_eq!(written, ["x-forwarded-for: 10.0.0.9", "x-forwarded-host: shop.test", "x-forwarded-proto: http"]);
     }
 
     #[test]

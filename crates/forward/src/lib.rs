@@ -49,7 +49,7 @@
 //!   than chunks gets 501, an answer of that kind 502.
 //! * **`Via`** is added to both ways; a request that names us in it gets 508. `Max-Forwards` is obeyed.
 //! * **Where it came from** is said in `X-Forwarded-*` or [`Forwarded`]. What the caller says about it is dropped unless
-//!   [a trusted proxy](Forward::trusted_proxies) said it.
+//!   [a trusted proxy](Forward::trusted_proxies) said it, in the one of the two that it is believed in.
 //! * **Upgrades** are passed on if they name one protocol, which is not HTTP itself, in a request without a body. Bytes
 //!   are tunnelled only after a 101 that agrees, and each half closes by itself.
 //! * **gRPC** finds HTTP/2 by its content type where the endpoint does not say what it speaks. `grpc-timeout` goes on less

@@ -71,7 +71,7 @@ section! {
         networks: Vec<At<String>>,
         /// How many proxies stand in front, whatever their addresses. Instead of networks.
         hops: Option<At<usize>>,
-        /// The header they write.
+        /// The header they write. What a request says in the other one is neither believed nor passed on.
         header: ProxyHeader = ProxyHeader::XForwardedFor,
     }
 }
