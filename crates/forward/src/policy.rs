@@ -132,6 +132,12 @@ impl Policy {
         self
     }
 
+    /// Whether it [passes](Paths::Pass) paths as they came.
+    #[must_use]
+    pub fn passes_paths(&self) -> bool {
+        self.paths == Some(Paths::Pass)
+    }
+
     /// Whether `CONNECT` opens a tunnel (RFC 9110 §9.3.6), which leads to the endpoint, whatever authority the caller
     /// named: bytes go both ways until both sides have closed or nothing moved for the idle timeout. What they are no
     /// layer sees, but of a stream of HTTP/2, which the server may leave to the bodies. Default no: 405.

@@ -123,8 +123,10 @@ impl fmt::Debug for Running {
     }
 }
 
-/// Which of a file's routes cannot be used beside those before them, and why.
-pub(crate) fn misfits(config: &Config) -> Vec<(usize, String)> {
+/// Which of a file's routes cannot be used beside those before them, why, and what would be right.
+pub(crate) fn misfits(config: &Config) -> Vec<(usize, String, &'static str)> {
+    const APART: &str = "routes may differ in host, path, method, headers or query";
+    const NORMAL: &str = "write it in normal form, as callers do; other spellings are for a route of paths = \"pass\"";
     let nobody = AuthLayer::new(policies::ByRoute::new(&[]).shared());
     let mut builder = Gateway::builder(portcullis::discovery::FixedRegistry::new()).with_auth(nobody);
     let (mut misfits, mut put_in) = (Vec::new(), Vec::new());
@@ -134,11 +136,14 @@ pub(crate) fn misfits(config: &Config) -> Vec<(usize, String)> {
                 builder = builder.route(&pattern, route);
                 put_in.push(index);
             }
-            Err(Error(why)) => misfits.push((index, why)),
+            Err(Error(why)) => misfits.push((index, why, APART)),
         }
     }
     let found = builder.misfits().into_iter();
-    misfits.extend(found.filter_map(|(at, error)| Some((*put_in.get(at)?, error.to_string()))));
+    misfits.extend(found.filter_map(|(at, error)| {
+        let help = if error.is_unmatched() { NORMAL } else { APART };
+        Some((*put_in.get(at)?, error.to_string(), help))
+    }));
     misfits
 }
 

@@ -268,6 +268,11 @@ fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
             "[[routes]]\npath = \"/{*rest}\"\nto = \"orders\"",
             "7:8: two routes for \"/{*rest}\" that take the same requests; routes",
         ),
+        (
+            "[[routes]]\npath = \"/größe/{id}\"\nto = \"orders\"",
+            "7:8: no request has the path \"/größe/{id}\": callers write \"/gr%C3%B6%C3%9Fe/{id}\"; write it in normal form",
+        ),
+        ("[[routes]]\npath = \"/a?b\"\nto = \"orders\"\npaths = \"pass\"", "7:8: no request has the path \"/a?b\": "),
         ("[[routes]]\npath = \"/{a\"\nto = \"orders\"", "7:8: the pattern \"/{a\" cannot be used"),
         (
             "[registries.r]\nkind = \"consul\"\npath = \"x\"",

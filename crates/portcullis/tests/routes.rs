@@ -5,7 +5,7 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty};
 use portcullis::core::Route as Matched;
 use portcullis::discovery::{DiscoveryLayer, FixedRegistry};
-use portcullis::forward::{Edit, Forward, Policy};
+use portcullis::forward::{Edit, Forward, Paths, Policy};
 use portcullis::gateway::{Cors, Gateway, GatewayBody, Is, Redirect, Route, Upstream};
 use portcullis_testing::Backend;
 use tower::ServiceExt;
@@ -68,6 +68,18 @@ async fn all_routes_that_do_not_fit_are_found_at_once_and_nothing_is_followed() 
     assert!(discovery.status().is_empty());
     builder().route("/a", Route::to("a")).build().unwrap();
     assert_eq!(discovery.status().len(), 1);
+}
+
+#[tokio::test]
+async fn patterns_no_request_matches_are_refused() {
+    let with = |pattern: &str, policy: Policy| {
+        Gateway::builder(FixedRegistry::new()).route(pattern, Route::to("a").forward(policy)).build()
+    };
+    for pattern in ["/größe", "/%61dmin", "/a/../b", "/a b", "/a?b", "/a#b"] {
+        assert!(with(pattern, Policy::new()).unwrap_err().is_unmatched(), "{pattern}");
+        let passed = with(pattern, Policy::new().paths(Paths::Pass));
+        assert_eq!(passed.is_err(), pattern.contains([' ', '?', '#']), "{pattern}");
+    }
 }
 
 #[tokio::test]

@@ -147,10 +147,10 @@ impl Config {
 
     /// Notes routes that do not go with those before them.
     fn check_together(&self, notes: &mut Notes<'_>) {
-        for (index, why) in crate::build::misfits(self) {
+        for (index, why, help) in crate::build::misfits(self) {
             let route = &self.routes[index];
             let span = route.path.as_ref().map_or(&route.span, |path| &path.span);
-            notes.push(span, why, "routes may differ in host, path, method, headers or query");
+            notes.push(span, why, help);
         }
     }
 

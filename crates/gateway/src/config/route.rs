@@ -24,7 +24,8 @@ section! {
         name: Option<String>,
         /// Host names, such as "api.example.com" or "*.example.com". Any, by default.
         hosts: Vec<At<String>>,
-        /// A path: "/a", with parameters "/a/{id}", with a rest "/a/{*rest}", which also takes "/a" and "/a/".
+        /// A path: "/a", with parameters "/a/{id}", with a rest "/a/{*rest}", which also takes "/a" and "/a/". As
+        /// callers send it: "/caf%C3%A9", not "/café".
         path: Option<At<String>>,
         /// gRPC: a service, and perhaps a method, instead of a path.
         grpc: Option<Grpc>,

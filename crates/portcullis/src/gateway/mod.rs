@@ -49,6 +49,7 @@ use tower_service::Service;
 pub use self::answer::{Cors, Redirect};
 pub use self::matches::Is;
 use self::observe::Passed;
+use self::pattern::unmatched;
 use self::response::{After, State};
 pub use self::response::{GatewayBody, ResponseFuture};
 pub use self::route::Route;
@@ -83,7 +84,10 @@ pub struct Builder {
 
 /// Why a [`Gateway`] cannot be built.
 #[derive(Debug)]
-pub struct Error(String);
+pub struct Error {
+    what: String,
+    unmatched: bool,
+}
 
 /// The layers in the order a request travels.
 type Stack = Auth<Passed<RateLimit<Passed<Ways>>>, SharedAuthenticate>;
@@ -260,6 +264,10 @@ impl Builder {
     /// Sends requests that match `pattern` where `route` says. A pattern is a path, such as `/orders`, with parameters, such
     /// as `/orders/{id}`, or with a rest, such as `/orders/{*rest}`, which also takes `/orders` and `/orders/`. The most
     /// specific pattern wins, whatever the order.
+    ///
+    /// What is not a parameter stands there as callers send it, in [normal form](portcullis_core::is_normal_path):
+    /// `/caf%C3%A9`, not `/café`. Only a route whose own policy [passes](portcullis_forward::Paths::Pass) paths may say what
+    /// is not.
     pub fn route(mut self, pattern: &str, route: Route) -> Self {
         self.routes.push((pattern.to_owned(), route));
         self
@@ -373,7 +381,13 @@ impl Builder {
         if self.auth.is_none() && asks() {
             return Some(Error::new(format!("the route {pattern:?} asks who is calling, and there is no way to tell")));
         }
-        route.check().err().map(|Error(what)| Error(format!("the route {pattern:?}: {what}")))
+        let passes = route.policy::<portcullis_forward::Policy>().is_some_and(|policy| policy.passes_paths());
+        if pattern.starts_with('/')
+            && let Some(what) = unmatched(pattern, passes)
+        {
+            return Some(Error { what, unmatched: true });
+        }
+        route.check().err().map(|Error { what, .. }| Error::new(format!("the route {pattern:?}: {what}")))
     }
 
     /// A gateway that follows nothing yet, and the service that each of its discoveries is for.
@@ -433,13 +447,19 @@ impl Authenticate for Nobody {
 
 impl Error {
     fn new(what: impl Into<String>) -> Self {
-        Self(what.into())
+        Self { what: what.into(), unmatched: false }
+    }
+
+    /// Whether a pattern is one that no request matches.
+    #[must_use]
+    pub const fn is_unmatched(&self) -> bool {
+        self.unmatched
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.what)
     }
 }
 

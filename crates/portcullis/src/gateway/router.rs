@@ -9,7 +9,7 @@ use portcullis_core::Dialect;
 
 use super::Error;
 use super::matches::{Is, Matches};
-use super::pattern::{has_rest, shape, specificity, without_rest};
+use super::pattern::{MOST_PARAMETERS, has_rest, shape, specificity, with_upper_codes, without_rest};
 
 /// Finds what was put in by host, path, method, headers and query.
 ///
@@ -89,6 +89,12 @@ impl<T: Clone> Router<T> {
                 misfits.insert(index, Error::new(format!("the pattern {pattern:?} does not begin with a slash")));
                 continue;
             }
+            if shape(&pattern).matches("{}").count() > MOST_PARAMETERS {
+                let why = format!("the pattern {pattern:?} has more than {MOST_PARAMETERS} parameters");
+                misfits.insert(index, Error::new(why));
+                continue;
+            }
+            let pattern = with_upper_codes(&pattern).into_owned();
             let mut wrong = matches.hosts.iter().filter(|host| !is_host(host));
             if let Some(host) = wrong.next() {
                 let why = format!("{host:?} is no host: want `a.example` or `*.example`");
@@ -118,7 +124,8 @@ impl<T: Clone> Router<T> {
         router
     }
 
-    /// What was put in for the most specific that matches. The path is taken as it is: no part of it is decoded.
+    /// What was put in for the most specific that matches. The path is taken as it is: no part of it is decoded, but the
+    /// case of what is encoded does not matter.
     pub(super) fn find(&self, asked: Asked<'_>) -> Result<&T, Missing> {
         let mut allowed = Vec::new();
         if !(self.exact.is_empty() && self.wildcards.is_empty())
@@ -197,7 +204,7 @@ impl<T: Clone> Paths<T> {
     }
 
     fn find(&self, asked: Asked<'_>, allowed: &mut Vec<Method>) -> Option<&T> {
-        let path = asked.path();
+        let path = &*with_upper_codes(asked.path());
         let best = self.whole.at(path).or_else(|_| self.rest.at(path)).ok().map(|found| *found.value);
         let takes = |index: &usize| self.patterns.get(*index).is_some_and(|pattern| pattern.alone.at(path).is_ok());
         let apart = self.apart.iter().copied().take_while(|index| best.is_none_or(|best| *index < best)).find(takes);
@@ -477,6 +484,38 @@ mod tests {
         let grpc = [("content-type", "application/grpc+proto")];
         assert_eq!(ask(&router, &Method::POST, "/s.S/M", &grpc), Ok("grpc"));
         assert_eq!(ask(&router, &Method::POST, "/s.S/M", &[]), Ok("web"));
+    }
+
+    /// One spelling was protected, and the other went past it.
+    #[test]
+    fn codes_are_one_in_either_case() {
+        let router = router(&["/%c3%b6/{x}", "/%C3%9F", "/{*rest}"]);
+        for (path, expected) in [
+            ("/%C3%B6/1", "/%c3%b6/{x}"),
+            ("/%c3%B6/1", "/%c3%b6/{x}"),
+            ("/%c3%9f", "/%C3%9F"),
+            ("/%C3%9F", "/%C3%9F"),
+            ("/%c3%a4", "/{*rest}"),
+        ] {
+            assert_eq!(get(&router, path), Ok(expected), "{path}");
+        }
+        let twice = ["/%c3", "/%C3"].map(|pattern| (pattern.to_owned(), any(), ()));
+        assert!(Router::new(twice.to_vec()).is_err());
+    }
+
+    /// More of them were a panic.
+    #[test]
+    fn a_pattern_has_as_many_parameters_as_can_be_told_apart() {
+        let with = |count: usize| (0..count).map(|index| format!("/{{p{index}}}")).collect::<String>();
+        for (pattern, fits) in [
+            (with(25), true),
+            (with(25) + "/{*rest}", true),
+            (with(26), false),
+            (with(26) + "/{*rest}", false),
+            (with(300), false),
+        ] {
+            assert_eq!(Router::new(vec![(pattern.clone(), any(), ())]).is_ok(), fits, "{pattern}");
+        }
     }
 
     #[test]
