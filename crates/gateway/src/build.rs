@@ -21,6 +21,7 @@ use self::auth::Providers;
 use self::limits::Limiter;
 pub(crate) use self::limits::store;
 use self::policies::Believed;
+pub(crate) use self::policies::called;
 use self::registries::Registries;
 pub(crate) use self::service::{Service, client_tls};
 use crate::config::{self, Config};

@@ -74,15 +74,8 @@ fn mode(mode: AuthMode) -> auth::Policy {
     }
 }
 
-/// A route with its pattern.
-pub(super) fn route(
-    route: &config::Route,
-    config: &Config,
-    proxies: &TrustedProxies,
-    believed: Option<Believed>,
-) -> Result<(String, Route), Error> {
-    let mut built = target(route)?;
-    let pattern = route.pattern().ok_or_else(|| Error(String::from("no path")))?;
+/// The route with what it is called by.
+pub(crate) fn called(route: &config::Route, mut built: Route) -> Route {
     if route.path.is_none() {
         built = built.grpc();
     }
@@ -95,6 +88,18 @@ pub(super) fn route(
     for method in &route.methods {
         built = built.method(method.clone());
     }
+    built
+}
+
+/// A route with its pattern.
+pub(super) fn route(
+    route: &config::Route,
+    config: &Config,
+    proxies: &TrustedProxies,
+    believed: Option<Believed>,
+) -> Result<(String, Route), Error> {
+    let mut built = called(route, target(route)?);
+    let pattern = route.pattern().ok_or_else(|| Error(String::from("no path")))?;
     for (name, matches) in route.headers.iter() {
         for is in conditions(matches) {
             built = built.header(header(name)?, is);

@@ -4,6 +4,7 @@ use std::ops::{Deref, Range};
 use std::time::Duration;
 
 use http::{HeaderName, HeaderValue, Method, StatusCode};
+use portcullis::gateway;
 use serde_json::Value as Json;
 
 use super::auth::{AuthMode, RouteAuth};
@@ -20,7 +21,8 @@ use super::service::{Timeouts, is_path};
 section! {
     /// Which requests go where.
     pub struct Route {
-        /// For logs and metrics, instead of the path.
+        /// For logs, metrics and limits, instead of what it takes: the path, such as "/a/{id}", behind the methods and hosts
+        /// it names, such as "GET,POST a.example/a/{id}". Routes of one name are counted as one.
         name: Option<String>,
         /// Host names, such as "api.example.com" or "*.example.com". Any, by default.
         hosts: Vec<At<String>>,
@@ -238,7 +240,7 @@ impl Route {
 
     /// What it is called in logs and metrics.
     pub(crate) fn label(&self) -> String {
-        self.name.clone().or_else(|| self.pattern()).unwrap_or_default()
+        crate::build::called(self, gateway::Route::to("")).name(&self.pattern().unwrap_or_default())
     }
 
     /// Notes what is said of requests that are sent on, where none is.

@@ -1,6 +1,7 @@
 //! Where requests go, and what is asked of them on the way.
 
 use std::any::Any;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -111,7 +112,9 @@ impl Route {
         Self { matches, action, timeout: None, cors: None, name: None, policies, own, times, edits }
     }
 
-    /// Is called so in logs and metrics, instead of by its pattern.
+    /// Is called so in logs and metrics, and where limits are counted for each route, instead of by what it takes: its
+    /// pattern, such as `/orders/{id}`, behind the methods and hosts it names, such as `GET,POST a.example/orders/{id}`.
+    /// Routes of one name are counted as one, which those are that differ in headers, query or dialect alone.
     #[must_use]
     pub fn named(mut self, name: &str) -> Self {
         self.name = Some(name.to_owned());
@@ -227,8 +230,28 @@ impl Route {
         self
     }
 
+    /// What it is called where requests that match `pattern` go there.
+    #[must_use]
+    pub fn name(&self, pattern: &str) -> String {
+        if let Some(name) = &self.name {
+            return name.clone();
+        }
+        let Matches { hosts, methods, grpc, .. } = &self.matches;
+        let said = |method: &&Method| match **method {
+            Method::HEAD => !methods.contains(&Method::GET),
+            Method::POST => !grpc,
+            _ => true,
+        };
+        // In one order, whatever that of a file.
+        let methods: BTreeSet<&str> = methods.iter().filter(said).map(Method::as_str).collect();
+        let hosts: BTreeSet<&str> = hosts.iter().map(String::as_str).collect();
+        let list = |words: BTreeSet<&str>| words.into_iter().collect::<Vec<_>>().join(",");
+        let space = if methods.is_empty() { "" } else { " " };
+        format!("{}{space}{}{pattern}", list(methods), list(hosts))
+    }
+
     pub(super) fn target(&self, pattern: &str) -> Target {
-        let route = self.policies.clone().named(self.name.as_deref().unwrap_or(pattern));
+        let route = self.policies.clone().named(self.name(pattern));
         let mut action = self.action.clone();
         if let Action::Send(split) = &mut action {
             for (service, policy) in &self.own {
@@ -297,6 +320,24 @@ mod tests {
         assert_eq!(picked, ["a", "a", "a", "b"]);
         assert!(Route::split([("a", 0), ("b", 0)]).check().is_err());
         assert!(Route::split([]).check().is_err());
+    }
+
+    /// Limits are counted by it: they were one for all that have a pattern.
+    #[test]
+    fn routes_that_take_other_hosts_or_methods_have_names_of_their_own() {
+        let route = || Route::to("a");
+        for (route, name) in [
+            (route(), "/orders/{id}"),
+            (route().host("b.example").host("*.a.example"), "*.a.example,b.example/orders/{id}"),
+            (route().method(Method::POST).method(Method::GET), "GET,POST /orders/{id}"),
+            (route().method(Method::HEAD), "HEAD /orders/{id}"),
+            (route().method(Method::PUT).host("a.example"), "PUT a.example/orders/{id}"),
+            (route().grpc(), "/orders/{id}"),
+            (route().method(Method::PUT).host("a.example").named("put"), "put"),
+        ] {
+            assert_eq!(route.name("/orders/{id}"), name);
+            assert_eq!(&**route.target("/orders/{id}").route.name(), name);
+        }
     }
 
     #[test]
