@@ -85,7 +85,8 @@ impl Rules {
         self.check_audience(claims.get("aud"))?;
         let until = self.check_times(&claims, now)?;
         for name in &self.required {
-            if claims.get(name).is_none_or(Value::is_null) {
+            let claim = if name.starts_with('/') { claims.pointer(name) } else { claims.get(name) };
+            if claim.is_none_or(Value::is_null) {
                 return Err(Denied::invalid("the token lacks a claim"));
             }
         }

@@ -129,7 +129,7 @@ impl Jwt {
         })
     }
 
-    /// Wants this claim to be there.
+    /// Wants this claim to be there: by its name, or as a JSON pointer such as `/org/id`.
     #[must_use]
     pub fn require(self, claim: impl Into<String>) -> Self {
         self.rule(|rules| rules.required.push(claim.into()))

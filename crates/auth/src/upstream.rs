@@ -77,7 +77,7 @@ impl IdentityHeaders {
         self.field(What::Roles, name)
     }
 
-    /// The claim at a JSON pointer: a string as it is, anything else as JSON.
+    /// The claim of that name, or at that JSON pointer: a string as it is, anything else as JSON.
     #[must_use]
     pub fn claim(self, pointer: impl Into<String>, name: HeaderName) -> Self {
         self.field(What::Claim(pointer.into()), name)
@@ -128,7 +128,7 @@ impl IdentityHeaders {
                 What::Issuer => identity.issuer().map(Cow::Borrowed),
                 What::Scopes => Some(joined(identity.scopes(), ' ').into()),
                 What::Roles => Some(joined(identity.roles(), ',').into()),
-                What::Claim(pointer) => match pointed(identity, pointer) {
+                What::Claim(pointer) => match identity.claim(pointer) {
                     None | Some(Value::Null) => None,
                     Some(Value::String(text)) => Some(Cow::Borrowed(&**text)),
                     Some(other) => Some(other.to_string().into()),
@@ -155,14 +155,6 @@ fn joined(words: &[impl AsRef<str>], separator: char) -> String {
         text.push_str(word);
     }
     text
-}
-
-fn pointed<'a>(identity: &'a Identity, pointer: &str) -> Option<&'a Value> {
-    let (first, rest) = match pointer.strip_prefix('/')?.split_once('/') {
-        Some((first, _)) => (first, &pointer[1 + first.len()..]),
-        None => (&pointer[1..], ""),
-    };
-    identity.claim(&first.replace("~1", "/").replace("~0", "~"))?.pointer(rest)
 }
 
 #[cfg(test)]

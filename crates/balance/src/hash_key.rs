@@ -75,7 +75,8 @@ impl HashKey {
         Self::of(Source::Subject)
     }
 
-    /// What the [`Identity`] says here; texts as they are, anything else as JSON.
+    /// What the [`Identity`] says here, by the claim's name or as a JSON pointer such as `/org/id`; texts as they are,
+    /// anything else as JSON.
     #[must_use]
     pub fn claim(name: impl Into<Arc<str>>) -> Self {
         Self::of(Source::Claim(name.into()))

@@ -119,10 +119,17 @@ impl Identity {
         self.0.roles.iter().any(|have| have == role)
     }
 
-    /// One thing that was said about the caller.
+    /// One thing that was said about the caller: by its name, or by where it is, as a JSON pointer such as `/org/id`.
     #[must_use]
     pub fn claim(&self, name: &str) -> Option<&Value> {
-        self.0.claims.get(name)
+        let Some(path) = name.strip_prefix('/') else { return self.0.claims.get(name) };
+        let (first, rest) = path.split_at(path.find('/').unwrap_or(path.len()));
+        let claim = if first.contains('~') {
+            self.0.claims.get(&first.replace("~1", "/").replace("~0", "~"))
+        } else {
+            self.0.claims.get(first)
+        };
+        claim?.pointer(rest)
     }
 
     /// Everything that was said about the caller.
@@ -161,6 +168,29 @@ impl fmt::Debug for Identity {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_claim_is_found_by_its_name_or_by_where_it_is() {
+        let claims =
+            serde_json::json!({ "a": 1, "org": { "id": 7, "of": [{ "x/y": 8 }] }, "https://a/b~c": { "d": 9 } });
+        let identity = Identity::new("ada", Proof::Jwt).with_claims(claims.as_object().unwrap().clone());
+        for (name, found) in [
+            ("a", Some(1)),
+            ("/a", Some(1)),
+            ("/org/id", Some(7)),
+            ("/org/of/0/x~1y", Some(8)),
+            ("/https:~1~1a~1b~0c/d", Some(9)),
+            ("org/id", None),
+            ("/org/none", None),
+            ("/none/id", None),
+            ("/a/b", None),
+            ("/", None),
+            ("", None),
+        ] {
+            assert_eq!(identity.claim(name).and_then(Value::as_i64), found, "{name}");
+        }
+        assert!(identity.claim("https://a/b~c").is_some());
+    }
 
     #[test]
     fn claims_are_readable_as_a_type_and_stay_out_of_debug() {

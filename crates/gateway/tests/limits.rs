@@ -217,6 +217,34 @@ async fn so_many_requests_are_under_way_to_a_service_and_no_more() {
     drop(connection);
 }
 
+/// What was further in was never found: all counted together with who has no such claim.
+#[tokio::test]
+async fn callers_are_told_apart_by_what_stands_further_in_in_their_claims() {
+    let (_backend, program) = gateway(&format!(
+        r#"
+        auth.providers.tokens = {{ secret = "{SECRET}", insecure_without_expiry = true, require = "/org/id" }}
+        limiter.default = "each"
+        [limits.each]
+        rate = "1/h"
+        key = "claim:/org/id"
+        plan = {{ by = "claim:/org/plan", rates = {{ gold = "2/h" }} }}
+        {ALL}
+        "#
+    ))
+    .await;
+    for (subject, org, status) in [
+        ("ada", json!({ "id": 7 }), 200),
+        ("bob", json!({ "id": 7 }), 429),
+        ("ada", json!({ "id": 8, "plan": "gold" }), 200),
+        ("bob", json!({ "id": 8, "plan": "gold" }), 200),
+        ("eve", json!({ "id": 8, "plan": "gold" }), 429),
+        ("eve", json!({}), 401),
+    ] {
+        let token = format!("Bearer {}", hs256(SECRET.as_bytes(), &json!({ "sub": subject, "org": org })));
+        assert_eq!(send(&program, "/", &[("authorization", &token)]).await.status, status, "{subject} of {org}");
+    }
+}
+
 #[tokio::test]
 async fn callers_are_let_in_by_their_claims_and_preflights_without_asking() {
     let (_backend, program) = gateway(&format!(

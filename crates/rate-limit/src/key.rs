@@ -71,7 +71,7 @@ pub struct Caller {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Subject;
 
-/// A claim of the identity.
+/// A claim of the identity: by its name, or as a JSON pointer such as `/org/id`.
 #[derive(Clone, Debug)]
 pub struct Claim(Arc<str>);
 

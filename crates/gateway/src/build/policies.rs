@@ -192,12 +192,7 @@ fn claims_so(identity: &Identity, name: &str, wanted: &str) -> bool {
         Json::Bool(so) => wanted == if *so { "true" } else { "false" },
         Json::Null | Json::Array(_) | Json::Object(_) => false,
     };
-    let claim = match name.strip_prefix('/').map(|path| path.split_once('/').unwrap_or((path, ""))) {
-        None => identity.claim(name),
-        Some((first, "")) => identity.claim(first),
-        Some((first, rest)) => identity.claim(first).and_then(|claim| claim.pointer(&format!("/{rest}"))),
-    };
-    match claim {
+    match identity.claim(name) {
         Some(Json::Array(list)) => list.iter().any(is_wanted),
         other => other.is_some_and(is_wanted),
     }

@@ -67,7 +67,7 @@ by! {
         Cookie(String) = "cookie",
         /// A parameter of the query.
         Query(String) = "query",
-        /// A claim of the caller's.
+        /// A claim of the caller's: by name, or where in a token it is, such as "claim:/org/id".
         Claim(String) = "claim",
         /// Who is calling.
         Subject = "subject",
@@ -89,7 +89,7 @@ by! {
         Address = "address",
         /// The value of a header.
         Header(HeaderName) = "header",
-        /// A claim of the caller's.
+        /// A claim of the caller's: by name, or where in a token it is, such as "claim:/org/id".
         Claim(String) = "claim",
         /// The route.
         Route = "route",
@@ -107,7 +107,7 @@ by! {
     pub enum LookUpBy("what is looked up") {
         /// The value of a header.
         Header(HeaderName) = "header",
-        /// A claim of the caller's.
+        /// A claim of the caller's: by name, or where in a token it is, such as "claim:/org/id".
         Claim(String) = "claim",
         /// Who is calling.
         Subject = "subject",

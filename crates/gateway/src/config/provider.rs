@@ -59,7 +59,7 @@ section! {
         subject_from: Option<String>,
         /// The claim with the roles, or where in a token they are, such as "/realm_access/roles".
         roles_from: Option<String>,
-        /// Claims that must be there.
+        /// Claims that must be there: by name, or where in a token they are, such as "/org/id".
         require: Vec<String>,
         /// Takes tokens that never expire as well.
         insecure_without_expiry: bool = false,
