@@ -67,7 +67,7 @@ impl Door {
             .header_timeout(listener.header_timeout)
             .handshake_timeout(listener.handshake_timeout)
             .write_timeout(listener.write_timeout)
-            .keep_alive(listener.keep_alive, listener.keep_alive_timeout)
+            .keep_alive(*listener.keep_alive, listener.keep_alive_timeout)
             .max_head(usize::try_from(listener.max_header_size.0).unwrap_or(usize::MAX))
             .max_streams(listener.max_streams.get());
         if let Some(tls) = &tls {

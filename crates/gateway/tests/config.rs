@@ -291,6 +291,32 @@ fn each_mistake_is_named_with_its_place_and_what_would_be_right() {
             "[registries.r]\nkind = \"consul\"\ncertificate = \"Cargo.toml\"",
             "8:15: a certificate without its key; add key",
         ),
+        ("[registries.r]\nkind = \"consul\"\nca = \"Cargo.toml\"", "8:6: TLS of an agent that does not speak it; set"),
+        (
+            "[registries.r]\nkind = \"consul\"\naddress = \"http://a:8500\"\ncertificate = \"Cargo.toml\"",
+            "9:15: TLS of an agent that does not speak it",
+        ),
+        (
+            "[traces.otlp]\nendpoint = \"http://c:4318\"\nca = \"Cargo.toml\"",
+            "8:6: TLS of a collector that does not speak it; say https",
+        ),
+        (
+            "[listeners.a]\naddress = \"127.0.0.1:1\"\nkeep_alive = \"0s\"",
+            "8:14: pings without a pause between them; a time",
+        ),
+        (
+            "[services.x]\nendpoints = \"a:1\"\npool.keep_alive = \"0s\"",
+            "8:19: pings without a pause between them; a time, such as \"5m\"; leave it out for never",
+        ),
+        (
+            "[[routes]]\npath = \"/a\"\nto = \"orders\"\nrequest_headers.set = { Host = \"b\" }",
+            "6:1: Host is not a route's to set; use host =",
+        ),
+        (
+            "[[routes]]\npath = \"/a\"\nto = \"orders\"\nrequest_headers.add = { connection = \"close\" }",
+            "6:1: connection is not a route's to set; remove it",
+        ),
+        ("[[routes]]\npath = \"/a\"\nredirect = { path = \"/b#c\" }", "8:21: \"/b#c\" is no path; such as"),
         (
             "[listeners.a]\naddress = \"127.0.0.1:1\"\nregister = { registry = \"r\", service = \"x\" }",
             "8:25: there is no registry \"r\"; there is none",

@@ -260,8 +260,8 @@ fn forward_to(service: &config::Service, proxies: &TrustedProxies) -> Result<For
     if let Some(streams) = pool.max_streams {
         forward = forward.max_streams(streams.get());
     }
-    if let Some(interval) = pool.keep_alive {
-        forward = forward.keep_alive(interval, pool.keep_alive_timeout);
+    if let Some(interval) = &pool.keep_alive {
+        forward = forward.keep_alive(**interval, pool.keep_alive_timeout);
     }
     if service.https || !service.registry.is_empty() {
         let is_certain = service.https || service.tls.place().is_some();

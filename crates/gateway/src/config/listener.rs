@@ -32,7 +32,7 @@ section! {
         /// How long a caller may take none of what there is for it.
         write_timeout: Duration = Duration::from_secs(60),
         /// How often an HTTP/2 caller is pinged.
-        keep_alive: Duration = Duration::from_secs(60),
+        keep_alive: At<Duration> = At::of(Duration::from_secs(60)),
         /// How long it may take to answer that.
         keep_alive_timeout: Duration = Duration::from_secs(20),
         /// How large the head of a request may be, 8 KiB at least; a larger one gets 431.
@@ -125,7 +125,7 @@ impl Listener {
             header_timeout: Duration::from_secs(10),
             handshake_timeout: Duration::from_secs(10),
             write_timeout: Duration::from_secs(60),
-            keep_alive: Duration::from_secs(60),
+            keep_alive: At::of(Duration::from_secs(60)),
             keep_alive_timeout: Duration::from_secs(20),
             max_header_size: Bytes(64 << 10),
             max_streams,
@@ -136,6 +136,9 @@ impl Listener {
     pub(super) fn check(&self, registries: &Map<At<Registry>>, notes: &mut Notes<'_>) {
         if let Some(tls) = &self.tls {
             tls.check(notes);
+        }
+        if self.keep_alive.is_zero() {
+            notes.push(&self.keep_alive.span, "pings without a pause between them", "a time, such as \"60s\"");
         }
         let Some(register) = &self.register else { return };
         known(&register.registry, registries, "registry", notes);

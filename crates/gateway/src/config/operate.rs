@@ -58,7 +58,7 @@ section! {
         /// What it is told besides, such as a key.
         headers: Map<Secret>,
         /// Authorities of a collector that speaks TLS, as PEM, instead of the system's.
-        ca: Option<Blob>,
+        ca: Option<At<Blob>>,
         /// What this gateway is called there.
         service_name: String = String::from("portcullis"),
         /// What else is said of it, such as deployment.environment.name.
@@ -108,6 +108,9 @@ impl Otlp {
         if has_query || !matches!(scheme, Some("http" | "https")) {
             let what = format!("{:?} is no URL of a collector", *self.endpoint);
             notes.push(&self.endpoint.span, what, "such as \"http://127.0.0.1:4318\"");
+        }
+        if let (Some("http"), Some(ca)) = (scheme, &self.ca) {
+            notes.push(&ca.span, "TLS of a collector that does not speak it", "say https in endpoint, or remove ca");
         }
         if self.queue.get() > 1 << 20 {
             notes.push(&self.queue.span, "more requests than there is memory for", "at most 1048576");

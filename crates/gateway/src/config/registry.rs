@@ -197,5 +197,12 @@ impl Registry {
             }
             _ => {}
         }
+        let encrypts = self.address.as_ref().is_some_and(|address| address.starts_with("https://"));
+        if let (RegistryKind::Consul, false, Some(blob)) =
+            (kind, encrypts, self.ca.as_ref().or(self.certificate.as_ref()).or(self.key.as_ref()))
+        {
+            let help = "set address = \"https://127.0.0.1:8501\", or remove it";
+            notes.push(&blob.span, "TLS of an agent that does not speak it", help);
+        }
     }
 }

@@ -230,6 +230,10 @@ section! {
     }
 }
 
+/// Headers of a request that are not a route's to set: whom it is for, how long it is, and what one connection carries.
+const OURS: [&str; 8] =
+    ["host", "content-length", "transfer-encoding", "connection", "upgrade", "te", "keep-alive", "proxy-connection"];
+
 impl Route {
     /// The path of the requests it takes: a call's, where it names one of gRPC.
     pub(crate) fn pattern(&self) -> Option<String> {
@@ -321,6 +325,13 @@ impl Route {
                 if HeaderValues::value(name, value).is_none() {
                     notes.push(span, format!("the value of {name} cannot stand in a header"), "one line of text");
                 }
+            }
+        }
+        for name in self.request_headers.set.iter().chain(self.request_headers.add.iter()).map(|(name, _)| name) {
+            if OURS.iter().any(|ours| name.eq_ignore_ascii_case(ours)) {
+                let is_host = name.eq_ignore_ascii_case("host");
+                let help = if is_host { "use host = \"<name>\"" } else { "remove it" };
+                notes.push(span, format!("{name} is not a route's to set"), help);
             }
         }
         each_once(self.limits.as_deref().unwrap_or_default(), &config.limits, "limit", notes);
@@ -429,7 +440,7 @@ impl Redirect {
         if let Some(host) = self.host.as_ref().filter(|host| host.parse::<http::uri::Authority>().is_err()) {
             notes.push(&host.span, format!("{:?} is no host", **host), "such as \"example.com\"");
         }
-        if let Some(path) = self.path.as_ref().filter(|path| !is_path(path)) {
+        if let Some(path) = self.path.as_ref().filter(|path| !is_path(path) || path.contains('#')) {
             notes.push(&path.span, format!("{:?} is no path", **path), "such as \"/new\"");
         }
     }

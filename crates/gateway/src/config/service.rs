@@ -136,7 +136,7 @@ section! {
         /// How many requests share an HTTP/2 connection; 100 by default.
         max_streams: Option<NonZeroUsize>,
         /// How often HTTP/2 connections with requests under way are pinged; by default never.
-        keep_alive: Option<Duration>,
+        keep_alive: Option<At<Duration>>,
         /// How long an endpoint may take to answer that.
         keep_alive_timeout: Duration = Duration::from_secs(20),
         /// How large the head of a response may be, from 8 KiB to 16 MiB.
@@ -230,6 +230,10 @@ impl Service {
             if self.registry.is_empty() {
                 notes.push(&fallback.span, "a fallback of no registry", "add registry = \"<name>\"");
             }
+        }
+        if let Some(interval) = self.pool.keep_alive.as_ref().filter(|interval| interval.is_zero()) {
+            let help = "a time, such as \"5m\"; leave it out for never";
+            notes.push(&interval.span, "pings without a pause between them", help);
         }
         self.balance.check(notes);
         self.breaker.check(notes);

@@ -69,7 +69,7 @@ impl Redirect {
         self
     }
 
-    /// To another path.
+    /// To another path. It may have a query, which the caller's is added to.
     #[must_use]
     pub fn path(mut self, path: &str) -> Self {
         self.path = Some(path.to_owned());
@@ -82,7 +82,10 @@ impl Redirect {
         }
         let scheme = self.scheme.as_deref().is_none_or(|scheme| ["http", "https"].contains(&scheme));
         let host = self.authority.as_deref().is_none_or(|host| host.parse::<http::uri::Authority>().is_ok());
-        let path = self.path.as_deref().is_none_or(|path| path.starts_with('/') && path.parse::<Uri>().is_ok());
+        let path = self
+            .path
+            .as_deref()
+            .is_none_or(|path| path.starts_with('/') && !path.contains('#') && path.parse::<Uri>().is_ok());
         if scheme && host && path { Ok(()) } else { Err(Error::new("a redirect to what is no URL")) }
     }
 
@@ -113,7 +116,7 @@ impl Redirect {
         }
         to.push_str(self.path.as_deref().unwrap_or(uri.path()));
         if let Some(query) = uri.query() {
-            to.push('?');
+            to.push(if self.path.as_ref().is_some_and(|path| path.contains('?')) { '&' } else { '?' });
             to.push_str(query);
         }
         let mut response = Response::new(R::default());
@@ -312,6 +315,8 @@ mod tests {
         };
         let redirect = || Redirect::new(StatusCode::FOUND);
         assert_eq!(to(redirect().path("/new"), "/old?a=1", "h"), "/new?a=1");
+        assert_eq!(to(redirect().path("/new?b=2"), "/old?a=1", "h"), "/new?b=2&a=1");
+        assert_eq!(to(redirect().path("/new?b=2"), "/old", "h"), "/new?b=2");
         assert_eq!(to(redirect().scheme("https"), "/a", "h:80"), "https://h/a");
         assert_eq!(to(redirect().scheme("https"), "/a", "[::1]"), "https://[::1]/a");
         assert_eq!(to(redirect().scheme("https"), "/a", "[::1]:80"), "https://[::1]/a");
@@ -319,6 +324,7 @@ mod tests {
         assert_eq!(to(redirect().scheme("http").host("b").path("/"), "/a", "h"), "http://b/");
         assert!(redirect().scheme("https").answer::<_, ()>(&request("/a", &[])).is_none(), "no host to go to");
         assert!(Redirect::new(StatusCode::OK).check().is_err() && redirect().path("x").check().is_err());
+        assert!(redirect().path("/a#b").check().is_err() && redirect().path("/a?b").check().is_ok());
     }
 
     #[test]
