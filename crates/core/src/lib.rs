@@ -17,7 +17,8 @@
 //! They are reached by the methods of [`Carried`] and share one entry in the extensions, however many there are.
 //!
 //! The other things here are what several layers must agree on: the [`Gate`] in front of an endpoint, the [`Outcome`] of a
-//! call and who [`Classify`]s it, the [`Rejection`] that refuses, the [`Body`] that watches, and the [`Clock`].
+//! call and who [`Classify`]s it, the [`Rejection`] that refuses, the [`Body`] that watches, the [`Clock`], and by what a
+//! file that is watched [is known](FileStamp).
 //!
 //! # Decisions
 //!
@@ -49,6 +50,7 @@ mod rejection;
 mod reserved;
 mod route;
 mod slots;
+mod stamp;
 mod sync;
 
 pub use body::{Body, Guard};
@@ -76,3 +78,4 @@ pub use rejection::{Layer, Rejection, Side};
 pub use reserved::ReservedHeaders;
 pub use route::Route;
 pub use slots::{SlotKey, Slots};
+pub use stamp::FileStamp;

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use futures::stream;
+use portcullis_core::FileStamp;
 use serde::Deserialize;
 use tokio::sync::watch;
 
@@ -49,10 +50,6 @@ type Reading = Option<Result<Arc<Book>, Error>>;
 struct Document {
     services: Book,
 }
-
-/// What tells one state of a file from another: when it was written and how long it is, and which file it is.
-#[derive(Clone, PartialEq)]
-struct Stamp(Option<(SystemTime, u64, [i64; 3])>);
 
 // === impl Inner ===
 
@@ -107,9 +104,9 @@ impl Registry for FileRegistry {
 /// The task: looks at the file until nobody listens.
 async fn run(inner: Arc<Inner>, reading: Arc<watch::Sender<Reading>>) {
     let (mut read, mut unreadable) = (None, false);
-    let mut seen = Stamp::of(&inner.path).await;
+    let mut seen = stamp(&inner.path).await;
     loop {
-        let now = Stamp::of(&inner.path).await;
+        let now = stamp(&inner.path).await;
         if read.as_ref() != Some(&now) && seen == now {
             let (said, is_read) = match tokio::fs::read_to_string(&inner.path).await {
                 Ok(text) => (understood(&inner.path, &text), true),
@@ -130,7 +127,7 @@ async fn run(inner: Arc<Inner>, reading: Arc<watch::Sender<Reading>>) {
             unreadable = !is_read;
             reading.send_replace(Some(said));
             // What could not be read is tried again, though it looks the same.
-            read = is_read.then(|| now.clone());
+            read = is_read.then_some(now);
         }
         seen = now;
         tokio::select! {
@@ -164,20 +161,9 @@ fn parse(text: &str, json: bool) -> Result<Book, Error> {
     Ok(document.services)
 }
 
-// === impl Stamp ===
-
-impl Stamp {
-    async fn of(path: &Path) -> Self {
-        let metadata = tokio::fs::metadata(path).await;
-        #[cfg(unix)]
-        let which = |metadata: &std::fs::Metadata| {
-            use std::os::unix::fs::MetadataExt;
-            [metadata.ino().cast_signed(), metadata.ctime(), metadata.ctime_nsec()]
-        };
-        #[cfg(not(unix))]
-        let which = |_: &std::fs::Metadata| [0; 3];
-        Self(metadata.ok().and_then(|metadata| Some((metadata.modified().ok()?, metadata.len(), which(&metadata)))))
-    }
+/// `None` of one that is not there.
+async fn stamp(path: &Path) -> Option<FileStamp> {
+    tokio::fs::metadata(path).await.ok().map(|metadata| FileStamp::of(&metadata))
 }
 
 #[cfg(test)]

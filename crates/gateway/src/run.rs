@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use portcullis::serve::Server;
+use portcullis_core::FileStamp;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -207,25 +208,50 @@ fn signals(state: &Arc<State>) -> io::Result<()> {
     Ok(())
 }
 
+/// What has been seen of the files that are watched.
+struct Looks<S> {
+    /// As they were when they were read. Nothing of those that are looked at for the first time: they may have changed since.
+    read: BTreeMap<PathBuf, S>,
+    /// As they were at the last look.
+    last: BTreeMap<PathBuf, S>,
+}
+
+// === impl Looks ===
+
+impl<S: PartialEq> Looks<S> {
+    const fn new() -> Self {
+        Self { read: BTreeMap::new(), last: BTreeMap::new() }
+    }
+
+    /// Whether one of them is not as it was. Nothing unless two looks agree: one is being written.
+    fn changed(&mut self, now: BTreeMap<PathBuf, S>) -> Option<bool> {
+        if self.last != now {
+            self.last = now;
+            return None;
+        }
+        let changed = now.iter().any(|(file, stamp)| self.read.get(file) != Some(stamp));
+        self.read.extend(now);
+        Some(changed)
+    }
+}
+
 /// Reads the file again when it, or a secret, key or certificate that it names, has changed, if it wants that.
 async fn watch(state: Arc<State>) {
     let look = || {
         let named = state.running().config.files();
         let all = state.file.iter().cloned().chain(named);
         // One that is gone is being written.
-        let about =
-            |file: PathBuf| std::fs::metadata(&file).ok().map(|about| (file, (about.modified().ok(), about.len())));
-        all.filter_map(about).collect::<BTreeMap<_, _>>()
+        let stamp = |file: PathBuf| std::fs::metadata(&file).ok().map(|about| (file, FileStamp::of(&about)));
+        all.filter_map(stamp).collect::<BTreeMap<_, _>>()
     };
-    // Nothing has been seen of those that are looked at for the first time: they may have changed since they were read.
-    let mut seen = BTreeMap::new();
+    let mut looks = Looks::new();
     // A wrong file may be made right elsewhere: by a key that it names and the running one does not.
     let mut wrong = false;
     loop {
-        let now = look();
-        let changed = now.iter().any(|(file, about)| seen.get(file) != Some(about));
-        seen.extend(now);
-        if (changed || wrong) && state.running().config.server.watch {
+        if let Some(changed) = looks.changed(look())
+            && (changed || wrong)
+            && state.running().config.server.watch
+        {
             let otherwise = state.says_otherwise().await;
             if otherwise.unwrap_or(changed) {
                 let _ = state.reload().await;
@@ -233,5 +259,38 @@ async fn watch(state: Arc<State>) {
             wrong = otherwise.is_none();
         }
         tokio::time::sleep(LOOK).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_has_changed_when_two_looks_agree_that_it_has() {
+        let mut looks = Looks::new();
+        // A file and a key, by what stands in them; which of them is there.
+        for (now, changed) in [
+            (&[("file", 1), ("key", 1)][..], None),
+            (&[("file", 1), ("key", 1)], Some(true)),
+            (&[("file", 1), ("key", 1)], Some(false)),
+            // Half of it, then all.
+            (&[("file", 2), ("key", 1)], None),
+            (&[("file", 3), ("key", 1)], None),
+            (&[("file", 3), ("key", 1)], Some(true)),
+            (&[("file", 3), ("key", 1)], Some(false)),
+            // Gone for a moment, and another one in its place.
+            (&[("file", 3)], None),
+            (&[("file", 3)], Some(false)),
+            (&[("file", 3), ("key", 2)], None),
+            (&[("file", 4), ("key", 2)], None),
+            (&[("file", 4), ("key", 2)], Some(true)),
+            (&[("file", 3), ("key", 2)], None),
+            (&[("file", 4), ("key", 2)], None),
+            (&[("file", 4), ("key", 2)], Some(false)),
+        ] {
+            let look = now.iter().map(|(file, stamp)| (PathBuf::from(file), *stamp)).collect();
+            assert_eq!(looks.changed(look), changed, "{now:?}");
+        }
     }
 }

@@ -59,7 +59,8 @@ section! {
         drain_delay: Duration = Duration::ZERO,
         /// How long requests under way may take after that before they are cut off.
         drain_timeout: Duration = Duration::from_secs(30),
-        /// Loads the file again when it changes. It is looked at every two seconds.
+        /// Loads the file again when it changes. It is looked at every two seconds, and loaded when two
+        /// looks agree; better replace it by renaming.
         watch: bool = false,
     }
 }
