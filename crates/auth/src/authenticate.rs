@@ -11,6 +11,7 @@ use pin_project_lite::pin_project;
 use portcullis_core::Identity;
 
 use crate::claims::OTHER_ISSUER;
+use crate::limit::Paid;
 
 /// Decides from the head of a request who is calling.
 ///
@@ -93,8 +94,8 @@ pub struct Head<'a> {
 }
 
 /// Why a caller was not accepted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Denied(pub(crate) Reason);
+#[derive(Clone, Debug)]
+pub struct Denied(pub(crate) Reason, Vec<Paid>);
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
@@ -224,37 +225,53 @@ impl Denied {
     /// No credentials of this kind were shown: 401, or passed on where they are optional.
     #[must_use]
     pub fn missing() -> Self {
-        Self(Reason::Missing)
+        Self(Reason::Missing, Vec::new())
     }
 
     /// Credentials were shown in a way that cannot be read, or twice: 400. `why` goes to the caller.
     #[must_use]
     pub fn malformed(why: &'static str) -> Self {
-        Self(Reason::Malformed(why))
+        Self(Reason::Malformed(why), Vec::new())
     }
 
     /// The credentials shown prove nothing: 401. `why` goes to the caller.
     #[must_use]
     pub fn invalid(why: &'static str) -> Self {
-        Self(Reason::Invalid(why))
+        Self(Reason::Invalid(why), Vec::new())
     }
 
     /// The caller is known and must not: 403. `why` goes to the caller.
     #[must_use]
     pub fn forbidden(why: &'static str) -> Self {
-        Self(Reason::Forbidden(why))
+        Self(Reason::Forbidden(why), Vec::new())
     }
 
     /// Too many attempts: 429, with the time after which another is looked at.
     #[must_use]
     pub fn limited(wait: Duration) -> Self {
-        Self(Reason::Limited(wait))
+        Self(Reason::Limited(wait), Vec::new())
     }
 
     /// It cannot be decided now, through no fault of the caller's: 503. `why` goes to the caller.
     #[must_use]
     pub fn unavailable(why: &'static str) -> Self {
-        Self(Reason::Unavailable(why))
+        Self(Reason::Unavailable(why), Vec::new())
+    }
+
+    /// The caller's address has paid for it.
+    pub(crate) fn paid(mut self, paid: Option<Paid>) -> Self {
+        self.1.extend(paid);
+        self
+    }
+
+    /// What was shown has proved something to another, by `schemes`: the same was no guess here. Where that one looks in one
+    /// place only, it is known to be the same.
+    fn take_back_for(self, schemes: impl FnOnce() -> Vec<Scheme>) {
+        if !self.1.is_empty()
+            && let [scheme] = &*schemes()
+        {
+            self.1.into_iter().filter(|paid| Some(paid.carrier()) == scheme.carrier.as_ref()).for_each(Paid::take_back);
+        }
     }
 
     /// Whether no credentials were shown.
@@ -263,6 +280,15 @@ impl Denied {
         self.0 == Reason::Missing
     }
 }
+
+/// Whatever it cost.
+impl PartialEq for Denied {
+    fn eq(&self, other: &Self) -> bool {
+        self.0 == other.0
+    }
+}
+
+impl Eq for Denied {}
 
 impl fmt::Display for Denied {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -329,7 +355,11 @@ fn rank(denied: &Denied) -> u8 {
 fn either(first: Result<Identity, Denied>, second: Result<Identity, Denied>) -> Result<Identity, Denied> {
     match (first, second) {
         (Ok(identity), _) | (Err(_), Ok(identity)) => Ok(identity),
-        (Err(first), Err(second)) => Err(if rank(&second) > rank(&first) { second } else { first }),
+        (Err(first), Err(second)) => {
+            let (mut told, other) = if rank(&second) > rank(&first) { (second, first) } else { (first, second) };
+            told.1.extend(other.1);
+            Err(told)
+        }
     }
 }
 
@@ -359,6 +389,13 @@ impl<A: Authenticate, B: Authenticate> Authenticate for Or<A, B> {
     fn authenticate(&self, head: &Head<'_>) -> Attempt<Self::Future> {
         match self.0.authenticate(head) {
             Attempt::Now(first) if decides(false, &first) => Attempt::Now(first),
+            Attempt::Now(Err(denied)) => match self.1.authenticate(head) {
+                Attempt::Now(Ok(identity)) => {
+                    denied.take_back_for(|| self.1.schemes());
+                    Attempt::Now(Ok(identity))
+                }
+                second => Both::attempt(Attempt::Now(Err(denied)), second, false),
+            },
             first => Both::attempt(first, self.1.authenticate(head), false),
         }
     }

@@ -18,8 +18,9 @@ use crate::authenticate::{Attempt, Authenticate, Denied, Head};
 use crate::cache::{CacheStats, Tag, TokenCache};
 use crate::claims::{Believed, MAX_LEEWAY, OTHER_ISSUER, Rules};
 use crate::error::{Error, Kind};
+use crate::key::Key;
 use crate::key_set::{KeySet, Lookup};
-use crate::limit::{FailureLimit, Failures};
+use crate::limit::{FailureLimit, Failures, Paid};
 use crate::token::{self, Token};
 
 /// The longest token that is looked at, unless said otherwise.
@@ -355,10 +356,30 @@ impl Inner {
                 return Err(Failure::Unknown { asking, blind: provider.keys.is_blind() });
             }
         };
-        let charge = self.failures.take(client.address)?;
+        let paid = self.failures.take(client.address)?;
+        match self.believe(&token, key, provider, tag, client, now) {
+            // Only now: an expired token, or one bound to another certificate, would buy signatures as well as garbage does.
+            Ok(identity) => {
+                paid.into_iter().for_each(Paid::take_back);
+                Ok(identity)
+            }
+            Err(denied) => Err(denied.paid(paid).into()),
+        }
+    }
+
+    /// Verifies a token by this key of its provider.
+    fn believe(
+        &self,
+        token: &Token<'_>,
+        key: Arc<Key>,
+        provider: &Provider,
+        tag: Option<Tag>,
+        client: &Client,
+        now: Duration,
+    ) -> Result<Identity, Denied> {
         let signed = token.decode()?;
         if !key.verifies(signed.message, &signed.signature) {
-            return Err(Denied::invalid("the token's signature does not hold").into());
+            return Err(Denied::invalid("the token's signature does not hold"));
         }
         let claims = signed.claims()?;
         let Believed { identity, until, certificate } = provider.rules.check(token.typ.as_deref(), claims, now)?;
@@ -367,10 +388,6 @@ impl Inner {
         }
         if let Some(bound) = certificate {
             check_thumbprint(&bound, client.certificate.as_ref())?;
-        }
-        // Only now: an expired token, or one bound to another certificate, would buy signatures as well as garbage does.
-        if let Some(charge) = charge {
-            charge.give_back();
         }
         Ok(identity)
     }

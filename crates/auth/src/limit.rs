@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Once};
 use std::time::Duration;
 
+use http::HeaderName;
+use http::header::AUTHORIZATION;
 use portcullis_core::{Clock, Moment, TrustedProxies, ipv6_prefix};
 
 use crate::authenticate::{Denied, Head};
@@ -40,10 +42,19 @@ pub(crate) struct FailureLimit {
     burst: u64,
 }
 
-/// One attempt, to be paid for or paid back.
-pub(crate) struct Charge<'a> {
-    limit: &'a FailureLimit,
+/// One attempt, to be paid for.
+struct Charge<'a> {
+    limit: &'a Arc<FailureLimit>,
     cells: [usize; 2],
+}
+
+/// What was paid for an attempt.
+#[derive(Clone, Debug)]
+pub(crate) struct Paid {
+    limit: Arc<FailureLimit>,
+    cells: [usize; 2],
+    /// Where the attempt was.
+    carrier: HeaderName,
 }
 
 // === impl Failures ===
@@ -70,20 +81,23 @@ impl Failures {
     }
 
     /// Pays for an attempt of whoever has an address.
-    pub(crate) fn take(&self, address: Option<IpAddr>) -> Result<Option<Charge<'_>>, Denied> {
-        let take = |address| self.limit.take(address, self.clock.now()).map_err(Denied::limited);
+    pub(crate) fn take(&self, address: Option<IpAddr>) -> Result<Option<Paid>, Denied> {
+        let take = |address| self.limit.take(address, AUTHORIZATION, self.clock.now()).map_err(Denied::limited);
         address.map(take).transpose()
     }
 
-    /// Looks at an attempt that costs nothing unless it fails, which is `None`.
-    pub(crate) fn judge<T>(&self, head: &Head<'_>, attempt: impl FnOnce() -> Option<T>) -> Result<Option<T>, Denied> {
-        let Some(address) = self.address(head) else { return Ok(attempt()) };
-        let charge = self.limit.look(address, || self.clock.now()).map_err(Denied::limited)?;
-        let result = attempt();
-        if result.is_none() {
-            charge.pay(self.clock.now());
-        }
-        Ok(result)
+    /// Looks at an attempt in the field `carrier` that costs nothing unless it fails, which is `None`: `why` then.
+    pub(crate) fn judge<T>(
+        &self,
+        head: &Head<'_>,
+        carrier: &HeaderName,
+        why: &'static str,
+        attempt: impl FnOnce() -> Option<T>,
+    ) -> Result<T, Denied> {
+        let look = |address| self.limit.look(address, || self.clock.now()).map_err(Denied::limited);
+        let charge = self.address(head).map(look).transpose()?;
+        let pay = |charge: Charge<'_>| charge.pay(carrier.clone(), self.clock.now());
+        attempt().ok_or_else(|| Denied::invalid(why).paid(charge.map(pay)))
     }
 }
 
@@ -97,19 +111,17 @@ impl FailureLimit {
         Self { rows: [row(), row()], hash: RandomState::new(), interval, burst: u64::from(burst) }
     }
 
-    /// Pays for an attempt, or says how long to wait. What succeeds is [given back](Charge::give_back).
+    /// Pays for an attempt, or says how long to wait. What succeeds is [taken back](Paid::take_back).
     ///
     /// Attempts that look at the same time may each find the last place; it is processor time that is limited, not a
     /// count.
-    pub(crate) fn take(&self, address: IpAddr, now: Moment) -> Result<Charge<'_>, Duration> {
-        let charge = self.look(address, || now)?;
-        charge.pay(now);
-        Ok(charge)
+    fn take(self: &Arc<Self>, address: IpAddr, carrier: HeaderName, now: Moment) -> Result<Paid, Duration> {
+        Ok(self.look(address, || now)?.pay(carrier, now))
     }
 
     /// Whether an attempt is looked at, or how long to wait. Nothing is paid yet, and the clock is read only for who failed
     /// before.
-    fn look(&self, address: IpAddr, now: impl FnOnce() -> Moment) -> Result<Charge<'_>, Duration> {
+    fn look(self: &Arc<Self>, address: IpAddr, now: impl FnOnce() -> Moment) -> Result<Charge<'_>, Duration> {
         // An IPv6 subscriber has at least a /64.
         let hash = self.hash.hash_one(ipv6_prefix(address, 64));
         let cells = [hash as usize % CELLS, (hash >> 32) as usize % CELLS];
@@ -128,14 +140,23 @@ impl FailureLimit {
 // === impl Charge ===
 
 impl Charge<'_> {
-    fn pay(&self, now: Moment) {
+    fn pay(self, carrier: HeaderName, now: Moment) -> Paid {
         let pay = |at: u64| Some(at.max(now.as_nanos()).saturating_add(self.limit.interval));
         for (row, cell) in self.limit.rows.iter().zip(self.cells) {
             let _ = row[cell].fetch_update(Ordering::Relaxed, Ordering::Relaxed, pay);
         }
+        Paid { limit: self.limit.clone(), cells: self.cells, carrier }
+    }
+}
+
+// === impl Paid ===
+
+impl Paid {
+    pub(crate) const fn carrier(&self) -> &HeaderName {
+        &self.carrier
     }
 
-    pub(crate) fn give_back(self) {
+    pub(crate) fn take_back(self) {
         for (row, cell) in self.limit.rows.iter().zip(self.cells) {
             let refund = |at: u64| Some(at.saturating_sub(self.limit.interval));
             let _ = row[cell].fetch_update(Ordering::Relaxed, Ordering::Relaxed, refund);
@@ -151,62 +172,66 @@ mod tests {
         IpAddr::from([192, 0, 2, last])
     }
 
+    fn limited(burst: u32, interval: Duration) -> Arc<FailureLimit> {
+        Arc::new(FailureLimit::new(burst, interval))
+    }
+
     fn at(millis: u64) -> Moment {
         Moment::from_nanos(1 << 40) + Duration::from_millis(millis)
     }
 
     #[test]
     fn a_burst_then_the_rate_and_never_more() {
-        let limit = FailureLimit::new(5, Duration::from_millis(100));
+        let limit = limited(5, Duration::from_millis(100));
         for _ in 0..5 {
-            assert!(limit.take(address(1), at(0)).is_ok());
+            assert!(limit.take(address(1), AUTHORIZATION, at(0)).is_ok());
         }
-        assert_eq!(limit.take(address(1), at(0)).err(), Some(Duration::from_millis(100)));
-        assert!(limit.take(address(1), at(99)).is_err());
-        assert!(limit.take(address(1), at(100)).is_ok());
-        assert!(limit.take(address(1), at(100)).is_err());
-        assert!(limit.take(address(2), at(100)).is_ok(), "another address");
-        let admitted = (0..10_000).filter(|n| limit.take(address(3), at(*n)).is_ok()).count();
+        assert_eq!(limit.take(address(1), AUTHORIZATION, at(0)).err(), Some(Duration::from_millis(100)));
+        assert!(limit.take(address(1), AUTHORIZATION, at(99)).is_err());
+        assert!(limit.take(address(1), AUTHORIZATION, at(100)).is_ok());
+        assert!(limit.take(address(1), AUTHORIZATION, at(100)).is_err());
+        assert!(limit.take(address(2), AUTHORIZATION, at(100)).is_ok(), "another address");
+        let admitted = (0..10_000).filter(|n| limit.take(address(3), AUTHORIZATION, at(*n)).is_ok()).count();
         assert_eq!(admitted, 5 + 99);
     }
 
     #[test]
     fn the_clock_is_not_read_for_who_never_failed() {
-        let limit = FailureLimit::new(1, Duration::from_secs(1));
+        let limit = limited(1, Duration::from_secs(1));
         assert!(limit.look(address(1), || unreachable!("the clock was read")).is_ok());
-        assert!(limit.take(address(1), at(0)).is_ok() && limit.look(address(1), || at(0)).is_err());
+        assert!(limit.take(address(1), AUTHORIZATION, at(0)).is_ok() && limit.look(address(1), || at(0)).is_err());
         assert!(limit.look(address(1), || at(1000)).is_ok());
-        assert!(FailureLimit::new(0, Duration::ZERO).look(address(1), || at(0)).is_err(), "nobody may fail at all");
+        assert!(limited(0, Duration::ZERO).look(address(1), || at(0)).is_err(), "nobody may fail at all");
     }
 
     #[test]
     fn what_succeeds_costs_nothing() {
-        let limit = FailureLimit::new(1, Duration::from_secs(1));
+        let limit = limited(1, Duration::from_secs(1));
         for _ in 0..100 {
-            limit.take(address(1), at(0)).unwrap_or_else(|_| panic!("refused")).give_back();
+            limit.take(address(1), AUTHORIZATION, at(0)).unwrap_or_else(|_| panic!("refused")).take_back();
         }
     }
 
     #[test]
     fn an_ipv6_network_is_one_caller() {
-        let limit = FailureLimit::new(1, Duration::from_secs(1));
-        assert!(limit.take("2001:db8::1".parse().unwrap(), at(0)).is_ok());
-        assert!(limit.take("2001:db8::ffff:2".parse().unwrap(), at(0)).is_err());
-        assert!(limit.take("2001:db8:0:1::1".parse().unwrap(), at(0)).is_ok());
-        assert!(limit.take("::ffff:192.0.2.9".parse().unwrap(), at(0)).is_ok());
-        assert!(limit.take(address(9), at(0)).is_err(), "one form for each address");
+        let limit = limited(1, Duration::from_secs(1));
+        assert!(limit.take("2001:db8::1".parse().unwrap(), AUTHORIZATION, at(0)).is_ok());
+        assert!(limit.take("2001:db8::ffff:2".parse().unwrap(), AUTHORIZATION, at(0)).is_err());
+        assert!(limit.take("2001:db8:0:1::1".parse().unwrap(), AUTHORIZATION, at(0)).is_ok());
+        assert!(limit.take("::ffff:192.0.2.9".parse().unwrap(), AUTHORIZATION, at(0)).is_ok());
+        assert!(limit.take(address(9), AUTHORIZATION, at(0)).is_err(), "one form for each address");
     }
 
     #[test]
     fn a_flood_from_many_addresses_hardly_touches_others() {
-        let limit = FailureLimit::new(10, Duration::from_secs(1));
+        let limit = limited(10, Duration::from_secs(1));
         for n in 0..100_u32 {
             for _ in 0..20 {
-                let _ = limit.take(IpAddr::from((0x0a00_0000 | n).to_be_bytes()), at(0));
+                let _ = limit.take(IpAddr::from((0x0a00_0000 | n).to_be_bytes()), AUTHORIZATION, at(0));
             }
         }
-        let refused =
-            (0..10_000_u32).filter(|n| limit.take(IpAddr::from((0xc000_0000 | n).to_be_bytes()), at(0)).is_err());
+        let refused = (0..10_000_u32)
+            .filter(|n| limit.take(IpAddr::from((0xc000_0000 | n).to_be_bytes()), AUTHORIZATION, at(0)).is_err());
         assert!(refused.count() < 200);
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use aws_lc_rs::hmac;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use http::HeaderName;
+use http::{HeaderName, header};
 use portcullis_core::{Clock, Identity, Proof, TrustedProxies};
 use subtle::ConstantTimeEq;
 
@@ -160,8 +160,7 @@ impl ApiKey {
             return Err(Denied::malformed("more than one API key"));
         }
         let secret = Some(secret.as_bytes()).filter(|secret| secret.len() <= MAX_SECRET_BYTES);
-        let identity = self.failures.judge(head, || self.secrets.find(secret?).cloned())?;
-        identity.ok_or_else(|| Denied::invalid("the API key is not known"))
+        self.failures.judge(head, &self.header, "the API key is not known", || self.secrets.find(secret?).cloned())
     }
 }
 
@@ -247,12 +246,12 @@ impl Basic {
 
     fn check(&self, head: &Head<'_>) -> Result<Identity, Denied> {
         let encoded = authorization(head, b"basic")?;
-        let unknown = || Denied::invalid("the name or password is wrong");
+        let unknown = "the name or password is wrong";
         if encoded.len() > MAX_SECRET_BYTES * 2 {
-            return Err(unknown());
+            return Err(Denied::invalid(unknown));
         }
         let pair = STANDARD.decode(encoded).map_err(|_| Denied::malformed("the credentials are not base64"))?;
-        self.failures.judge(head, || self.secrets.find(&pair).cloned())?.ok_or_else(unknown)
+        self.failures.judge(head, &header::AUTHORIZATION, unknown, || self.secrets.find(&pair).cloned())
     }
 }
 

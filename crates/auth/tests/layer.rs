@@ -451,6 +451,33 @@ async fn secrets_are_guessed_a_few_times_and_then_no_faster_than_the_limit() {
     }
 }
 
+/// Keys of two sources in one header: whoever shows a good one guesses at neither. What stands elsewhere is a guess.
+#[tokio::test(start_paused = true)]
+async fn what_is_good_for_another_is_no_guess() {
+    let every = Duration::from_secs(1);
+    let keys = |key: &str, header: &'static str| {
+        let keys = ApiKey::new().unwrap().header(http::HeaderName::from_static(header));
+        keys.accept(key, Identity::new(key, Proof::ApiKey)).unwrap().failures_per_address(3, every)
+    };
+    let (ours, theirs, else_where) = ("ours-0123456789abcdef", "theirs-0123456789abcdef", "elsewhere-0123456789abcdef");
+    let all = keys(ours, "x-key").or(keys(else_where, "x-other")).or(keys(theirs, "x-key"));
+    let layer = AuthLayer::new(all.shared());
+    let ask = async |shown: &[(&str, &str)]| {
+        let request = shown.iter().fold(Request::builder(), |request, (name, value)| request.header(*name, *value));
+        let mut request = request.body(()).unwrap();
+        PeerAddress("192.0.2.1:5000".parse().unwrap()).attach(request.extensions_mut());
+        send(&layer, request).await.status().as_u16()
+    };
+    for _ in 0..10 {
+        assert_eq!((ask(&[("x-key", theirs)]).await, ask(&[("x-key", ours)]).await), (200, 200));
+    }
+    let guess = [("x-key", "ours-0123456789abcdeg"), ("x-other", else_where)];
+    for _ in 0..3 {
+        assert_eq!(ask(&guess).await, 200);
+    }
+    assert_eq!(ask(&[("x-key", ours)]).await, 429, "three guesses, whatever else was shown");
+}
+
 #[tokio::test]
 async fn a_certificate_stands_for_whom_it_was_given_to() {
     let known = Bytes::from_static(b"known");

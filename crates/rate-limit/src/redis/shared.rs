@@ -231,7 +231,9 @@ impl Shared {
     }
 
     pub(super) fn answered(&self) {
-        if self.failures_in_a_row.load(Ordering::Relaxed) != 0 {
+        // Who counts the last failure may say that it is down after somebody else was answered.
+        let is_down = self.down_until.load(Ordering::Relaxed) != 0;
+        if is_down || self.failures_in_a_row.load(Ordering::Relaxed) != 0 {
             self.failures_in_a_row.store(0, Ordering::Relaxed);
             if self.down_until.swap(0, Ordering::Relaxed) != 0 {
                 tracing::info!("the store of limits answers again");
