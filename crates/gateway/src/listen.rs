@@ -135,12 +135,7 @@ impl Renewal {
 pub(crate) fn register(state: &Arc<State>, entry: Entry) -> JoinHandle<()> {
     let state = state.clone();
     tokio::spawn(async move {
-        let mut held = None;
-        tokio::select! {
-            () = keep(&state, &entry, &mut held) => {}
-            () = state.stopping() => {}
-        }
-        if let Some((_, registration)) = held {
+        if let Some((_, registration)) = keep(&state, &entry).await {
             leave(registration).await;
         }
     })
@@ -150,23 +145,25 @@ pub(crate) fn register(state: &Arc<State>, entry: Entry) -> JoinHandle<()> {
 enum Registered {
     /// It is done, or cannot be.
     Settled(Option<Registration>),
-    /// There are other files.
+    /// There are other files, or it is to stop.
     Overtaken,
 }
 
 /// Where a listener is registered.
 type Held = (Arc<dyn Registry>, Registration);
 
-/// Registers in the registry of that name, and in each that other files put in its place.
-async fn keep(state: &State, entry: &Entry, held: &mut Option<Held>) {
+/// Registers in the registry of that name, and in each that other files put in its place, until it is told to stop: where it
+/// is registered then. What a registry was asked for is waited for, since it may come about however late.
+async fn keep(state: &State, entry: &Entry) -> Option<Held> {
     let service = &*entry.definition.service;
     let mut files = state.files();
-    loop {
+    let mut held: Option<Held> = None;
+    while !state.is_stopping() {
         files.mark_unchanged();
-        match (state.running().registries.named(&entry.registry), &*held) {
+        match (state.running().registries.named(&entry.registry), &held) {
             (Some(registry), Some((at, _))) if Arc::ptr_eq(&registry, at) => {}
             (Some(registry), _) => {
-                let Registered::Settled(registration) = registered(&registry, entry, &mut files).await else {
+                let Registered::Settled(registration) = registered(state, &registry, entry, &mut files).await else {
                     continue;
                 };
                 if let Some(registration) = registration
@@ -174,7 +171,7 @@ async fn keep(state: &State, entry: &Entry, held: &mut Option<Held>) {
                 {
                     leave(old).await;
                     // It may have been the same entry of the same agent, asked in another way.
-                    if let Some((_, registration)) = held
+                    if let Some((_, registration)) = &held
                         && let Err(error) = registration.confirm().await
                     {
                         tracing::warn!(service, %error, "the registration could not be confirmed");
@@ -194,10 +191,12 @@ async fn keep(state: &State, entry: &Entry, held: &mut Option<Held>) {
                 tracing::warn!(service, registry, "the file has no such registry any more; not registered");
             }
         }
-        if files.changed().await.is_err() {
-            return;
+        tokio::select! {
+            () = state.stopping() => {}
+            changed = files.changed() => if changed.is_err() { break },
         }
     }
+    held
 }
 
 async fn leave(registration: Registration) {
@@ -207,8 +206,13 @@ async fn leave(registration: Registration) {
     }
 }
 
-/// Asks until it is registered, or there are other files.
-async fn registered(registry: &Arc<dyn Registry>, entry: &Entry, files: &mut Receiver<()>) -> Registered {
+/// Asks until it is registered, or there are other files, or it is told to stop.
+async fn registered(
+    state: &State,
+    registry: &Arc<dyn Registry>,
+    entry: &Entry,
+    files: &mut Receiver<()>,
+) -> Registered {
     let service = &*entry.definition.service;
     let (mut wait, most) = AGAIN;
     loop {
@@ -222,6 +226,8 @@ async fn registered(registry: &Arc<dyn Registry>, entry: &Entry, files: &mut Rec
                 tracing::warn!(service, %error, ?wait, "not registered; trying again");
                 // Not while it is asked, which would leave behind what comes of it.
                 tokio::select! {
+                    biased;
+                    () = state.stopping() => return Registered::Overtaken,
                     () = tokio::time::sleep(wait.mul_f64(0.5 + fastrand::f64() / 2.0)) => {}
                     Ok(()) = files.changed() => return Registered::Overtaken,
                 }

@@ -8,6 +8,7 @@ use portcullis_testing::client::get;
 use portcullis_testing::process::{Nobody, free_port, scratch_folder};
 use portcullis_testing::{Backend, Consul, Redis};
 use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::Instant;
 
 use common::{ALL, Program, file, log};
@@ -208,6 +209,37 @@ async fn who_takes_over_stays_registered_when_the_one_before_goes() {
     old.signal("TERM");
     assert_eq!(old.ended().await, Some(0));
     assert_eq!(gateways(&consul).await, 1);
+}
+
+/// What registered it late left it there.
+#[tokio::test]
+async fn who_is_told_to_stop_while_it_registers_is_registered_no_more_at_its_end() {
+    let agent = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = agent.local_addr().expect("an address");
+    let asked = async || {
+        let (mut connection, _) = agent.accept().await.expect("a request");
+        let mut head = [0; 256];
+        let read = connection.read(&mut head).await.expect("a request");
+        let line = String::from_utf8_lossy(&head[..read]).lines().next().unwrap_or_default().to_owned();
+        (connection, line)
+    };
+    let answer = async |mut connection: tokio::net::TcpStream| {
+        let ok = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        connection.write_all(ok).await.expect("somebody who waits for it");
+    };
+    let registry = format!("registries.r = {{ kind = \"consul\", address = \"http://{address}\" }}\n");
+    let text = registering("address = \"127.0.0.1:0\"", &registry).replace("\"5s\"", "\"1m\"");
+    let mut program = Program::start(&text);
+    let (registering, line) = asked().await;
+    assert!(line.starts_with("PUT /v1/agent/service/register"), "{line}");
+    program.signal("TERM");
+    program.until("/ready", |answer| answer.text().contains("draining")).await;
+    assert_eq!(program.get("/").await.status, 502, "it serves on as long as it may be registered");
+    answer(registering).await;
+    let (leaving, line) = asked().await;
+    assert!(line.starts_with("PUT /v1/agent/service/deregister/"), "{line}");
+    answer(leaving).await;
+    assert_eq!(program.ended().await, Some(0));
 }
 
 #[tokio::test]
