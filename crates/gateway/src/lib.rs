@@ -66,8 +66,9 @@
 //! # Metrics
 //!
 //! In Prometheus' text format, with OpenTelemetry's names and buckets where it has them. Labels come from the file, from
-//! registries, and from fixed words: the route's name or pattern, never the path; methods that callers make up are `_OTHER`;
-//! beyond 2,000 series of requests further ones are counted in one, of the route `_overflow`.
+//! registries, and from fixed words: the route's name or pattern, never the path; methods that callers make up are `_OTHER`,
+//! and so is every method of what route, auth or rate-limit refused, by which strangers could multiply series; beyond 2,000
+//! series of requests further ones are counted in one, of the route `_overflow`.
 //!
 //! | | labels |
 //! |---|---|

@@ -241,9 +241,11 @@ impl Labels {
         refused: (&'static str, &'static str),
     ) -> Self {
         static NONE: LazyLock<Arc<str>> = LazyLock::new(|| "".into());
+        // Strangers can have themselves refused by each method, until there is no series left for anybody else.
+        let by_method = !matches!(refused.0, "route" | "auth" | "rate-limit");
         Self {
             route: route.unwrap_or(&NONE).clone(),
-            method: method_label(method),
+            method: if by_method { method_label(method) } else { "_OTHER" },
             status: status.as_u16(),
             grpc,
             refused,
@@ -344,6 +346,24 @@ mod tests {
         telemetry.keep(|_| false, |route| route == "7");
         let left: Vec<_> = telemetry.readings().into_iter().map(|(labels, _)| labels.route).collect();
         assert_eq!(left.iter().map(|route| &**route).collect::<Vec<_>>(), ["7", "_overflow"]);
+    }
+
+    #[test]
+    fn who_is_refused_before_anybody_is_asked_has_one_series_whatever_the_method() {
+        let telemetry = Telemetry::default();
+        let refusals =
+            [("route", "no-route"), ("auth", "missing"), ("rate-limit", "too-many-requests"), ("forward", "loop")];
+        for method in [Method::GET, Method::PUT, Method::from_bytes(b"BREW").unwrap()] {
+            for refused in refusals {
+                telemetry.series(Labels::new(None, &method, StatusCode::NOT_FOUND, None, refused));
+            }
+        }
+        let mut series: Vec<_> =
+            telemetry.readings().into_iter().map(|(labels, _)| (labels.refused.0, labels.method)).collect();
+        series.sort_unstable();
+        let apart = [("forward", "GET"), ("forward", "PUT"), ("forward", "_OTHER")];
+        let together = [("auth", "_OTHER"), ("rate-limit", "_OTHER"), ("route", "_OTHER")];
+        assert_eq!(series, [&together[..1], &apart, &together[1..]].concat());
     }
 
     #[test]
