@@ -135,7 +135,7 @@ impl Limiter {
                 Ok(done) => link.done.set(done),
                 Err(refusal) => {
                     last.and_before().take_while(|other| !std::ptr::eq(*other, link)).for_each(|other| {
-                        self.give_back(other);
+                        self.give_back(other, now);
                     });
                     return Err(self.refused(refusal));
                 }
@@ -206,10 +206,12 @@ impl Limiter {
         self.counters.add(|counts| &counts.admitted);
     }
 
-    fn give_back(&self, link: &Link<'_>) {
+    /// What was charged `now`, as it was then: others may have used meanwhile what time has given back.
+    fn give_back(&self, link: &Link<'_>, now: u64) {
         match (link.ask.what, link.done.get()) {
             (What::Charge { cell, units, .. }, Done::Charged { .. }) => {
-                self.table.refund(link.ask.mark, cell.cost(units));
+                let passed = self.clock.now().as_nanos().saturating_sub(now);
+                self.table.refund(link.ask.mark, cell.cost(units).saturating_sub(passed));
             }
             (What::Place { .. }, Done::Entered) => self.in_flight().leave(link.ask.mark),
             _ => {}

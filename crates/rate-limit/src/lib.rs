@@ -471,7 +471,15 @@ impl After {
 
     fn finish<R: http_body::Body<Data = Bytes>>(&mut self, mut response: Response<R>) -> Response<Body<R, Held>> {
         if let Some(fields) = self.fields.take() {
-            response.headers_mut().extend(fields.into_iter().filter_map(|(name, value)| Some((name?, value))));
+            let headers = response.headers_mut();
+            for (name, value) in fields.iter() {
+                // The service may have limits of its own: lists add up, numbers do not.
+                if name.as_str().starts_with("x-") {
+                    headers.insert(name, value.clone());
+                } else {
+                    headers.append(name, value.clone());
+                }
+            }
         }
         match self.held.take() {
             Some(held) => held.watch(response),

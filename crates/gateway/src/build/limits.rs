@@ -140,7 +140,9 @@ fn settled(by: &SettleBy, cost: u32, settlement: &Settlement<'_>) -> u32 {
         SettleBy::Header(name) => {
             let said = settlement.trailers.and_then(|trailers| trailers.get(name));
             let said = said.or_else(|| settlement.headers.get(name)).and_then(|value| value.to_str().ok());
-            said.and_then(|text| text.trim().parse().ok()).unwrap_or(cost)
+            let said = said.and_then(|text| text.trim().parse::<f64>().ok()).filter(|cost| *cost >= 0.0);
+            // Rounded up; what is too much is as much as there is.
+            said.map_or(cost, |cost| cost.ceil() as u32)
         }
     }
 }

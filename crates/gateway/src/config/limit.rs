@@ -179,6 +179,9 @@ impl Limit {
                 }
             }
         }
+        if let Some(cost) = self.cost.as_ref().filter(|cost| ***cost == 0 && self.settle.is_some()) {
+            notes.push(&cost.span, "what costs nothing at first is not settled either", "at least 1");
+        }
         if has_hole(&self.key) || self.key.is_empty() {
             notes.push(span, "an empty list in key", "name what tells callers apart, such as \"caller\"");
         }

@@ -44,6 +44,8 @@ pub(super) struct Taken {
     /// Where it would wait: had before the store charges what it would then have to refuse.
     waiting: Option<WaitingPlace>,
     pub(super) kept: bool,
+    /// Whether the store may know of it.
+    sent: bool,
 }
 
 /// What the script said of one key.
@@ -61,7 +63,7 @@ pub(super) struct Reply {
 impl Taken {
     pub(super) fn new(store: &RedisStore, limiter: &Arc<Limiter>, delay: u64) -> Self {
         let (store, limiter) = (store.clone(), limiter.clone());
-        Self { store, limiter, asks: Vec::new(), places: Vec::new(), delay, waiting: None, kept: false }
+        Self { store, limiter, asks: Vec::new(), places: Vec::new(), delay, waiting: None, kept: false, sent: false }
     }
 
     /// Waits for leases that others are asking for; whether they came, or are not to come, in time.
@@ -121,6 +123,7 @@ impl Taken {
             return Ok(self.admit(&[], sent));
         }
         count(&shared.counts.round_trips);
+        self.sent = true;
         let owed = shared.owed_now(&self.asks);
         let question = shared.invoke(settings, &self.asks, &owed, self.delay);
         let answer = tokio::time::timeout_at(until, question).await;
@@ -268,9 +271,14 @@ impl Taken {
 
 impl Drop for Taken {
     fn drop(&mut self) {
+        let shared = &self.store.shared;
         for ask in &self.asks {
             if let Local::Ask(question) = ask.local {
-                self.store.shared.leases.asked(ask.mark, question.asking);
+                // A lease that nobody reports counts as used.
+                if let Some(report) = question.report.filter(|_| !self.sent) {
+                    shared.owe(ask.mark, &shared.key(&ask.key), 0, Some(report));
+                }
+                shared.leases.asked(ask.mark, question.asking);
             }
         }
         if self.kept {
