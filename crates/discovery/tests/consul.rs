@@ -152,10 +152,10 @@ async fn a_ttl_is_kept_alive_and_carries_what_is_reported() {
     let consul = Consul::start().await;
     let registry = registry(&consul);
     let layer = DiscoveryLayer::new(registry.clone()).service("orders");
-    let check = HealthCheck::ttl(Duration::from_millis(600));
+    let check = HealthCheck::ttl(Duration::from_secs(3));
     let registration = registry.register(definition("orders", "a", 1).check(check)).await.unwrap();
     until(async || seen(&layer).await == ["a"]).await;
-    for _ in 0..20 {
+    for _ in 0..40 {
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert_eq!(seen(&layer).await, ["a"], "the heart beats");
     }

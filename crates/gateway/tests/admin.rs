@@ -98,7 +98,7 @@ async fn of_many_that_succeed_few_are_written_and_of_those_that_fail_all() {
     let lines = access(&mut program).await;
     let failed = lines.iter().filter(|line| line["status"] == 500).count();
     assert_eq!(failed, 20);
-    assert!(lines.len() - failed < 60, "{} of 200", lines.len() - failed);
+    assert!((1..60).contains(&(lines.len() - failed)), "{} of 200", lines.len() - failed);
 }
 
 #[tokio::test]

@@ -35,7 +35,7 @@ async fn instances_are_registered_at_the_operators_side_and_get_requests_until_t
     assert_eq!(program.get("/").await.header("x-backend"), "one");
     // For as long as it comes again; and a reload changes nothing in that.
     let mut short = order(&two);
-    short["ttl"] = json!("1s");
+    short["ttl"] = json!("5s");
     assert_eq!(program.order("/register", &short).await.status, 200);
     program.until("/endpoints", known(2)).await;
     assert_eq!(program.order("/reload", &json!(null)).await.status, 200);

@@ -91,15 +91,15 @@ async fn endpoints_are_told_where_requests_came_from_as_the_file_says() {
 async fn some_requests_wait_for_an_endpoint_that_admits_and_no_more_than_may() {
     let backend = Backend::start("one").await;
     let address = backend.address();
-    let service = |name: &str, waiting: u32| {
+    let service = |name: &str, open_for: &str, waiting: u32| {
         format!(
-            "services.{name} = {{ endpoints = \"{address}\", breaker = {{ failures = 1, open_for = \"150ms\", jitter = 0.0 }}, \
+            "services.{name} = {{ endpoints = \"{address}\", breaker = {{ failures = 1, open_for = \"{open_for}\", jitter = 0.0 }}, \
              balance = {{ panic_threshold = 0, wait = \"10s\", waiting = {waiting} }}, retry.attempts = 1 }}\n"
         )
     };
     let routes = "[[routes]]\npath = \"/status/{code}\"\nto = \"some\"\n[[routes]]\npath = \"/none/{*rest}\"\n\
                   strip_prefix = \"/none\"\nto = \"none\"\n";
-    let program = Program::start(&file(&[], &(service("some", 8) + &service("none", 0) + routes)));
+    let program = Program::start(&file(&[], &(service("some", "150ms", 8) + &service("none", "1h", 0) + routes)));
     let ask = async |path: &str| get(program.gateway, path, &[]).await.expect("an answer").status.as_u16();
     // It opens, and whoever comes then waits until it lets somebody try.
     assert_eq!((ask("/status/500").await, ask("/status/200").await), (500, 200));
@@ -201,7 +201,7 @@ async fn who_does_worse_than_the_others_is_left_alone() {
     });
     let (sick, server) = portcullis_testing::backend::serve(([127, 0, 0, 1], 0).into(), failing).await;
     let text = format!(
-        "services.a = {{ endpoints = [\"{}\", \"{}\", \"{sick}\"], breaker = {{ failures = 0, outliers = {{ every = \"50ms\", \
+        "services.a = {{ endpoints = [\"{}\", \"{}\", \"{sick}\"], breaker = {{ failures = 0, outliers = {{ every = \"1s\", \
          deviations = 0, failure_rate = 0.5, calls = 5, endpoints = 3, at_most = 0.5, open_for = \"1h\", open_limit = \"1h\" }} }} }}\n{ALL}",
         well[0].address(),
         well[1].address()

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tower::{Layer, ServiceExt};
 
-use self::store::{Ok200, admitted, call, from, n, status, store};
+use self::store::{Ok200, PATIENT, admitted, call, from, n, status, store};
 
 /// A way to a Redis. New connections may be led to another one, and those there are may get no further without being told.
 struct Way {
@@ -93,7 +93,7 @@ async fn a_primary_that_is_none_any_more_is_left_for_the_one_that_has_its_name()
 async fn without_an_answer_a_request_gets_what_was_decided() {
     let mut redis = Redis::start().await;
     let with = |on_failure| {
-        let store = RedisStore::new(&redis.url()).unwrap().deadline(Duration::from_millis(200)).on_failure(on_failure);
+        let store = RedisStore::new(&redis.url()).unwrap().deadline(PATIENT).on_failure(on_failure);
         let layer = RateLimitLayer::new(Rate::per_hour(n(4))).store(store.clone().prefix(format!("{on_failure:?}")));
         (store, layer.layer(Ok200))
     };

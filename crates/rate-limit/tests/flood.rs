@@ -5,6 +5,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::num::NonZeroU32;
+use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -13,6 +14,9 @@ use http_body_util::Empty;
 use portcullis_core::{Carried, Clock, PeerAddress, Route};
 use portcullis_rate_limit::{DEFAULT_CAPACITY, Header, Policy, Rate, RateLimitLayer};
 use tower::{Layer, Service, ServiceExt, service_fn};
+
+/// What one flood takes is not the other's.
+static ALONE: Mutex<()> = Mutex::new(());
 
 fn n(count: u32) -> NonZeroU32 {
     NonZeroU32::new(count).unwrap()
@@ -41,6 +45,7 @@ fn memory() -> f64 {
 /// A million new keys a second; a hundred callers come at half of what they may.
 #[test]
 fn honest_callers_keep_their_share_while_strangers_flood() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let keys: u32 = std::env::var("PORTCULLIS_KEYS").map_or(200_000, |keys| keys.parse().unwrap());
     let (clock, hand) = Clock::manual();
     let layer = RateLimitLayer::new(Rate::per_second(n(10))).with_clock(clock);
@@ -71,6 +76,7 @@ fn honest_callers_keep_their_share_while_strangers_flood() {
 /// When even that is too much, every place is taken for an hour: who is in debt keeps it, and strangers share buckets.
 #[test]
 fn a_flood_beyond_all_places_forgives_no_debt() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let keys: u32 = std::env::var("PORTCULLIS_KEYS").map_or(200_000, |keys| keys.parse().unwrap());
     let (clock, hand) = Clock::manual();
     let layer = RateLimitLayer::new(Rate::per_hour(n(10))).with_clock(clock);

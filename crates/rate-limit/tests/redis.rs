@@ -62,7 +62,7 @@ async fn an_odd_rate_has_its_whole_burst() {
 async fn a_refusal_says_when_and_is_remembered_until_then() {
     let redis = Redis::start().await;
     let store = store(&redis);
-    let service = RateLimitLayer::new(Rate::per_minute(n(400))).burst(n(1)).store(store.clone()).layer(Ok200);
+    let service = RateLimitLayer::new(Rate::per_minute(n(60))).burst(n(1)).store(store.clone()).layer(Ok200);
     assert_eq!(status(&service, "192.0.2.1").await, 200);
     let start = Instant::now();
     let refused = call(&service, "192.0.2.1").await;
@@ -104,17 +104,18 @@ async fn a_lease_is_withheld_from_others_until_it_is_reported() {
     let rate = Rate::new(n(1600), Duration::from_secs(60)).unwrap().burst(n(160));
     let layer = |store: &RedisStore| RateLimitLayer::new(rate).store(store.clone()).layer(Ok200);
     let (a, b2) = (layer(&first), layer(&second));
+    let start = Instant::now();
     for _ in 0..12 {
         assert_eq!(status(&a, "192.0.2.2").await, 200);
     }
     let leased = first.stats().leased;
     assert!(leased > 0, "{:?}", first.stats());
     let others = admitted(&b2, "192.0.2.2", 320).await;
-    let start = Instant::now();
+    while status(&b2, "192.0.2.2").await == 200 {}
+    assert_eq!(status(&a, "192.0.2.2").await, 200, "what was leased is withheld");
     let rest = admitted(&a, "192.0.2.2", 64).await;
     let refilled = start.elapsed().as_secs_f64() * 27.0 + 27.0;
     assert!((12 + others + rest) as f64 <= 160.0 + refilled, "{others} and {rest}");
-    assert!(others < 148, "what was leased is withheld: {others}");
     drop(b);
 }
 

@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tower::ServiceExt;
 
 use super::reading::{Read, Reader};
-use super::{OK, Raw, Upstream, within};
+use super::{LONG, OK, Raw, Upstream, pass, within};
 use crate::Front;
 
 const REQUESTS: [&str; 3] = [
@@ -136,12 +136,13 @@ async fn what_goes_on_after_an_early_answer_ends_with_the_time_of_the_whole() {
     let upstream = Upstream::bind().await;
     let (mut frames, body) = http_body_util::Channel::<Bytes, std::io::Error>::new(1);
     let request = Request::post("/").header("host", "a").body(body).unwrap();
-    let call = tokio::spawn(upstream.forward().total_timeout(Duration::from_millis(300)).oneshot(request));
+    let call = tokio::spawn(upstream.forward().total_timeout(LONG).oneshot(request));
     frames.send_data("some".into()).await.unwrap();
     let mut server = upstream.accept().await;
     server.until("some\r\n").await;
     server.send("HTTP/1.1 401 Unauthorized\r\ncontent-length: 0\r\n\r\n").await;
-    within(call).await.unwrap().unwrap();
+    assert_eq!(within(call).await.unwrap().unwrap().status(), 401);
+    pass(LONG).await;
     // A byte now and then is no standstill.
     within(async { while frames.send_data("x".into()).await.is_ok() {} }).await;
     server.end().await;

@@ -11,7 +11,7 @@ use portcullis_forward::{Forward, Policy, ResponseBody};
 use tokio::net::TcpListener;
 use tower::{Service, ServiceExt};
 
-use super::{OK, Raw, Upstream, client, relay, same, within};
+use super::{LONG, OK, Raw, Upstream, client, pass, relay, same, within};
 
 fn get(path: &str) -> Request<Empty<Bytes>> {
     Request::builder().uri(path).header("host", "a").body(Empty::new()).unwrap()
@@ -164,13 +164,14 @@ async fn a_deadline_ends_the_wait_and_the_body() {
     });
     assert_eq!(rejection(&response), (504, "deadline-exceeded", true));
     drop(server);
-    let (response, _server) = tokio::join!(call(&forward, with(300)), async {
+    let (response, _server) = tokio::join!(call(&forward, with(10_000)), async {
         let mut server = upstream.accept().await;
         server.head().await;
         server.send("HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nhello").await;
         server
     });
     assert_eq!(response.status(), 200);
+    pass(LONG).await;
     let error = within(response.into_body().collect()).await.unwrap_err();
     assert!(error.to_string().contains("time for the request"), "{error}");
 }
@@ -351,12 +352,14 @@ async fn an_attempt_has_a_time_for_the_head_and_the_whole_one_for_the_body() {
     let attempt = upstream.forward().attempt_timeout(Duration::from_millis(50));
     let (response, _server) = tokio::join!(call(&attempt, get("/")), silent());
     assert_eq!(rejection(&response), (504, "deadline-exceeded", true));
+    let attempt = upstream.forward().attempt_timeout(LONG);
     let (response, mut server) = tokio::join!(call(&attempt, get("/")), async {
         let mut server = upstream.accept().await;
         answer(&mut server).await;
         server
     });
-    tokio::time::sleep(Duration::from_millis(60)).await;
+    assert_eq!(response.status(), 200);
+    pass(LONG).await;
     server.send("there").await;
     let body = within(response.into_body().collect()).await.unwrap().to_bytes();
     assert_eq!(body, "hellothere", "the body has its own time");
@@ -364,11 +367,14 @@ async fn an_attempt_has_a_time_for_the_head_and_the_whole_one_for_the_body() {
     let whole = upstream.forward().total_timeout(Duration::from_millis(50));
     let (response, _server) = tokio::join!(call(&whole, get("/")), silent());
     assert_eq!(rejection(&response), (504, "deadline-exceeded", true));
+    let whole = upstream.forward().total_timeout(LONG);
     let (response, _server) = tokio::join!(call(&whole, get("/")), async {
         let mut server = upstream.accept().await;
         answer(&mut server).await;
         server
     });
+    assert_eq!(response.status(), 200);
+    pass(LONG).await;
     assert!(within(response.into_body().collect()).await.is_err(), "the body counts");
 }
 

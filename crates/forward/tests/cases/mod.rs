@@ -141,6 +141,16 @@ impl Raw {
     }
 }
 
+/// What is to be done within this time is, and what waits for its end is over soon: see [`pass`].
+const LONG: Duration = Duration::from_secs(10);
+
+/// Lets a time pass at once.
+async fn pass(time: Duration) {
+    tokio::time::pause();
+    tokio::time::advance(time).await;
+    tokio::time::resume();
+}
+
 async fn within<F: Future>(future: F) -> F::Output {
     tokio::time::timeout(PATIENCE, future).await.expect("in time")
 }
