@@ -135,7 +135,7 @@ fn rate(rate: config::Rate, burst: Option<NonZeroU32>) -> Result<Rate, portculli
 fn settled(by: &SettleBy, cost: u32, settlement: &Settlement<'_>) -> u32 {
     match by {
         SettleBy::Bytes => u32::try_from(settlement.bytes).unwrap_or(u32::MAX),
-        SettleBy::Failures if settlement.status.as_u16() >= 400 => cost,
+        SettleBy::Failures if has_failed(settlement) => cost,
         SettleBy::Failures => 0,
         SettleBy::Header(name) => {
             let said = settlement.trailers.and_then(|trailers| trailers.get(name));
@@ -145,6 +145,12 @@ fn settled(by: &SettleBy, cost: u32, settlement: &Settlement<'_>) -> u32 {
             said.map_or(cost, |cost| cost.ceil() as u32)
         }
     }
+}
+
+fn has_failed(settlement: &Settlement<'_>) -> bool {
+    let said = settlement.trailers.and_then(|trailers| trailers.get("grpc-status"));
+    let said = said.or_else(|| settlement.headers.get("grpc-status"));
+    settlement.status.as_u16() >= 400 || said.is_some_and(|code| code != "0")
 }
 
 /// Which requests are not counted at all.

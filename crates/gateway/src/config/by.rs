@@ -131,7 +131,7 @@ by! {
         Header(HeaderName) = "header",
         /// The bytes of the response.
         Bytes = "bytes",
-        /// What it cost before if the status is 400 or more, else nothing: only failures count.
+        /// What it cost before if the status is 400 or more, or gRPC's is not 0, else nothing: only failures count.
         Failures = "failures",
     }
 }

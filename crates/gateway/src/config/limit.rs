@@ -30,7 +30,8 @@ section! {
         ipv6_prefix: At<u8> = At::of(64),
         /// What a request costs. What costs nothing is not limited.
         cost: Option<At<u32>>,
-        /// What it turned out to have cost, once its response has ended; the difference is charged or given back.
+        /// What it turned out to have cost, once its response has ended; the difference is charged or given back. With
+        /// `limiter.redis` only what a lease covered is given back, which is what comes often.
         settle: Option<At<SettleBy>>,
         /// Other rates for some callers.
         plan: Option<At<Plan>>,
