@@ -100,7 +100,12 @@ async fn plans_priorities_and_costs_are_as_the_file_says() {
         path = "/told"
         to = "a"
         limits = "told"
-        response_headers.set = { x-cost = "4" }
+        response_headers.set = { x-cost = "3.5" }
+        [[routes]]
+        path = "/call"
+        to = "a"
+        limits = "failing"
+        response_headers.set = { grpc-status = "16" }
         [[routes]]
         path = "/sized"
         to = "a"
@@ -122,8 +127,8 @@ async fn plans_priorities_and_costs_are_as_the_file_says() {
         [("/ranked", batch), ("/ranked", batch), ("/ranked", batch), ("/ranked", &[][..]), ("/ranked", &[][..])];
     assert_eq!(statuses(&program, &ranked).await, [200, 200, 429, 200, 200]);
     assert_eq!(statuses(&program, &[("/ranked", &[])]).await, [429]);
-    for path in ["/dear", "/told", "/sized"] {
-        let expected: &[u16] = if path == "/dear" { &[200, 200, 429] } else { &[200, 429, 429] };
+    for path in ["/dear", "/call", "/told", "/sized"] {
+        let expected: &[u16] = if matches!(path, "/dear" | "/call") { &[200, 200, 429] } else { &[200, 429, 429] };
         assert_eq!(statuses(&program, &[(path, &[]), (path, &[]), (path, &[])]).await, expected, "{path}");
     }
     let [well, ill]: [(&str, Headers<'_>); 2] = [("/status/200", &[]), ("/status/404", &[])];

@@ -250,11 +250,20 @@ async fn rates_change_while_requests_flow_and_debts_stay() {
 #[tokio::test(start_paused = true)]
 async fn fields_are_on_every_response_if_asked_for() {
     let layer = RateLimitLayer::new(per_second(10)).fields(Fields::always().with_legacy());
-    let service = layer.and(Limit::new("day", Rate::per_day(n(100)))).layer(Ok200);
+    let service = layer.clone().and(Limit::new("day", Rate::per_day(n(100)))).layer(Ok200);
     let response = call(&service, from("192.0.2.1")).await;
     assert_eq!(response.headers()["ratelimit-policy"], r#""default";q=10;w=1, "day";q=100;w=86400"#);
     assert_eq!(response.headers()["ratelimit"], r#""default";r=9;t=1, "day";r=99;t=864"#);
     assert_eq!(response.headers()["x-ratelimit-remaining"], "9");
+    // Where the service has limits of its own, lists add up; of two numbers nobody knows which counts.
+    let own = layer.layer(tower::service_fn(async |_: Request<()>| {
+        let response =
+            Response::builder().header("x-ratelimit-remaining", "4999").header("ratelimit", "\"own\";r=4999");
+        Ok::<_, std::convert::Infallible>(response.body(http_body_util::Empty::<bytes::Bytes>::new()).unwrap())
+    }));
+    let response = own.oneshot(from("192.0.2.2")).await.unwrap();
+    let all = |name: &str| response.headers().get_all(name).iter().count();
+    assert_eq!((all("x-ratelimit-remaining"), all("ratelimit")), (1, 2));
     let quiet = RateLimitLayer::new(per_second(1)).fields(Fields::never()).layer(Ok200);
     call(&quiet, from("192.0.2.1")).await;
     let refused = call(&quiet, from("192.0.2.1")).await;
